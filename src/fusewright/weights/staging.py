@@ -47,6 +47,7 @@ from .target import (
 )
 
 _COPY = 8 << 20
+_WRITEBACK = 16 << 20
 
 
 class Staging:
@@ -68,6 +69,7 @@ class Staging:
         self._leaves = Leaves(info for _, info, _ in self._places.values())
         self._mutex = threading.Lock()
         self._fds: dict[str, int] = {}
+        self._dirty: dict[str, int] = {}
         self._files: dict[str, dict[str, Any]] = {}
         self._entries = Entries(plan="")
         self._journal: Journal | None = None
@@ -127,6 +129,8 @@ class Staging:
         check_range(info, start_byte, len(data))
         with self._explained(f"Writing {name}", self.folder / NEW / file):
             _fs.write_all(self._fds[file], data, at + start_byte)
+        if self.durable:
+            self._pace(file, len(data))
 
     def commit(self, task: str, outputs: Sequence[Output], extra: JSON = None) -> None:
         """Journal a task whose outputs are all written, each with the leaf digests of its range
@@ -256,6 +260,15 @@ class Staging:
             _fs.fs.close(fd)
             raise
         return fd
+
+    def _pace(self, file: str, written: int) -> None:
+        """Keep the disk busy during the run, so that the syncs at its end are short."""
+        with self._mutex:
+            dirty = self._dirty[file] = self._dirty.get(file, 0) + written
+            if dirty >= _WRITEBACK:
+                self._dirty[file] = 0
+        if dirty >= _WRITEBACK:
+            _fs.fs.begin_writeback(self._fds[file])
 
     def _take(self, record: Record) -> None:
         with self._mutex:
