@@ -35,7 +35,8 @@ class TensorLayout:
     ``packed`` are the sizes along ``packed_axis`` of independent matrices stored as one (QKV), or
     () if there is one. ``experts_first`` marks a 3-D tensor whose first axis counts matrices.
     ``matrix`` is True for weights that act as a linear map (2-D, or conv, or packed).
-    ``vocabulary`` marks tensors whose first axis is the vocabulary.
+    ``vocabulary`` marks tensors whose first axis is the vocabulary. ``after`` marks tensors
+    outside blocks that are used after the last one (final norm, head, pooler).
     """
 
     name: str
@@ -49,13 +50,14 @@ class TensorLayout:
     packed_axis: int = 0
     experts_first: bool = False
     vocabulary: bool = False
+    after: bool = False
 
     @property
     def fraction(self) -> float:
         """The layer's position from 0 (first block, and everything before it) to 1 (last block,
         and heads and final norms after it): what gradients over the layers interpolate."""
         if self.layer is None:
-            return 1.0 if self.role is Role.HEAD else 0.0
+            return 1.0 if self.after or self.role is Role.HEAD else 0.0
         return self.layer / (self.depth - 1) if self.depth > 1 else 1.0
 
 
