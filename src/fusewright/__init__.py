@@ -1,0 +1,66 @@
+"""Fusewright makes one model that knows what many know.
+
+The front door: ``fw.merge``, ``fw.plan``, ``fw.load``, ``fw.inspect``, ``fw.check`` and
+``fw.verify``, the values :class:`Expert` and :class:`Merged`, and every method by its class name
+(``fw.Ties(density=0.2)``), those of other packages too. Nothing is imported until it is used:
+``import fusewright`` costs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fusewright.engine import (
+        Expert as Expert,
+        Merged as Merged,
+        check as check,
+        inspect as inspect,
+        load as load,
+        merge as merge,
+        plan as plan,
+        verify as verify,
+    )
+    from fusewright.errors import FusewrightError as FusewrightError
+    from fusewright.methods.static import *  # noqa: F403
+
+_ENGINE = ("Expert", "Merged", "check", "inspect", "load", "merge", "plan", "verify")
+_DOORS = {
+    **dict.fromkeys(_ENGINE, "fusewright.engine"),
+    "FusewrightError": "fusewright.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _DOORS:
+        found = getattr(import_module(_DOORS[name]), name)
+    elif name[:1].isupper():
+        found = _method_classes().get(name)
+    else:
+        found = None
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_hint(name)}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_DOORS, *_method_classes()} - {"annotations", "import_module"})
+
+
+def _method_classes() -> dict[str, Any]:
+    from fusewright.methods.registry import registry
+
+    return {cls.__name__: cls for cls in registry().values()}
+
+
+def _hint(name: str) -> str:
+    if not name[:1].isupper():
+        return ""
+    from fusewright.errors import nearest
+
+    close = nearest(name, [*_DOORS, *_method_classes()])
+    return f"; did you mean {close!r}?" if close else ""

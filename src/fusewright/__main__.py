@@ -1,0 +1,5 @@
+"""``python -m fusewright``: the command, where scripts are not on the path."""
+
+from fusewright.cli import main
+
+main()
