@@ -1,0 +1,93 @@
+"""An inspection as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusewright.engine.inspect import Comparison, Inspection, Model
+from fusewright.errors import FusewrightError
+
+_FEW = 24   # labels that fit an axis, and cells whose numbers can be read
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Okabe and Ito's: told apart by colour-blind readers, and in grey."""
+
+
+def draw(inspection: Inspection, path: Path) -> None:
+    """Write the picture. Raises FusewrightError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FusewrightError("a picture needs matplotlib", fix="pip install matplotlib") from error
+    done = inspection.comparison
+    if done is None:
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        _sizes(figure.subplots(), inspection.models[0])
+    else:
+        figure = Figure(figsize=(11, 7.5), layout="constrained")
+        top, lower = figure.subfigures(2, 1)
+        _norms(top.subplots(), done)
+        left, right = lower.subplots(1, 2, width_ratios=(1, 1.4))
+        _cosines(left, done)
+        _conflicts(right, done)
+    figure.savefig(path, dpi=150)
+
+
+def _sizes(axes: Any, model: Model) -> None:
+    totals = sorted(model.totals(lambda row: row.role).items(), key=lambda item: item[1][2])
+    axes.barh([role for role, _ in totals], [t[2] / 2**20 for _, t in totals], color=_COLOURS[0])
+    axes.set(title=f"{model.name}: bytes by role", xlabel="MiB")
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _norms(axes: Any, done: Comparison) -> None:
+    for t, key in enumerate(done.experts):
+        values = [pairs.relative(t) for pairs in done.layers.values()]
+        numbers = [np.nan if value is None else value for value in values]
+        style = ("-", "--", ":")[t // len(_COLOURS) % 3]
+        axes.plot(numbers, style, marker="o", ms=3.5, label=key, color=_COLOURS[t % len(_COLOURS)])
+    axes.set(title=f"How far each layer went from {done.base}", ylabel="‖τ‖ / ‖θ0‖")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    _name_layers(axes, done)
+
+
+def _cosines(axes: Any, done: Comparison) -> None:
+    keys, n = done.experts, len(done.experts)
+    values = [[done.whole.cosine(i, j) for j in range(n)] for i in range(n)]
+    table = np.array([[np.nan if v is None else v for v in row] for row in values], dtype=float)
+    image = axes.imshow(table, vmin=-1, vmax=1, cmap="RdBu")
+    axes.set(title="Cosines of task vectors", xticks=range(n), yticks=range(n))
+    axes.set_xticklabels(keys, rotation=45, ha="right")
+    axes.set_yticklabels(keys)
+    if n <= _FEW:
+        for (i, j), value in np.ndenumerate(table):
+            shown, dark = ("–" if np.isnan(value) else f"{value:.2f}"), abs(value) > 0.6
+            axes.text(j, i, shown, ha="center", va="center", color="white" if dark else "black",
+                      fontsize=9 if n <= 8 else 6)  # fmt: skip
+    axes.figure.colorbar(image, ax=axes, shrink=0.8)
+
+
+def _conflicts(axes: Any, done: Comparison) -> None:
+    rates = [pairs.conflict_rate for pairs in done.layers.values()]
+    axes.bar(range(len(rates)), [100 * (rate or 0.0) for rate in rates], color=_COLOURS[1])
+    axes.set(title="Sign conflicts", ylabel="% of coordinates that several change", ylim=(0, 100))
+    axes.grid(axis="y", alpha=0.3)
+    _name_layers(axes, done)
+
+
+def _name_layers(axes: Any, done: Comparison) -> None:
+    names = list(done.layers)
+    stacks = {name.rpartition(".")[0] for name in names if name[-1].isdigit()}
+    short = [name.rpartition(".")[2] if len(stacks) == 1 else name for name in names]
+    shown = range(0, len(names), -(-len(names) // _FEW))
+    axes.set_xticks(list(shown), [short[i] for i in shown])
+    if max(map(len, short), default=0) > 3:
+        axes.tick_params(axis="x", rotation=45)
+        for label in axes.get_xticklabels():
+            label.set_ha("right")
+    if len(stacks) == 1:
+        axes.set_xlabel(f"block of {stacks.pop()}, and the tensors outside of blocks by role")
