@@ -201,6 +201,10 @@ class Stage(Method):
         """How much of a tensor of this shape must be seen at once."""
         return Unit.CHUNK
 
+    def check(self, at: At) -> None:
+        """Refuse resolved parameters that do not go together, before anything is read: called for
+        every tensor when a merge is planned. Raises PlanError."""
+
     def stages(self) -> tuple[Stage, ...]:
         return (self,)
 

@@ -46,6 +46,8 @@ def on_tensors(
     where = At(name, tuple(like.shape), 0, like.numel(), keys, layout, dtype, seed)
     params = tuple(resolved(stage, layout, keys) for stage in pipeline.chain)
     place = Place(where, params, {})
+    for index, stage in enumerate(pipeline.chain):
+        stage.check(place.at(index))
     return _run(pipeline, base, experts, place).to(like.dtype).reshape(like.shape)
 
 

@@ -1,0 +1,48 @@
+"""Fused CPU kernels: optional twins of torch definitions, bit-equal to them by contract test.
+
+A kernel takes raw bytes and gives raw bytes. Which one runs is decided in the plan alone; without
+Numba none is found, and everything works, slower.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+    from fusewright.methods.pipeline import Pipeline, Place
+    from fusewright.weights.spec import DType
+
+
+class Kernel(Protocol):
+    """A fused twin of a pipeline's combine."""
+
+    name: str
+
+    def takes(self, inputs: Sequence[DType], output: DType) -> bool:
+        """Whether it has these storage dtypes."""
+        ...
+
+    def run(
+        self,
+        base: Tensor | None,
+        vectors: Sequence[Tensor],
+        dtypes: Sequence[DType],
+        out: Tensor,
+        out_dtype: DType,
+        place: Place,
+    ) -> bool:
+        """Fill ``out``; False if anything was not finite, in or out (``out`` is then void)."""
+        ...
+
+
+def find_kernel(pipeline: Pipeline, dtype: torch.dtype) -> Kernel | None:
+    """The fused twin of a pipeline, if Numba is installed and there is one."""
+    if find_spec("numba") is None:
+        return None
+    return None
