@@ -1,4 +1,4 @@
-"""Whether a weight is stored out×in (``Linear``) or in×out (``Conv1D``, bare parameters)."""
+"""Whether a weight is stored out by in (``Linear``) or in by out (``Conv1D``, bare parameters)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def in_first(
     places: Mapping[str, Place],
     config: Mapping[str, Any],
 ) -> tuple[set[str], list[str]]:
-    """The names of weights stored in×out, and notes.
+    """The names of weights stored in by out, and notes.
 
     The length of a bias is the number of outputs. A square weight says nothing and follows the
-    other weights of its block; where nothing speaks, weights are out×in as in ``Linear``.
+    other weights of its block; where nothing speaks, weights are out by in as in ``Linear``.
     """
     found, undecided = set(), []
     votes: dict[tuple[str, int], list[bool]] = defaultdict(list)
@@ -76,12 +76,14 @@ def _experts(
         elif verdict:
             found |= {up, down}
     if doubtful:
-        return found, [f"{len(doubtful)} expert stacks are taken to be out×in: nothing else tells"]
+        return found, [
+            f"{len(doubtful)} expert stacks are taken to be out by in: nothing else tells"
+        ]
     return found, []
 
 
 def _by_pair(up: Shape, down: Shape, hidden: set[int]) -> bool | None:
-    """Whether a feed-forward's two weights are in×out: its middle must fit, once or twice."""
+    """Whether a feed-forward's two weights are in by out: its middle must fit, once or twice."""
     out_in = up[1] == down[0] and up[0] in (down[1], 2 * down[1])
     in_out = up[0] == down[1] and up[1] in (down[0], 2 * down[0])
     if out_in and in_out and up[0] != up[1]:

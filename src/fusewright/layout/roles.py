@@ -12,7 +12,7 @@ from fusewright.layout.spec import Role
 
 Shape = tuple[int, ...]
 
-#: Looked up, added or measured rather than multiplied with: never linear maps, whatever their shape.
+#: Looked up, added or measured rather than multiplied with: never linear maps.
 _NOT_MAPS = frozenset(
     {Role.EMBEDDING, Role.POSITION, Role.NORM, Role.BIAS, Role.STATISTIC, Role.BUFFER}
 )

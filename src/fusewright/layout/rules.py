@@ -14,7 +14,9 @@ from fusewright.layout.spec import Role
 # --- Blocks: where a stack of blocks is, and which part of it is one block -----------------------
 
 #: A component that is followed by the number of a block: ``layers.3``, ``h.3``, ``down_blocks.3``.
-STACK_WORD = re.compile(r"layers?|blocks?|h|resblocks|stages?|features|\w+_(layers?|blocks?|groups)")
+STACK_WORD = re.compile(
+    r"layers?|blocks?|h|resblocks|stages?|features|\w+_(layers?|blocks?|groups)"
+)
 #: A component that carries the number of its stage: ``layer1.0.conv1``.
 NUMBERED_STAGE = re.compile(r"(layer|stage|block)(\d+)")
 #: Blocks that have no number because there is one of them.
@@ -64,7 +66,7 @@ def _rule(role: Role, pattern: str, where: str = "any", dims: tuple[int, int] = 
 
 ROLES = (
     _rule(Role.STATISTIC, r"running_(mean|var)$"),
-    _rule(Role.BUFFER, r"num_batches_tracked$|inv_freq$|(position_ids|position_index|masked_bias)$"),
+    _rule(Role.BUFFER, r"(num_batches_tracked|inv_freq|position_ids|position_index|masked_bias)$"),
     _rule(Role.BUFFER, r"(^|\.)(attn|attention)\.bias$", dims=(3, 9)),  # a causal mask
     _rule(Role.NORM, r"(^|\.)weight$|(norm|ln)[^.]*\.(gamma|beta)$", dims=(1, 1)),
     _rule(Role.EXPERT, r"(^|[._])experts?\.(?!.*bias$)", dims=(2, 3)),
@@ -117,7 +119,9 @@ AFTER = re.compile(
     r"(^|[._])(pooler|visual_projection|text_projection|visual\.proj|final|post|conv_out|norm_out)"
     r"|(text|vision)_model\.head\.|(^|\.)(cls|predictions|lm_head|classifier)\."
 )
-BEFORE = re.compile(r"emb|stem|(^|[._])(ln_pre|pre_?la?y|conv_?\d*\.|conv1|bn1\b|norm_?pre|projector)")
+BEFORE = re.compile(
+    r"emb|stem|(^|[._])(ln_pre|pre_?la?y|conv_?\d*\.|conv1|bn1\b|norm_?pre|projector)"
+)
 
 #: The last component of weights that act as linear maps.
 MATRIX_LEAF = re.compile(r"weight(_v)?|\w+_weight|(\w+_)?proj(ection)?")

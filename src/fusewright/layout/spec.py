@@ -31,7 +31,7 @@ class TensorLayout:
     """One tensor's place.
 
     ``layer`` of ``depth`` blocks counts within ``stack`` (``model.layers``, ``encoder.block`` …);
-    None outside blocks. ``in_first`` says that a 2-D weight is stored in×out (Conv1D).
+    None outside blocks. ``in_first`` says that a 2-D weight is stored in by out (Conv1D).
     ``packed`` are the sizes along ``packed_axis`` of independent matrices stored as one (QKV), or
     () if there is one. ``experts_first`` marks a 3-D tensor whose first axis counts matrices.
     ``matrix`` is True for weights that act as a linear map (2-D, or conv, or packed).

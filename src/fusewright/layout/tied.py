@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 from fusewright.layout.config import sections
@@ -47,12 +47,12 @@ def find_tied(
         for other in embeddings:
             if other.endswith("embed_tokens.weight") and shapes[other] == shapes[stored]:
                 groups[stored] += groups.pop(other, [])
-    notes = []
+    notes: list[str] = []
     heads = [n for n in names if roles[n] is Role.HEAD and len(shapes[n]) == 2 and vocabulary[n]]
     if ties_embeddings(config):
         for head in heads:
-            if stored := _partner(head, groups, shapes):
-                groups[stored].append(head)
+            if partner := _partner(head, groups, shapes):
+                groups[partner].append(head)
         if embeddings and not heads and _LANGUAGE_MODEL.search(str(config.get("architectures"))):
             notes.append(f"no output head is stored: {next(iter(groups))} serves as one")
     biases = [
@@ -70,6 +70,12 @@ def _partner(head: str, groups: Mapping[str, list[str]], shapes: Mapping[str, Sh
     same = [stored for stored in groups if shapes[stored] == shapes[head]]
     return max(
         same,
-        key=lambda stored: (len(groups[stored]), len(os.path.commonprefix([stored, head]))),
+        key=lambda stored: (len(groups[stored]), _shared(stored, head)),
         default=None,
     )
+
+
+def _shared(one: str, other: str) -> int:
+    """How many components two names have in common from the start."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
