@@ -1,0 +1,212 @@
+"""The front doors: merge models on disk or in memory, plan, and open results."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusewright.engine.inputs import Inputs, open_inputs
+from fusewright.engine.options import Options, parse_size
+from fusewright.engine.planner import Plan, is_program, make_plan, recipe_method
+from fusewright.engine.progress import Listener
+from fusewright.engine.recipe import Recipe, make_recipe
+from fusewright.errors import PlanError, RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fusewright.methods.contract import Method
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A model with its own values of the method's per-expert parameters::
+
+        fw.Expert("org/code", weight=0.6)
+    """
+
+    model: Any
+    params: Mapping[str, Any]
+
+    def __init__(self, model: Any, **params: Any) -> None:
+        object.__setattr__(self, "model", model)
+        object.__setattr__(self, "params", params)
+
+
+@dataclass
+class Merged:
+    """A merged model: on disk (``path``) or in memory. ``report`` holds what the run measured."""
+
+    path: Path | None
+    report: dict[str, Any]
+    plan: dict[str, Any] = field(repr=False)
+    tensors: dict[str, Tensor] | None = field(default=None, repr=False)
+    source: Any = field(default=None, repr=False)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor by name; read from disk if that is where it is."""
+        if self.tensors is not None:
+            return dict(self.tensors)
+        from fusewright.engine.state import read_state
+
+        assert self.path is not None
+        return read_state(self.path)
+
+    def module(self) -> nn.Module:
+        """The model as a torch module: a copy of the base given as one, or what transformers
+        makes of the folder."""
+        from torch import nn
+
+        if isinstance(self.source, nn.Module):
+            module = copy.deepcopy(self.source)
+            module.load_state_dict(self.state_dict(), strict=False)
+            return module
+        if self.path is not None:
+            from fusewright.engine.state import load_module
+
+            return load_module(self.path)
+        raise PlanError("only tensors were merged, so there is no module",
+                        fix="merge modules or folders, or use .state_dict()")  # fmt: skip
+
+    def save(self, out: str | Path, **options: Any) -> Merged:
+        """Write it as a Hugging Face folder, complete or not at all (options as in merge)."""
+        from fusewright.engine.state import MergedWeights
+
+        if self.tensors is None:
+            raise PlanError("the model is on disk already", where=self.path,
+                            fix="copy the folder")  # fmt: skip
+        source = MergedWeights(self.tensors, self.source)
+        return merge("passthrough", experts={"merged": source}, out=out, **options)
+
+
+def merge(
+    method: Method | str | Sequence[Any] | Mapping[str, Any],
+    *,
+    experts: Mapping[str, Any] | Sequence[Any],
+    base: Any = None,
+    out: str | Path | None = None,
+    params: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    out_dtype: str | None = None,
+    seed: int = 0,
+    optional: Sequence[str] = (),
+    output: str = "model",
+    data: Any = None,
+    evaluate: Callable[[Any], float] | None = None,
+    progress: Listener | None = None,
+    **options: Any,
+) -> Merged:
+    """Merge models: paths, Hub ids, adapters, modules or state dicts.
+
+    With ``out`` the result is streamed to that folder; without it, it is made in memory. Engine
+    options (threads, memory, device, overwrite, shard_size, untie, allow_nonfinite,
+    allow_overflow, copy_code, durable, kernels) are those of :class:`Options`. ``data`` and
+    ``evaluate`` (state dict -> score, larger is better) are for programs. Raises FusewrightError.
+    """
+    recipe = make_recipe(
+        method=method, base=base, experts=_entries(experts), parameters=dict(params or {}),
+        dtype=dtype, out_dtype=out_dtype, seed=seed, optional=list(optional), output=output,
+    )  # fmt: skip
+    return run(recipe, out, make_options(**options), progress, data=data, evaluate=evaluate)
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path | None,
+    options: Options | None = None,
+    progress: Listener | None = None,
+    *,
+    data: Any = None,
+    evaluate: Callable[[Any], float] | None = None,
+) -> Merged:
+    """Carry out a recipe; see :func:`merge`."""
+    options = options or Options()
+    method = recipe_method(recipe)
+    if is_program(method):
+        from fusewright.engine.program import run_program
+
+        return run_program(method, recipe, out, options, progress, data, evaluate)
+    if recipe.output == "adapter":
+        from fusewright.engine.adapters import merge_adapters
+
+        return merge_adapters(recipe, out, options)
+    from fusewright.engine.runner import run_to_folder, run_to_memory
+
+    with open_inputs(recipe, options.untie) as inputs:
+        plan_ = make_plan(recipe, options, inputs)
+        _warn_of_strangers(plan_, inputs)
+        if out is None:
+            tensors, report = run_to_memory(plan_, inputs, progress)
+            return Merged(None, report, plan_.to_json(), tensors, source_of(recipe, inputs))
+        report = run_to_folder(plan_, inputs, Path(out), progress)
+        return Merged(Path(out), report, plan_.to_json())
+
+
+def plan(recipe: Recipe, options: Options | None = None) -> Plan:
+    """What a recipe will do, from headers alone."""
+    options = options or Options()
+    with open_inputs(recipe, options.untie) as inputs:
+        return make_plan(recipe, options, inputs)
+
+
+def make_options(**given: Any) -> Options:
+    """Options from keywords; sizes may be text ("512MiB")."""
+    from fusewright.errors import nearest
+
+    known = list(Options.__dataclass_fields__)
+    for key in given:
+        if key not in known:
+            close = nearest(key, known)
+            raise RecipeError(f"there is no option {key!r}", expected=", ".join(known),
+                              fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
+    for key in ("memory", "shard_size"):
+        if key in given:
+            given[key] = parse_size(given[key])
+    return replace(Options(), **given)
+
+
+def source_of(recipe: Recipe, inputs: Inputs) -> Any:
+    """What tells the architecture of a result in memory: the base's module or folder."""
+    first = next(iter(recipe.experts.values())).model
+    given = recipe.base if recipe.base is not None else first
+    root = inputs.reference.root
+    return root if root is not None else given
+
+
+def _entries(experts: Any) -> Any:
+    def entry(value: Any) -> Any:
+        if isinstance(value, Expert):
+            return {"model": value.model, **value.params}
+        return {"model": value}
+
+    if isinstance(experts, Mapping):
+        return {str(name): entry(value) for name, value in experts.items()}
+    return experts
+
+
+def _warn_of_strangers(plan_: Plan, inputs: Inputs) -> None:
+    """Warn of experts that the weights' evidence says do not descend from the base."""
+    if not plan_.needs_base or inputs.base is None:
+        return
+    import warnings
+
+    from fusewright.engine.check import descent
+    from fusewright.errors import FusewrightWarning
+
+    for name, weights in inputs.experts.items():
+        found = descent(inputs.base, weights, _same_names(inputs, name))
+        if found.verdict == "no":
+            warnings.warn(
+                f"expert {name!r} does not seem to descend from the base: its weights differ by "
+                f"{found.relative_norm:.2f} of the base's norm, cosine {found.cosine:.2f}; "
+                "`fusewright check` shows more",
+                FusewrightWarning, stacklevel=4,
+            )  # fmt: skip
+
+
+def _same_names(inputs: Inputs, expert: str) -> list[str]:
+    names = inputs.alignment.experts[expert].names
+    return [n for n, own in names.items() if n == own and inputs.base and n in inputs.base]

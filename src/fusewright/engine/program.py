@@ -1,0 +1,93 @@
+"""Programs and folds: methods that search, or take experts one after another."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fusewright.engine.front import Merged, run
+from fusewright.engine.options import Options
+from fusewright.engine.progress import Listener
+from fusewright.engine.recipe import ExpertEntry, Recipe
+from fusewright.errors import PlanError
+from fusewright.methods.contract import Context, Fold, Method, Program
+
+Evaluate = Callable[[Any], float]
+
+
+class Trials(Context):
+    """A program's context: merges in memory and scores them."""
+
+    def __init__(
+        self, recipe: Recipe, options: Options, data: Any, evaluate: Evaluate | None
+    ) -> None:
+        self.base, self.data, self.seed = recipe.base, data, recipe.seed
+        self.experts = {name: entry.model for name, entry in recipe.experts.items()}
+        self._recipe, self._options, self._evaluate = recipe, options, evaluate
+
+    def merge(self, method: Method, experts: Sequence[str] | None = None) -> Mapping[str, Tensor]:
+        return run(with_method(self._recipe, method, experts), None, self._options).state_dict()
+
+    def evaluate(self, weights: Mapping[str, Tensor]) -> float:
+        if self._evaluate is None:
+            raise PlanError("this method scores its trials, and was given nothing to do so",
+                            fix="pass evaluate=function(state_dict) -> score")  # fmt: skip
+        return float(self._evaluate(weights))
+
+
+def with_method(recipe: Recipe, method: Method, experts: Sequence[str] | None) -> Recipe:
+    """The recipe with another method, over some of its experts."""
+    names = list(recipe.experts) if experts is None else list(experts)
+    kept = {n: ExpertEntry(model=recipe.experts[n].model) for n in names}
+    return recipe.model_copy(update={"method": method, "parameters": {}, "experts": kept})
+
+
+def run_program(
+    method: Method,
+    recipe: Recipe,
+    out: str | Path | None,
+    options: Options,
+    progress: Listener | None,
+    data: Any,
+    evaluate: Evaluate | None,
+) -> Merged:
+    """Fit a program and execute what it chose, or take a fold's experts one by one."""
+    if isinstance(method, Fold):
+        return _run_fold(method, recipe, out, options, progress)
+    assert isinstance(method, Program)
+    context = Trials(recipe, options, data, evaluate)
+    fitted = method.fit(context)
+    merged = run(with_method(recipe, fitted.method, fitted.experts), out, options, progress)
+    merged.report["fitted"] = {
+        **fitted.report, "method": fitted.method.spec(),
+        "experts": list(fitted.experts or recipe.experts),
+    }  # fmt: skip
+    return merged
+
+
+def _run_fold(
+    fold: Fold, recipe: Recipe, out: str | Path | None, options: Options, progress: Listener | None
+) -> Merged:
+    memory: dict[str, Any] = {}
+    current: Any = None
+    merged: Merged | None = None
+    last = len(recipe.experts) - 1
+    with tempfile.TemporaryDirectory(dir=None if out is None else Path(out).parent) as scratch:
+        for index, entry in enumerate(recipe.experts.values()):
+            arrivals = {} if current is None else {"merged": ExpertEntry(model=current)}
+            arrivals["newcomer"] = ExpertEntry(model=entry.model)
+            step = recipe.model_copy(
+                update={"method": fold.arrive(index, memory), "parameters": {}, "experts": arrivals}
+            )
+            target = out if index == last or out is None else Path(scratch) / str(index)
+            quiet = options if index == last else replace(options, overwrite=False)
+            merged = run(step, target, quiet, progress)
+            memory = fold.remember(memory, merged.report["solved"])
+            current = merged.path if merged.path is not None else merged.state_dict()
+    assert merged is not None
+    return merged

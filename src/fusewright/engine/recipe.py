@@ -1,0 +1,239 @@
+"""What to merge, as a value: read from YAML or built by the Python door."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fusewright.errors import RecipeError, nearest
+
+VERSION = 1
+FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+
+class ExpertEntry(BaseModel):
+    """An expert: where it is, and its own values of the method's per-expert parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    model: Any = Field(description="a path, a Hub id (org/name@revision), or an adapter")
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Recipe(BaseModel):
+    """A merge. ``dtype`` is that of the result, and of the arithmetic where it is wider than
+    float32; ``out_dtype`` stores the result in another one. Both default to the base's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fusewright: int = Field(VERSION, description="the recipe's schema version")
+    method: Any = Field(description="a method's name, {name: parameters}, or a list: a pipeline")
+    parameters: dict[str, Any] = Field({}, description="the method's parameters")
+    base: Any = Field(None, description="the model that the experts were fine-tuned from")
+    experts: dict[str, ExpertEntry] = Field(description="name: path, or name: {model: path, ...}")
+    dtype: str | None = Field(None, description="dtype of the result")
+    out_dtype: str | None = Field(None, description="dtype in which it is stored, if another")
+    seed: int = Field(0, description="for methods that draw at random")
+    optional: list[str] = Field([], description="patterns of tensors that an expert may lack")
+    output: str = Field("model", description='"model", or "adapter" for merged LoRA factors')
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _entries(cls, experts: Any) -> Any:
+        if isinstance(experts, Mapping):
+            return {
+                str(k): v if isinstance(v, ExpertEntry | Mapping) and _is_entry(v) else {"model": v}
+                for k, v in experts.items()
+            }
+        if isinstance(experts, str | bytes) or not isinstance(experts, Sequence):
+            raise ValueError("experts are written as a mapping: name: path")
+        return {name: {"model": m} for name, m in zip(_names(experts), experts, strict=True)}
+
+    @field_validator("dtype", "out_dtype")
+    @classmethod
+    def _float(cls, value: str | None) -> str | None:
+        from fusewright.weights.spec import DType
+
+        if value is None:
+            return None
+        try:
+            dtype = DType.of(value)
+        except KeyError:
+            raise ValueError(f"expected one of {', '.join(FLOATS)}") from None
+        if not dtype.is_float:
+            raise ValueError("a floating-point dtype is expected")
+        return dtype.torch_name
+
+    @field_validator("output")
+    @classmethod
+    def _output(cls, value: str) -> str:
+        if value not in ("model", "adapter"):
+            raise ValueError('expected "model" or "adapter"')
+        return value
+
+    def plain(self) -> dict[str, Any]:
+        """As it would be written; models in memory by their type's name."""
+        from fusewright.methods.contract import Method
+
+        written = self.model_dump(exclude_defaults=True)
+        written["fusewright"] = VERSION
+        if isinstance(self.method, Method):
+            written["method"] = self.method.spec()
+        written["base"] = _written(self.base)
+        written["experts"] = {
+            k: {"model": _written(e.model), **e.params} for k, e in self.experts.items()
+        }
+        return {k: v for k, v in written.items() if v not in (None, [], {})}
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, ExpertEntry) or set(value) == {"model"} or (
+        "model" in value and not hasattr(value["model"], "shape")
+    )
+
+
+def _written(ref: Any) -> Any:
+    if ref is None or isinstance(ref, str | Path):
+        return None if ref is None else str(ref)
+    return f"<{type(ref).__name__} in memory>"
+
+
+def _names(experts: Sequence[Any]) -> list[str]:
+    names = [
+        Path(str(e)).name if isinstance(e, str | Path) else str(i) for i, e in enumerate(experts)
+    ]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two experts have one name: {names}; give a mapping from name to model")
+    return names
+
+
+def make_recipe(**fields: Any) -> Recipe:
+    """A recipe from its fields; RecipeError says what is wrong and what is nearest."""
+    _check_version(fields)
+    try:
+        return Recipe(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            close = nearest(key, list(Recipe.model_fields))
+            raise RecipeError(
+                f"the recipe has an unknown key {key!r}",
+                expected=", ".join(Recipe.model_fields),
+                fix=f"did you mean {close!r}?" if close else None,
+            ) from error
+        missing = first["type"] == "missing"
+        raise RecipeError(
+            f"the recipe's {key!r} is {'missing' if missing else 'not valid'}",
+            expected=None if missing else first["msg"].removeprefix("Value error, "),
+            found=None if missing else repr(first["input"]),
+        ) from error
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe; ``overrides`` are "key=value" with dotted keys, as ``--set`` takes them.
+
+    Relative model paths are taken from the current folder. Anchors, aliases, tags and repeated
+    keys are refused: they hide what a recipe says.
+    """
+    fields = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    for override in overrides:
+        _override(fields, override)
+    return make_recipe(**fields)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of recipes, with every method's parameters."""
+    from fusewright.methods.registry import registry
+
+    schema = Recipe.model_json_schema()
+    methods = {name: cls.model_json_schema() for name, cls in registry().items()}
+    schema["$defs"] = {**schema.get("$defs", {}), **methods}
+    named = [
+        {"type": "object", "properties": {n: {"$ref": f"#/$defs/{n}"}}, "additionalProperties": False,
+         "required": [n]}
+        for n in methods
+    ]  # fmt: skip
+    name = {"type": "string", "examples": list(methods)}
+    stage = {"anyOf": [name, *named]}
+    schema["properties"]["method"] = {"anyOf": [stage, {"type": "array", "items": stage}]}
+    text = {"type": "string"}
+    entry = {"anyOf": [text, {"$ref": "#/$defs/ExpertEntry"}]}
+    schema["properties"]["experts"] = {"type": "object", "additionalProperties": entry}
+    schema["properties"]["base"] = text
+    return schema
+
+
+def _check_version(fields: Mapping[str, Any]) -> None:
+    version = fields.get("fusewright", VERSION)
+    if isinstance(version, int) and version > VERSION:
+        raise RecipeError(
+            "the recipe is of a newer schema",
+            expected=f"fusewright: {VERSION}", found=f"fusewright: {version}",
+            fix="pip install --upgrade fusewright",
+        )  # fmt: skip
+    if "merge_method" in fields:
+        raise RecipeError(
+            "this is a recipe in mergekit's dialect, which is not read yet",
+            fix="write method:, base: and experts: as `fusewright merge --help` shows",
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError("the recipe cannot be read", where=path, found=error) from error
+    try:
+        found = yaml.load(text, Loader=_Strict)
+    except yaml.YAMLError as error:
+        raise RecipeError("the recipe is not plain YAML", where=path, found=error) from error
+    if not isinstance(found, dict):
+        raise RecipeError("a recipe is a mapping", where=path, found=type(found).__name__)
+    return {str(k): v for k, v in found.items()}
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML without anchors, aliases, tags and repeated keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.composer.ComposerError(None, None, "anchors and aliases are not allowed",
+                                              event.start_mark)  # fmt: skip
+        if getattr(event, "tag", None):
+            raise yaml.composer.ComposerError(None, None, f"tags are not allowed: {event.tag}",
+                                              event.start_mark)  # fmt: skip
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        for k, (at, _) in zip(keys, node.value, strict=True):
+            if keys.count(k) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {k!r} is given twice", at.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _override(fields: dict[str, Any], override: str) -> None:
+    path, sign, text = override.partition("=")
+    if not sign or not path:
+        raise RecipeError("--set takes key=value", found=repr(override),
+                          fix="--set parameters.density=0.3")  # fmt: skip
+    *parents, last = path.split(".")
+    place = fields
+    for key in parents:
+        if isinstance(place.get(key), str) and parents[0] == "experts":
+            place[key] = {"model": place[key]}
+        place = place.setdefault(key, {})
+        if not isinstance(place, dict):
+            raise RecipeError(f"--set {path}: {key!r} is not a mapping", found=repr(place))
+    place[last] = yaml.load(text, Loader=_Strict)

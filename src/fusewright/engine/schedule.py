@@ -1,0 +1,250 @@
+"""Runs a plan's units on threads: pass by pass, under the memory budget.
+
+A pass ends where something must be known of the whole model (a round of scope "model") or with
+the combination. Within a pass each tensor goes through waves: its own rounds that are not solved
+yet, each solved when its last unit is measured, then the pass's goal. Which thread does what does
+not change a bit of the result.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusewright.engine.planner import Action, Job, Plan
+from fusewright.engine.work import Unit, Worker, ensure_finite_solution
+from fusewright.methods.contract import At
+from fusewright.methods.partials import Partial
+from fusewright.methods.pipeline import Key, Place, Step, resolved
+
+Tick = Callable[[str, str, int], None]
+"""Called after each unit with (phase, tensor, bytes of the output that it stands for)."""
+
+
+@dataclass
+class _TensorState:
+    """One tensor on its way through a pass."""
+
+    job: Job
+    waves: deque[Step | None]
+    units: Sequence[Unit]
+    solved: dict[Key, Any]
+    pending: int = 0
+    partial: Partial | None = None
+
+
+@dataclass
+class Schedule:
+    """The passes over a plan. ``model_solved`` and ``tensor_solved`` hold every statistic."""
+
+    plan: Plan
+    worker: Worker
+    done: frozenset[str] = frozenset()
+    tick: Tick = lambda phase, tensor, size: None
+    model_solved: dict[Key, Any] = field(default_factory=dict)
+    tensor_solved: dict[str, dict[Key, Any]] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """All passes in order; raises the first failure of any thread."""
+        self._restore()
+        steps = self.plan.method.steps(self.plan.dtype)
+        for step in steps:
+            if step.round.scope == "model" and step.key not in self.model_solved:
+                self._pass(step, self._before(steps, step))
+        self._pass(None, [s for s in steps if s.round.scope == "tensor"])
+
+    def _before(self, steps: Sequence[Step], goal: Step) -> list[Step]:
+        return [s for s in steps[: steps.index(goal)] if s.round.scope == "tensor"]
+
+    def _restore(self) -> None:
+        by_key = {f"{s.index}.{s.round.name}": s.key for s in self.plan.method.steps(self.plan.dtype)}
+        for note, value in self.worker.sink.noted().items():
+            scope, _, rest = note.partition(":")
+            key, _, tensor = rest.partition(":")
+            if scope == "model" and key in by_key:
+                self.model_solved[by_key[key]] = value
+            elif scope == "tensor" and key in by_key:
+                self.tensor_solved.setdefault(tensor, {})[by_key[key]] = value
+
+    def _pass(self, goal: Step | None, own: Sequence[Step]) -> None:
+        total: list[Partial] = []
+        states = self._states(goal, own, total)
+        _Pool(self, goal, states).run()
+        if goal is not None and total:
+            partial = sum_partials(total)
+            value = goal.round.solve(partial, self._model_at(goal))
+            self.model_solved[goal.key] = ensure_finite_solution(goal.round.name, value)
+            self.worker.sink.note(f"model:{goal.index}.{goal.round.name}", value)
+
+    def _states(
+        self, goal: Step | None, own: Sequence[Step], total: list[Partial]
+    ) -> Iterable[_TensorState]:
+        self._total = total
+        for name, job in self.plan.jobs.items():
+            merged = job.action is Action.MERGE
+            if goal is not None and not merged:
+                continue
+            units = [Unit(job, *span) for span in job.spans]
+            if goal is None:
+                units = [u for u in units if u.task not in self.done]
+            if not units:
+                continue
+            solved = {**self.model_solved, **self.tensor_solved.get(name, {})} if merged else {}
+            waves: list[Step | None] = [s for s in own if merged and s.key not in solved]
+            yield _TensorState(job, deque([*waves, goal]), units, solved)
+
+    def _model_at(self, step: Step) -> At:
+        jobs = [j for j in self.plan.jobs.values() if j.action is Action.MERGE]
+        total = sum(j.info.numel for j in jobs)
+        stage = self.plan.method.chain[step.index]
+        params = resolved(stage, jobs[0].layout, self.plan.keys)
+        where = At("", (total,), 0, total, self.plan.keys, jobs[0].layout, self.plan.dtype,
+                   self.plan.recipe.seed)  # fmt: skip
+        blank = tuple(params for _ in self.plan.method.chain)
+        return Place(where, blank, dict(self.model_solved)).at(step.index)
+
+    # -- called by the pool's threads -----------------------------------------------------------
+
+    def act(self, state: _TensorState, wave: Step | None, unit: Unit) -> Partial | None:
+        """Do one unit of a wave."""
+        if wave is None:
+            self.worker.combine(unit, state.solved)
+            self.tick("merge", unit.name, (unit.stop - unit.start) * unit.job.info.dtype.itemsize)
+            return None
+        partial = self.worker.measure(wave, unit, state.solved)
+        self.tick(wave.round.name, unit.name, (unit.stop - unit.start) * unit.job.info.dtype.itemsize)
+        return partial
+
+    def close_wave(self, state: _TensorState, wave: Step | None) -> None:
+        """A wave's last unit is done: solve it, or hand its partial to the model's."""
+        if wave is None or state.partial is None:
+            return
+        partial, state.partial = state.partial.rounded(), None
+        if wave.round.scope == "model":
+            self._total.append(partial)
+            return
+        whole = Unit(state.job, 0, state.job.info.numel)
+        at = self.worker.place(whole, state.solved).at(wave.index)
+        value = ensure_finite_solution(wave.round.name, wave.round.solve(partial, at))
+        state.solved[wave.key] = value
+        name = state.job.info.name
+        self.tensor_solved.setdefault(name, {})[wave.key] = value
+        self.worker.sink.note(f"tensor:{wave.index}.{wave.round.name}:{name}", value)
+
+
+def sum_partials(parts: Sequence[Partial]) -> Partial:
+    """All of them together."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total.rounded()
+
+
+class _Pool:
+    """Threads that take units of open tensors first, then open the next tensor."""
+
+    def __init__(
+        self, schedule: Schedule, goal: Step | None, states: Iterable[_TensorState]
+    ) -> None:
+        self.schedule, self.states = schedule, iter(states)
+        self.ready: deque[tuple[_TensorState, Step | None, Unit]] = deque()
+        self.budget = schedule.plan.options.memory
+        self.changed = threading.Condition()
+        self.active = 0
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        workers = self.schedule.plan.options.workers
+        threads = [threading.Thread(target=self._loop, daemon=True) for _ in range(workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():  # a timeout keeps Ctrl-C alive
+                    thread.join(0.2)
+        except BaseException as error:
+            with self.changed:
+                self.failure = self.failure or error
+                self.changed.notify_all()
+            for thread in threads:
+                thread.join()
+            raise
+        if self.failure is not None:
+            raise self.failure
+
+    def _loop(self) -> None:
+        import torch
+
+        with torch.inference_mode():
+            while (item := self._take()) is not None:
+                state, wave, unit = item
+                partial, failure = None, None
+                try:
+                    partial = self.schedule.act(state, wave, unit)
+                except BaseException as error:
+                    failure = error
+                self._give(state, wave, unit, partial, failure)
+
+    def _take(self) -> tuple[_TensorState, Step | None, Unit] | None:
+        with self.changed:
+            while self.failure is None:
+                if not self.ready:
+                    self._open_next()
+                if self.ready:
+                    need = self.ready[0][2].job.memory
+                    if need <= self.budget or self.active == 0:
+                        self.budget -= need
+                        self.active += 1
+                        return self.ready.popleft()
+                elif self.active == 0:
+                    break
+                self.changed.wait()
+            self.changed.notify_all()
+            return None
+
+    def _open_next(self) -> None:
+        state = next(self.states, None)
+        if state is not None:
+            self._queue(state)
+
+    def _queue(self, state: _TensorState) -> None:
+        wave = state.waves.popleft()
+        state.pending = len(state.units)
+        self.ready.extend((state, wave, unit) for unit in state.units)
+
+    def _give(
+        self,
+        state: _TensorState,
+        wave: Step | None,
+        unit: Unit,
+        partial: Partial | None,
+        failure: BaseException | None,
+    ) -> None:
+        with self.changed:
+            self.budget += unit.job.memory
+            self.active -= 1
+            self.failure = self.failure or failure
+            if partial is not None:
+                state.partial = partial if state.partial is None else state.partial + partial
+            state.pending -= 1
+            if state.pending == 0 and self.failure is None:
+                try:
+                    self.schedule.close_wave(state, wave)
+                    if state.waves:
+                        self._queue(state)
+                except BaseException as error:
+                    self.failure = error
+            self.changed.notify_all()
+
+
+def digests_by_model(records: Mapping[str, Any]) -> dict[str, dict[str, list[tuple[int, str]]]]:
+    """Leaf digests of what was read, as {model: {tensor: [(start, leaves)]}}, from commits."""
+    found: dict[str, dict[str, list[tuple[int, str]]]] = {}
+    for task, leaves in records.items():
+        name, _, start = task.rpartition(":")
+        for model, text in leaves.items():
+            found.setdefault(model, {}).setdefault(name, []).append((int(start), text))
+    return found

@@ -1,0 +1,240 @@
+"""One unit's work: read it, measure it or combine it, hash it and write it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusewright.engine.codec import Finite, check_input, decode, encode
+from fusewright.engine.inputs import Inputs
+from fusewright.engine.planner import Action, Job, Plan
+from fusewright.errors import NumericError
+from fusewright.methods.contract import At
+from fusewright.methods.door import unit_shape
+from fusewright.methods.partials import Partial
+from fusewright.methods.pipeline import Key, Pipeline, Place, Step, resolved
+from fusewright.weights import LowRank
+from fusewright.weights.digest import block_digests
+from fusewright.weights.sink import Sink
+
+Model = str | None
+Solved = Mapping[Key, Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Elements [start, stop) of one output tensor."""
+
+    job: Job
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return self.job.info.name
+
+    @property
+    def task(self) -> str:
+        return f"{self.name}:{self.start}"
+
+
+class Worker:
+    """Does units; one for all threads, each of which has its own read buffers."""
+
+    def __init__(self, plan: Plan, inputs: Inputs, sink: Sink) -> None:
+        self.plan, self.inputs, self.sink = plan, inputs, sink
+        self.rule = Finite(plan.options.allow_nonfinite, plan.options.allow_overflow)
+        self.device = torch.device(plan.options.device)
+        self.disagreements: dict[str, int] = {}
+        self._local = threading.local()
+        self._count = threading.Lock()
+        self.bytes_read = self.bytes_written = 0
+        self.leaves: dict[str, dict[str, str]] = {}
+        self._params: dict[tuple[str, Action], Any] = {}
+
+    def measure(self, step: Step, unit: Unit, solved: Solved) -> Partial:
+        """One round's partial over a unit."""
+        base, vectors, _ = self._numbers(unit, hashed=False)
+        return self._pipeline(unit).measure(step, vectors, base, self.place(unit, solved))
+
+    def combine(self, unit: Unit, solved: Solved) -> None:
+        """Make a unit of the output, write it and commit it."""
+        if unit.job.action is Action.COPY:
+            raw, leaves = self._copied(unit)
+        elif self._fused(unit):
+            raw, leaves = self._by_kernel(unit, solved)
+        else:
+            base, vectors, leaves = self._numbers(unit, hashed=True)
+            x = self._pipeline(unit).combine(vectors, base, self.place(unit, solved))
+            raw = encode(x.reshape(-1).cpu(), unit.job.info.dtype, self._where(unit), self.rule)
+        self._put(unit, raw, leaves)
+
+    def place(self, unit: Unit, solved: Solved) -> Place:
+        """The unit's place for every stage."""
+        job, plan = unit.job, self.plan
+        at = At(job.info.name, job.info.shape, unit.start, unit.stop, plan.keys, job.layout,
+                plan.dtype, plan.recipe.seed)  # fmt: skip
+        key = (unit.name, job.action)
+        if key not in self._params:
+            self._params[key] = tuple(
+                resolved(s, job.layout, plan.keys) for s in plan.pipeline(job.action).chain
+            )
+        return Place(at, self._params[key], solved)
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def _pipeline(self, unit: Unit) -> Pipeline:
+        return self.plan.pipeline(unit.job.action)
+
+    def _where(self, unit: Unit) -> str:
+        return f"{unit.name}, elements {unit.start}:{unit.stop}"
+
+    def _numbers(
+        self, unit: Unit, hashed: bool
+    ) -> tuple[Tensor | None, list[Tensor], dict[str, str]]:
+        """The base (where it is needed) and the vectors of a unit, in the dtype of arithmetic."""
+        leaves: dict[str, str] = {}
+        deltas = self._pipeline(unit).frame == "deltas"
+        shape = unit_shape(unit.job.info.shape, unit.job.unit, unit.stop - unit.start)
+        base = self._weights(None, unit, leaves if hashed else None, 0) if deltas else None
+        vectors = []
+        for slot, model in enumerate(self.plan.vectors, start=1):
+            vector = self._known_delta(model, unit) if deltas else None
+            if vector is None:
+                vector = self._weights(model, unit, leaves if hashed else None, slot)
+                vector = vector - base if base is not None else vector
+            vectors.append(vector.reshape(shape))
+        return (None if base is None else base.reshape(shape)), vectors, leaves
+
+    def _weights(self, model: Model, unit: Unit, leaves: dict[str, str] | None, slot: int) -> Tensor:
+        raw = self.raw(model, unit, leaves, slot)
+        info = self.inputs.info(model, unit.name)
+        assert info is not None
+        x = decode(raw, info.dtype, self.plan.dtype)
+        check_input(x, f"{self.inputs.weights(model).label}: {self._where(unit)}", self.rule)
+        return x.to(self.device)
+
+    def raw(self, model: Model, unit: Unit, leaves: dict[str, str] | None, slot: int) -> Tensor:
+        """A model's bytes of a unit, in this thread's buffer number ``slot``."""
+        weights, name = self.inputs.weights(model), self.inputs.name_in(model, unit.name)
+        assert name is not None
+        size = weights[name].dtype.itemsize
+        raw = self._buffer(slot, (unit.stop - unit.start) * size)
+        view = memoryview(raw.numpy())
+        weights.read(name, unit.start, unit.stop, view)
+        with self._count:
+            self.bytes_read += len(view)
+        if leaves is not None:
+            leaves["base" if model is None else model] = block_digests(view, size).hex()
+        return raw
+
+    def _known_delta(self, model: Model, unit: Unit) -> Tensor | None:
+        """A task vector that is known without reading: untouched, or LoRA factors."""
+        if model is None or (name := self.inputs.name_in(model, unit.name)) is None:
+            return None
+        delta = self.inputs.weights(model).delta(name)
+        if isinstance(delta, LowRank):
+            return low_rank_range(delta, unit.start, unit.stop, self.plan.dtype).to(self.device)
+        if delta == 0.0:
+            return torch.zeros(unit.stop - unit.start, dtype=self.plan.dtype, device=self.device)
+        return None
+
+    def _buffer(self, slot: int, size: int) -> Tensor:
+        buffers: dict[int, Tensor] = self._local.__dict__.setdefault("buffers", {})
+        if unit_is_large(size):
+            return torch.empty(size, dtype=torch.uint8)
+        if slot not in buffers or buffers[slot].numel() < size:
+            buffers[slot] = torch.empty(size, dtype=torch.uint8)
+        return buffers[slot][:size]
+
+    # -- writing -----------------------------------------------------------------------------
+
+    def _fused(self, unit: Unit) -> bool:
+        kernel = self.plan.kernel
+        if kernel is None or unit.job.action is not Action.MERGE:
+            return False
+        models = (*([None] if self.plan.needs_base else []), *self.plan.vectors)
+        infos = [self.inputs.info(m, unit.name) for m in models]
+        if any(self._lazy(m, unit) for m in models):
+            return False
+        return kernel.takes([i.dtype for i in infos if i is not None], unit.job.info.dtype)
+
+    def _lazy(self, model: Model, unit: Unit) -> bool:
+        name = self.inputs.name_in(model, unit.name)
+        return name is not None and self.inputs.weights(model).delta(name) is not None
+
+    def _by_kernel(self, unit: Unit, solved: Solved) -> tuple[Tensor, dict[str, str]]:
+        kernel, leaves = self.plan.kernel, {}
+        assert kernel is not None
+        base = self.raw(None, unit, leaves, 0) if self.plan.needs_base else None
+        vectors = [self.raw(m, unit, leaves, i) for i, m in enumerate(self.plan.vectors, 1)]
+        out = self._buffer(-1, (unit.stop - unit.start) * unit.job.info.dtype.itemsize)
+        models = (*([None] if self.plan.needs_base else []), *self.plan.vectors)
+        dtypes = [i.dtype for m in models if (i := self.inputs.info(m, unit.name)) is not None]
+        clean = kernel.run(base, vectors, dtypes, out, unit.job.info.dtype, self.place(unit, solved))
+        if not clean:  # NaN, infinity or overflow somewhere: the definition finds out and says where
+            base_x, xs, leaves = self._numbers(unit, hashed=True)
+            x = self._pipeline(unit).combine(xs, base_x, self.place(unit, solved))
+            out = encode(x.reshape(-1), unit.job.info.dtype, self._where(unit), self.rule)
+        return out, leaves
+
+    def _copied(self, unit: Unit) -> tuple[Tensor, dict[str, str]]:
+        leaves: dict[str, str] = {}
+        model = None if self.inputs.base is not None else next(iter(self.inputs.experts))
+        raw = self.raw(model, unit, leaves, 0)
+        others = [e for e in self.inputs.experts if e != model]
+        for other in others:
+            info = self.inputs.info(other, unit.name)
+            if info is not None and info.dtype is unit.job.info.dtype:
+                differ = int((self.raw(other, unit, leaves, 1) != raw).any())
+                with self._count:
+                    if differ:
+                        self.disagreements[unit.name] = self.disagreements.get(unit.name, 0) + 1
+        return raw, leaves
+
+    def _put(self, unit: Unit, raw: Tensor, leaves: dict[str, str]) -> None:
+        size = unit.job.info.dtype.itemsize
+        view = memoryview(raw.numpy())
+        own = block_digests(view, size)
+        self.sink.write(unit.name, unit.start * size, view)
+        self.sink.commit(
+            unit.task, [(unit.name, unit.start * size, unit.stop * size, own)], {"inputs": leaves}
+        )
+        with self._count:
+            self.leaves[unit.task] = leaves
+            self.bytes_written += len(view)
+
+
+LARGE = 8 * 2**20
+
+
+def unit_is_large(size: int) -> bool:
+    """Whether a buffer should go back to the system after use."""
+    return size > LARGE
+
+
+def low_rank_range(delta: LowRank, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Elements [start, stop) of scale·up@down, computed on whole groups of rows from row 0, so
+    that they do not depend on the range asked for."""
+    columns = delta.down.shape[1]
+    group = -(-65_536 // columns)
+    first, last = start // columns // group * group, -(-stop // columns)
+    up, down = delta.up.to(dtype), delta.down.to(dtype)
+    rows = [up[r : r + group] @ down * delta.scale for r in range(first, last, group)]
+    flat = torch.cat(rows).reshape(-1)
+    return flat[start - first * columns : stop - first * columns]
+
+
+def ensure_finite_solution(name: str, value: Any) -> Any:
+    """Refuse a solved statistic that is NaN: it would poison every tensor."""
+    import math
+
+    numbers = value if isinstance(value, list) else [value]
+    if any(isinstance(v, float) and math.isnan(v) for v in numbers):
+        raise NumericError(f"the {name} of the model is NaN", found=value)
+    return value
