@@ -65,6 +65,10 @@ _NOISE = re.compile(
     r"|output_\w+|return_dict|gradient_checkpointing|_\w+|pretraining_tp|router_aux_loss_coef"
 )
 _ALIASES = {"torch_dtype": "dtype"}
+#: Compared as one value.
+_WHOLE = frozenset({"id2label", "label2id", "quantization_config"})
+#: Leaving it out says something too.
+_TELLING = frozenset({"tie_word_embeddings", "quantization_config"})
 _ROPE = ("rope_parameters", "rope_scaling")
 _ABSENT = None  # null says the same as leaving the key out
 
@@ -91,7 +95,7 @@ def _finding(key: str, one: object, other: object) -> Finding:
     rule = next(known, Meaning("", "info", "the configs differ"))
     severity = rule.severity
     if (one is _ABSENT or other is _ABSENT) and severity != "info":
-        severity = "warning" if last == "tie_word_embeddings" else "info"
+        severity = "warning" if last in _TELLING else "info"
     message = f"{rule.why}: {_show(one)} in the base, {_show(other)} in the expert"
     return Finding(severity, key, message, rule.fix)
 
@@ -112,7 +116,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             continue
         if key in _ROPE and isinstance(value, Mapping):
             flat |= _rope(value, prefix)
-        elif isinstance(value, Mapping) and key not in ("id2label", "label2id"):
+        elif isinstance(value, Mapping) and key not in _WHOLE:
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

@@ -10,26 +10,20 @@ from fusewright.layout.names import canonical_order, pattern
 
 Shape = tuple[int, ...]
 
+_LACKS = "merge only what both have, or complete the expert"
+_ADDS = "leave it out of the expert, or extend the base"
+
 
 def compare_shapes(base: Mapping[str, Shape], expert: Mapping[str, Shape]) -> list[Finding]:
     """Missing, extra and differently shaped tensors of the expert, one finding a pattern.
 
     Repeated tensors (the same name in every layer) are reported once, with their number.
     """
-    missing = [name for name in base if name not in expert]
-    extra = [name for name in expert if name not in base]
-    findings = [
-        Finding(
-            "error", subject, "the expert lacks it", "merge only what both have, or fix the expert"
-        )
-        for subject in _grouped(missing)
-    ] + [
-        Finding(
-            "error", subject, "the base lacks it", "leave it out of the expert, or extend the base"
-        )
-        for subject in _grouped(extra)
-    ]
-    return worst_first(findings + _different(base, expert))
+    missing = _grouped([name for name in base if name not in expert])
+    extra = _grouped([name for name in expert if name not in base])
+    lacks = [Finding("error", subject, "the expert lacks it", _LACKS) for subject in missing]
+    adds = [Finding("error", subject, "the base lacks it", _ADDS) for subject in extra]
+    return worst_first(lacks + adds + _different(base, expert))
 
 
 def _different(base: Mapping[str, Shape], expert: Mapping[str, Shape]) -> list[Finding]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fusewright.errors import WeightsError
-from fusewright.layout.compare.finding import Finding, worst_first
+from fusewright.layout.compare.finding import Finding, Severity, worst_first
 
 _EXAMPLES = 5
+_ALIGN = "rows of embeddings and head mean different tokens: align the vocabularies"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def compare_vocabularies(base_dir: Path, expert_dir: Path) -> list[Finding]:
         )
     for name in sorted(base.models.keys() & expert.models.keys()):
         if base.models[name] != expert.models[name]:
-            severity = "warning" if base.ids and expert.ids else "error"
+            severity: Severity = "warning" if base.ids and expert.ids else "error"
             findings.append(
                 Finding(severity, name, "SentencePiece models differ", "compare their pieces")
             )
@@ -60,43 +61,33 @@ def _without(base: Vocabulary | None, expert: Vocabulary | None) -> list[Finding
 def _by_ids(base: Mapping[str, int], expert: Mapping[str, int]) -> list[Finding]:
     if not base or not expert:
         return []
-    moved = [token for token in base if token in expert and base[token] != expert[token]]
+    taken = {index: token for token, index in base.items()}
+    moved = [token for token in base if expert.get(token, base[token]) != base[token]]
     lost = [token for token in base if token not in expert]
     new = [token for token in expert if token not in base]
-    taken = {index: token for token, index in base.items()}
     replaced = [token for token in new if expert[token] in taken]
-    findings = []
-    if moved:
-        shown = _examples(f"{t!r} {base[t]} -> {expert[t]}" for t in moved)
-        findings.append(
-            Finding("error", "token ids", f"{len(moved)} tokens have other ids: {shown}",
-                    "rows of embeddings and head mean different tokens: align the vocabularies")
-        )  # fmt: skip
-    if replaced:
-        shown = _examples(f"{expert[t]}: {taken[expert[t]]!r} -> {t!r}" for t in replaced)
-        findings.append(
-            Finding("error", "token ids", f"{len(replaced)} ids have other tokens: {shown}",
-                    "rows of embeddings and head mean different tokens: align the vocabularies")
-        )  # fmt: skip
     added = [token for token in new if expert[token] not in taken]
-    if added:
-        shown = _examples(f"{t!r} {expert[t]}" for t in added)
-        findings.append(
-            Finding("warning", "token ids", f"the expert adds {len(added)} tokens: {shown}",
-                    "the base's tokenizer is written: prompts must not need these tokens")
-        )  # fmt: skip
-    if lost and len(lost) > len(replaced):
-        shown = _examples(f"{t!r} {base[t]}" for t in lost)
-        findings.append(
-            Finding("warning", "token ids", f"the expert lacks {len(lost)} tokens: {shown}",
-                    "its rows for them, if any, were not trained")
-        )  # fmt: skip
-    return findings
+    if len(lost) <= len(replaced):
+        lost = []  # already told: other tokens stand in their rows
+    return [
+        *_told("error", "{n} tokens have other ids: {shown}", _ALIGN,
+               [f"{t!r} {base[t]} -> {expert[t]}" for t in moved]),
+        *_told("error", "{n} ids have other tokens: {shown}", _ALIGN,
+               [f"{expert[t]}: {taken[expert[t]]!r} -> {t!r}" for t in replaced]),
+        *_told("warning", "the expert adds {n} tokens: {shown}",
+               "the base's tokenizer is written: prompts must not need these tokens",
+               [f"{t!r} {expert[t]}" for t in added]),
+        *_told("warning", "the expert lacks {n} tokens: {shown}",
+               "its rows for them, if any, were not trained", [f"{t!r} {base[t]}" for t in lost]),
+    ]  # fmt: skip
 
 
-def _examples(shown: Any) -> str:
-    listed = list(shown)
-    return ", ".join(listed[:_EXAMPLES]) + (", ..." if len(listed) > _EXAMPLES else "")
+def _told(severity: Severity, message: str, fix: str, cases: list[str]) -> list[Finding]:
+    """One finding with the number of cases and the first of them; none if there are none."""
+    if not cases:
+        return []
+    shown = ", ".join(cases[:_EXAMPLES]) + (", ..." if len(cases) > _EXAMPLES else "")
+    return [Finding(severity, "token ids", message.format(n=len(cases), shown=shown), fix)]
 
 
 def read_vocabulary(directory: Path) -> Vocabulary | None:
@@ -113,7 +104,7 @@ def read_vocabulary(directory: Path) -> Vocabulary | None:
     if (path := directory / "vocab.json").is_file():
         return Vocabulary(_ids(path, _json(path)) | extra, path.name, _merges(directory), models)
     if (path := directory / "vocab.txt").is_file():
-        tokens = _text(path).splitlines()
+        tokens = _text(path).removesuffix("\n").split("\n")
         return Vocabulary(dict(zip(tokens, range(len(tokens)), strict=True)) | extra, path.name,
                           models=models)  # fmt: skip
     return Vocabulary(extra, "", models=models) if models or extra else None
@@ -125,13 +116,15 @@ def _from_tokenizer_json(path: Path, models: Mapping[str, str]) -> Vocabulary:
     if not isinstance(model, dict):
         raise _malformed(path, 'an object with "model"', type(content).__name__)
     vocab = model.get("vocab", {})
-    if isinstance(vocab, list):  # Unigram: [token, score] in the order of ids
-        vocab = {piece[0]: index for index, piece in enumerate(vocab)}
-    ids = _ids(path, vocab)
     try:
+        if isinstance(vocab, list):  # Unigram: [token, score] in the order of ids
+            vocab = {token: index for index, (token, _) in enumerate(vocab)}
+        ids = _ids(path, vocab)
         ids |= {token["content"]: int(token["id"]) for token in content.get("added_tokens") or ()}
     except (KeyError, TypeError, ValueError) as error:
-        raise _malformed(path, "added_tokens with content and id", repr(error)) from error
+        raise _malformed(
+            path, "pieces, and added_tokens with content and id", repr(error)
+        ) from error
     pairs = model.get("merges") or ()
     rules = [" ".join(pair) if isinstance(pair, list) else str(pair) for pair in pairs]
     return Vocabulary(ids, path.name, _digest("\n".join(rules)) if rules else "", models)
@@ -141,7 +134,7 @@ def _merges(directory: Path) -> str:
     path = directory / "merges.txt"
     if not path.is_file():
         return ""
-    rules = [line for line in _text(path).splitlines() if line and not line.startswith("#version")]
+    rules = [line for line in _text(path).split("\n") if line and not line.startswith("#version")]
     return _digest("\n".join(rules))
 
 
