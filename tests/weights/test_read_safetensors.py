@@ -12,22 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from read_help import fetch
 from safetensors.torch import load_file, save_file
 
 from fusewright.errors import WeightsError
-from fusewright.weights import DType, Weights
+from fusewright.weights import DType
 from fusewright.weights.files import COUNT
 from fusewright.weights.safetensors_file import SafetensorsFile
-
-
-def fetch(weights: Weights, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-    info = weights[name]
-    stop = info.numel if stop is None else stop
-    out = bytearray((stop - start) * info.dtype.itemsize)
-    weights.read(name, start, stop, memoryview(out))
-    if not out:
-        return torch.empty(0, dtype=info.dtype.torch)
-    return torch.frombuffer(out, dtype=torch.uint8).view(info.dtype.torch)
 
 
 def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:

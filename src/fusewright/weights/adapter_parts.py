@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ..errors import WeightsError
 from .adapter_config import LoraConfig
+from .module_names import module_names
 from .spec import Weights
 
 _PIECE = re.compile(
@@ -42,26 +43,23 @@ class Parts:
 
 
 def sort_parts(
-    file: Weights, base: Mapping[str, object], config: LoraConfig, where: object
+    file: Weights, base: Weights, config: LoraConfig, where: object
 ) -> Parts:
     """Raises WeightsError for a tensor whose role is not known, a factor without its partner, or a
     factor for a tensor that the base does not have."""
     pieces, whole = _split(file, where)
-    prefix = _prefix(pieces, whole, base)
-    parts = Parts()
-    if prefix:
-        sign, text = prefix[0], prefix[1:]
-        parts.notes.append(
-            f"the adapter's names are the base's {'without' if sign == '+' else 'with'} '{text}'"
-        )
+    for one in pieces.values():
+        _complete(one, config, where)
+    prefix, known, notes = _naming(pieces, whole, base)
+    parts = Parts(notes=notes)
     for module, one in pieces.items():
         target = _apply(prefix, module)
-        _complete(one, config, where)
-        parts.factors[_weight(target, base, one, where)] = one
+        parts.factors[_find(f"{target}.weight", known, one.down, where)] = one
         if one.bias:
-            parts.biases[_bias(target, base, where)] = one
+            parts.biases[_find(f"{target}.bias", known, one.bias, where)] = one
     for name, key in whole.items():
-        parts.replaced[_apply(prefix, name)] = key
+        target = _apply(prefix, name)
+        parts.replaced[known.get(target, target)] = key
     new = [name for name in parts.replaced if name not in base]
     if new:
         parts.notes.append(f"in the adapter, not in the base: {', '.join(new)}")
@@ -112,16 +110,32 @@ def _complete(one: Pieces, config: LoraConfig, where: object) -> None:
         )
 
 
-def _prefix(
-    pieces: Mapping[str, Pieces], whole: Mapping[str, str], base: Mapping[str, object]
-) -> str:
-    """'' if the adapter's names are the base's, else '+p' or '-p': one prefix that all need.
+def _naming(
+    pieces: Mapping[str, Pieces], whole: Mapping[str, str], base: Weights
+) -> tuple[str, dict[str, str], list[str]]:
+    """How the adapter's names become the base's: a prefix, then a table; and what to note."""
+    names = [f"{module}.weight" for module in pieces] or list(whole)
+    same = {name: name for name in base}
+    if all(name in base for name in names):
+        return "", same, []
+    prefix = _prefix(names, base)
+    if prefix:
+        how = "without" if prefix[0] == "+" else "with"
+        return prefix, same, [f"the adapter's names are the base's {how} '{prefix[1:]}'"]
+    renamed = module_names(base.config, base)
+    if all(name in renamed for name in names):
+        note = "the adapter names modules as transformers does, the base's files as they were saved"
+        return "", renamed, [note]
+    return "", same, []
+
+
+def _prefix(names: list[str], base: Mapping[str, object]) -> str:
+    """'+p' or '-p': the one prefix that makes all names the base's; '' if there is none.
 
     The same base is often saved from its bare model and from the model with a head, which names
     everything one level deeper.
     """
-    names = [f"{module}.weight" for module in pieces] or list(whole)
-    if not names or any(name in base for name in names):
+    if not names:
         return ""
     first = names[0]
     choices = {f"+{key.removesuffix(first)}" for key in base if key.endswith("." + first)}
@@ -137,21 +151,12 @@ def _apply(prefix: str, name: str) -> str:
     return prefix[1:] + name if prefix[0] == "+" else name.removeprefix(prefix[1:])
 
 
-def _weight(target: str, base: Mapping[str, object], one: Pieces, where: object) -> str:
-    if f"{target}.weight" in base:
-        return f"{target}.weight"
+def _find(target: str, known: Mapping[str, str], key: str, where: object) -> str:
+    if target in known:
+        return known[target]
     raise WeightsError(
         "the adapter targets a tensor that the base does not have",
-        where=f"{where}: {one.down}", expected=f"{target}.weight in the base",
+        where=f"{where}: {key}", expected=f"{target} in the base",
         found="none (a tied head? another model?)",
         fix="give the base that adapter_config.json names in base_model_name_or_path",
-    )  # fmt: skip
-
-
-def _bias(target: str, base: Mapping[str, object], where: object) -> str:
-    if f"{target}.bias" in base:
-        return f"{target}.bias"
-    raise WeightsError(
-        "the adapter adds to a bias (lora_bias) that the base does not have",
-        where=f"{where}: {target}", expected=f"{target}.bias in the base", found="none",
     )  # fmt: skip

@@ -72,7 +72,15 @@ def _load(path: Path, zipped: bool) -> Any:
 def _refusal(path: Path, text: str) -> WeightsError:
     found = re.search(r"GLOBAL ([\w.]+)", text)
     if found is None:
-        return WeightsError("not a readable torch file", where=path, found=text[:200])
+        # torch's own text goes on to advise weights_only=False, which would run whatever is there.
+        said = re.search(r"WeightsUnpickler error: (.*)", text)
+        return WeightsError(
+            "not a torch file that can be read without running code",
+            where=path,
+            expected="torch.save of a state dict",
+            found=said.group(1)[:200] if said else "a pickle with other instructions",
+            fix="get the weights as safetensors",
+        )
     return WeightsError(
         "the file asks to run code while it is loaded; nothing was run",
         where=path,
