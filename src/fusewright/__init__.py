@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from fusewright.engine import (
         Expert as Expert,
         Merged as Merged,
-        check as check,
-        inspect as inspect,
+        check_models as _check_models,
+        inspect_models as _inspect_models,
         load as load,
         merge as merge,
         plan as plan,
@@ -27,16 +27,25 @@ if TYPE_CHECKING:
     from fusewright.errors import FusewrightError as FusewrightError
     from fusewright.methods.static import *  # noqa: F403
 
-_ENGINE = ("Expert", "Merged", "check", "inspect", "load", "merge", "plan", "verify")
+    check, inspect = _check_models, _inspect_models
+
 _DOORS = {
-    **dict.fromkeys(_ENGINE, "fusewright.engine"),
-    "FusewrightError": "fusewright.errors",
+    "Expert": ("fusewright.engine", "Expert"),
+    "FusewrightError": ("fusewright.errors", "FusewrightError"),
+    "Merged": ("fusewright.engine", "Merged"),
+    "check": ("fusewright.engine", "check_models"),
+    "inspect": ("fusewright.engine", "inspect_models"),
+    "load": ("fusewright.engine", "load"),
+    "merge": ("fusewright.engine", "merge"),
+    "plan": ("fusewright.engine", "plan"),
+    "verify": ("fusewright.engine", "verify"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _DOORS:
-        found = getattr(import_module(_DOORS[name]), name)
+        module, attribute = _DOORS[name]
+        found = getattr(import_module(module), attribute)
     elif name[:1].isupper():
         found = _method_classes().get(name)
     else:

@@ -6,33 +6,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from fusewright.cli._print import duration, size
+
+if TYPE_CHECKING:
+    from fusewright.engine.progress import Listener, Progress
 
 EVERY = 10.0  # seconds between lines where there is no terminal
 
 
-class Progress(Protocol):
-    """What the engine reports: bytes done of all, in which phase, at which tensor."""
-
-    @property
-    def done_bytes(self) -> int: ...
-    @property
-    def total_bytes(self) -> int: ...
-    @property
-    def phase(self) -> str: ...
-    @property
-    def tensor(self) -> str: ...
-    @property
-    def resumed(self) -> bool: ...
-
-
-Report = Callable[[Any], None]
-
-
 @contextmanager
-def shown(quiet: bool) -> Iterator[Report | None]:
+def shown(quiet: bool) -> Iterator[Listener | None]:
     """A function that shows each progress report, or None if nothing is to be shown."""
     if quiet:
         yield None
@@ -44,48 +29,47 @@ def shown(quiet: bool) -> Iterator[Report | None]:
 
 
 class Lines:
-    """One line of text every :data:`EVERY` seconds. Bytes that an earlier run had done do not
-    count in the rate."""
+    """A line of text every :data:`EVERY` seconds. The rate counts from the first report: what an
+    earlier run had done does not make this one look faster."""
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self.clock = clock
-        self.began = self.last = clock()
-        self.skipped = 0
+        self.first: tuple[float, int] | None = None
+        self.last = clock()
 
     def report(self, now: Progress) -> None:
-        if now.resumed:
-            self.skipped = now.done_bytes
         time = self.clock()
+        began, skipped = self.first = self.first or (time, now.done_bytes)
         if time - self.last >= EVERY:
             self.last = time
-            print(self.line(now, time - self.began), file=sys.stderr, flush=True)
+            rate = (now.done_bytes - skipped) / max(time - began, 1e-9)
+            print(line(now, rate), file=sys.stderr, flush=True)
 
-    def line(self, now: Progress, seconds: float) -> str:
-        rate = (now.done_bytes - self.skipped) / seconds
-        left = duration((now.total_bytes - now.done_bytes) / rate) if rate > 0 else "unknown time"
-        return (
-            f"{now.phase}: {size(now.done_bytes)} of {size(now.total_bytes)}, "
-            f"{size(rate)}/s, {left} left"
-        )
+
+def line(now: Progress, rate: float) -> str:
+    """How far, how fast (bytes a second), how long yet."""
+    left = f"{duration((now.total_bytes - now.done_bytes) / rate)} left" if rate > 0 else "starting"
+    again = "resumed, " if now.resumed else ""
+    done, total = size(now.done_bytes), size(now.total_bytes)
+    return f"{now.phase}: {again}{done} of {total}, {size(rate)}/s, {left}"
 
 
 @contextmanager
-def _bar() -> Iterator[Report]:
+def _bar() -> Iterator[Listener]:
     from rich import progress
     from rich.console import Console
 
     columns = (
-        progress.TextColumn("{task.description}"), progress.BarColumn(),
+        progress.TextColumn("{task.description}", markup=False), progress.BarColumn(),
         progress.DownloadColumn(), progress.TransferSpeedColumn(), progress.TimeRemainingColumn(),
     )  # fmt: skip
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("planning", total=None)
 
         def report(now: Progress) -> None:
-            if now.resumed:  # starts the clock anew: an earlier run's bytes have no rate
+            if bar.tasks[0].total is None:  # the clock starts with the first report
                 bar.reset(task, total=now.total_bytes, completed=now.done_bytes)
-            bar.update(
-                task, description=now.phase, total=now.total_bytes, completed=now.done_bytes
-            )
+            label = f"{now.phase} (resumed)" if now.resumed else now.phase
+            bar.update(task, description=label, completed=now.done_bytes)
 
         yield report

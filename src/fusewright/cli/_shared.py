@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +13,17 @@ DEVICES = ("cpu", "cuda", "mps")
 DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
 
-def examples(*commands: str) -> str:
-    """An epilog with one example a line."""
-    return "\n\n".join(["Examples:", *(f"$ {command}" for command in commands)])
+def add(app: typer.Typer, command: Callable[..., None], *examples: str) -> None:
+    """Register a command: its docstring, paragraphs re-flowed, is its help; examples follow."""
+    paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
+    help_ = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
+    epilog = "\n\n".join(["Examples:", *(f"$ {escape(example)}" for example in examples)])
+    app.command(help=help_, epilog=epilog)(command)
+
+
+def escape(text: str) -> str:
+    """Text as help shows it verbatim, brackets too."""
+    return text.replace("[", "\\[")
 
 
 def method_names(incomplete: str) -> list[str]:
@@ -50,7 +60,7 @@ Json = Annotated[
 ]  # fmt: skip
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="How many threads; the result does not depend on it.  [all cores]"),
+    typer.Option(min=1, help="How many threads (all cores); it does not change the result."),
 ]
 Memory = Annotated[str, typer.Option(metavar="SIZE", help="Memory for tensors, such as 512MiB.")]
 Models = Annotated[

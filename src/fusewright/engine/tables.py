@@ -24,6 +24,7 @@ class Table:
 
 
 def cell(value: Any) -> str:
+    """A value as a table shows it."""
     """A value as a table shows it: four significant digits, a dash where none applies."""
     if value is None:
         return "–"

@@ -1,0 +1,41 @@
+"""``fusewright demo``, and ``schema`` for editors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fusewright.cli._print import print_json
+from fusewright.cli._shared import Json, add
+
+
+def register(app: typer.Typer) -> None:
+    add(app, demo, "fusewright demo", "fusewright demo -o out/demo --json")
+    add(app, schema, "fusewright schema > recipe.schema.json")
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where everything goes.")] = Path(
+        "out/demo"
+    ),
+    json: Json = False,
+) -> None:
+    """Train small models, merge them with every method, compare.
+
+    A base and experts are trained on real images of digits, and merged on disk. Needs the
+    extra: pip install 'fusewright\\[demo]'.
+    """
+    raise NotImplementedError
+
+
+def schema(json: Json = False) -> None:
+    """Print the JSON schema of recipes.
+
+    Editors complete and check recipes with it: put
+    "# yaml-language-server: $schema=recipe.schema.json" on a recipe's first line.
+    """
+    from fusewright.engine import recipe_schema
+
+    print_json(recipe_schema())

@@ -1,0 +1,100 @@
+"""``inspect``, ``check`` and ``verify``: looking at models before and after a merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fusewright.cli._print import print_json, print_tables, size
+from fusewright.cli._shared import Folder, Json, Memory, Models, Threads, add
+
+
+def register(app: typer.Typer) -> None:
+    add(
+        app,
+        inspect,
+        "fusewright inspect base/",
+        "fusewright inspect base/ math/ code/ --png differences.png",
+        "fusewright inspect base/ math/ --json > math.json",
+    )
+    add(
+        app,
+        check,
+        "fusewright check base/ math/ code/",
+        "fusewright check org/base lora-adapter/ --json",
+    )
+    add(app, verify, "fusewright verify merged/", "fusewright verify merged/ --json")
+
+
+def inspect(
+    models: Models,
+    png: Annotated[Path | None, typer.Option(help="Draw it, too.", dir_okay=False)] = None,
+    threads: Threads = None,
+    memory: Memory = "1GiB",
+    json: Json = False,
+) -> None:
+    """Show the tensors of a model, or how others differ from it.
+
+    Of two models or more, the first is the base; shown are norms of task vectors, cosines and sign
+    conflicts, over the model and by layer.
+    """
+    from fusewright.engine import Options, inspect_models, parse_size
+
+    workers = Options(threads=threads).workers
+    found = inspect_models(models, threads=workers, memory=parse_size(memory))
+    if png is not None:
+        found.save_png(png)
+    _show(found, json)
+
+
+def check(
+    base: Annotated[str, typer.Argument(help="The model that the experts come from.")],
+    experts: Models,
+    threads: Threads = None,
+    memory: Memory = "1GiB",
+    json: Json = False,
+) -> None:
+    """Say whether models will merge, and whether they should.
+
+    Looks at shapes, dtypes, vocabularies, configuration, descent from the base, and licences.
+    Exit code 1 if they will not merge.
+    """
+    from fusewright.engine import Options, check_models, parse_size
+
+    workers = Options(threads=threads).workers
+    found = check_models(base, experts, threads=workers, memory=parse_size(memory))
+    _show(found, json)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+def verify(folder: Folder, threads: Threads = None, json: Json = False) -> None:
+    """Hash an output again and compare it with its manifest.
+
+    Exit code 1 if anything differs.
+    """
+    from fusewright.engine import Options
+    from fusewright.engine import verify as verify_output
+
+    found = verify_output(folder, threads=Options(threads=threads).workers)
+    differences = {
+        kind: list(getattr(found, kind)) for kind in ("missing", "changed", "extra", "tensors")
+    }
+    if json:
+        digest = {"expected": found.expected_digest, "found": found.content_digest}
+        print_json({"ok": found.ok, "bytes": found.bytes, "content_digest": digest, **differences})
+    elif found.ok:
+        print(f"{folder}: intact ({size(found.bytes)}, content {found.content_digest})")
+    else:
+        print(f"{folder}: not as it was published")
+        for kind, names in differences.items():
+            print("\n".join(f"  {kind}: {name}" for name in names), end="\n" if names else "")
+    raise typer.Exit(0 if found.ok else 1)
+
+
+def _show(found: Any, as_json: bool) -> None:
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_tables(found.tables())
