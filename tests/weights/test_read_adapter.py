@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from read_help import fetch, whole
 from safetensors.torch import load_file, save_file
 
@@ -156,7 +155,9 @@ def test_delta_is_the_difference_from_the_base(tmp_path: Path, case: str) -> Non
             assert weights[name].dtype is DType.F32
         else:
             dense = torch.full(weights[name].shape, delta)
-        torch.testing.assert_close(dense.reshape(difference.shape), difference, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            dense.reshape(difference.shape), difference, rtol=1e-4, atol=1e-6
+        )
     assert {LowRank, float} <= kinds
 
 

@@ -24,7 +24,10 @@ def sharded(root: Path, weight_map: Mapping[str, object] | None = None) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     save_file({"a": A}, root / ONE)
     save_file({"b": B}, root / TWO)
-    index = {"metadata": {}, "weight_map": {"a": ONE, "b": TWO} if weight_map is None else weight_map}
+    index = {
+        "metadata": {},
+        "weight_map": {"a": ONE, "b": TWO} if weight_map is None else weight_map,
+    }
     (root / INDEX).write_text(json.dumps(index))
     return root
 

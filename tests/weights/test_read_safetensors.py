@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from read_help import fetch
 from safetensors.torch import load_file, save_file
 
@@ -89,7 +88,9 @@ def test_many_threads_share_a_file(file: Path) -> None:
 
         def work(k: int) -> None:
             for start in range(k, 9_000, 97):
-                if not torch.equal(fetch(weights, "a", start, start + 50), tensor[start : start + 50]):
+                if not torch.equal(
+                    fetch(weights, "a", start, start + 50), tensor[start : start + 50]
+                ):
                     wrong.append(start)
 
         threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]

@@ -46,11 +46,12 @@ def _skeleton(config: Mapping[str, Any]) -> Any:
         return None
     if not isinstance(architectures, list) or not architectures:
         return None
-    cls = getattr(transformers, str(architectures[0]), None)
+    cls: Any = getattr(transformers, str(architectures[0]), None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         return None
     try:
+        settings: Any = cls.config_class  # type: ignore[attr-defined]
         with torch.device("meta"):
-            return cls(cls.config_class.from_dict(dict(config)))
+            return cls(settings.from_dict(dict(config)))
     except Exception:  # a config is data: it may ask for anything, and then renames nothing
         return None
