@@ -26,7 +26,8 @@ class DareLinear(Composite):
     """
 
     name: ClassVar[str] = "dare_linear"
-    card: ClassVar[Card] = Card("DARE, added", DARE_PAPER, "2311.03099", cost=Drop.card.cost)
+    card: ClassVar[Card] = Card("DARE, added", DARE_PAPER, "2311.03099", cost=Drop.card.cost,
+                                exempt=Sum.card.exempt)  # fmt: skip
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "fusionbench": {"density": 0.5, "scale": 0.3},
         "mergekit": {"density": 1.0, "rescale": "l1"},

@@ -29,6 +29,10 @@ class LiNeS(Finish):
     card: ClassVar[Card] = Card(
         "LiNeS", "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model "
         "Merging", "2410.17146", cost="one pass; two if alpha is found",
+        exempt={
+            "one_expert": "deeper blocks are scaled up",
+            "identical_experts": "deeper blocks are scaled up",
+        },
     )  # fmt: skip
 
     alpha: Number | None = None

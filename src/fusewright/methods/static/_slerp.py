@@ -38,7 +38,10 @@ class Slerp(Merger):
     card: ClassVar[Card] = Card(
         "Spherical interpolation", "Animating rotation with quaternion curves", None,
         base="optional", experts=(1, 2), cost="two passes; inner products",
-        exempt={"order": "t counts from the first model to the second"},
+        exempt={
+            "order": "t counts from the first model to the second",
+            "one_expert": "one expert is interpolated with the base",
+        },
     )  # fmt: skip
     frame: ClassVar[Literal["deltas", "weights"]] = "weights"
 

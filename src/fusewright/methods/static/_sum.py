@@ -25,7 +25,10 @@ class Sum(Weighted):
     """
 
     name: ClassVar[str] = "sum"
-    card: ClassVar[Card] = Card("Sum of task vectors", _PAPER, "2212.04089")
+    card: ClassVar[Card] = Card(
+        "Sum of task vectors", _PAPER, "2212.04089",
+        exempt={"identical_experts": "it adds: T copies give T times the vector"},
+    )  # fmt: skip
 
     weight: PerExpert[Number] = 1.0
     scale: PerTensor[Number] = 1.0

@@ -23,7 +23,9 @@ class TaskArithmetic(Sum):
     """
 
     name: ClassVar[str] = "task_arithmetic"
-    card: ClassVar[Card] = Card("Task arithmetic", Sum.card.paper, "2212.04089")
+    card: ClassVar[Card] = Card(
+        "Task arithmetic", Sum.card.paper, "2212.04089", exempt=Sum.card.exempt
+    )
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "fusionbench": {"scale": 0.3},
         "mergekit": {"scale": 1.0},

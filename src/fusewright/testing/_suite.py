@@ -1,0 +1,67 @@
+"""Properties applied to methods: one by one, all at once, or as pytest's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from fusewright.methods.contract import Method
+from fusewright.testing import _identities, _robust  # noqa: F401  (their promises register here)
+from fusewright.testing._promise import PROPERTIES, ContractViolation, Property
+from fusewright.testing._subject import neutral, variants
+
+if TYPE_CHECKING:
+    from fusewright.testing._reference import Reference
+
+
+def check_property(cls: type[Method], name: str) -> None:
+    """Check one property of a method. Raises ContractViolation."""
+    found = PROPERTIES[name]
+    if not found.applies(cls):
+        return
+    if name in cls.card.exempt:
+        return _check_exemption(cls, found)
+    for method in found.subjects(cls):
+        wrong = found.broken_by(method)
+        if wrong:
+            raise ContractViolation(f"{cls.name} breaks {name!r} as {method!r}\n{wrong}")
+
+
+def _check_exemption(cls: type[Method], found: Property) -> None:
+    if not found.identity:
+        raise ContractViolation(f"{cls.name}: {found.name!r} is owed by every method")
+    if not any(map(found.broken_by, [neutral(cls), *variants(cls)])):
+        raise ContractViolation(
+            f"{cls.name} is exempt from {found.name!r} because "
+            f"{cls.card.exempt[found.name]!r}, but every variant keeps it: remove the exemption"
+        )
+
+
+def check_method(cls: type[Method], reference: Reference | None = None) -> None:
+    """Check every property, and the reference if there is one. Raises ContractViolation that
+    lists all that is broken."""
+    from fusewright.testing._reference import check_reference
+
+    broken = []
+    for name in PROPERTIES:
+        try:
+            check_property(cls, name)
+        except ContractViolation as error:
+            broken.append(str(error))
+    if reference is not None:
+        try:
+            check_reference(cls, reference)
+        except ContractViolation as error:
+            broken.append(str(error))
+    if broken:
+        raise ContractViolation("\n\n".join(broken))
+
+
+def cases(methods: Iterable[type[Method]] | None = None) -> list[tuple[type[Method], str]]:
+    """(method, property name) for each property that speaks of each method; every registered
+    method unless some are given. Made for ``pytest.mark.parametrize``."""
+    if methods is None:
+        from fusewright.methods.registry import registry
+
+        methods = registry().values()
+    return [(cls, name) for cls in methods for name, p in PROPERTIES.items() if p.applies(cls)]
