@@ -14,20 +14,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fusewright.engine import (
-        Expert as Expert,
-        Merged as Merged,
-        check_models as _check_models,
-        inspect_models as _inspect_models,
-        load as load,
-        merge as merge,
-        plan as plan,
-        verify as verify,
-    )
+    from fusewright.engine import Expert as Expert
+    from fusewright.engine import Merged as Merged
+    from fusewright.engine import check_models, inspect_models
+    from fusewright.engine import load as load
+    from fusewright.engine import merge as merge
+    from fusewright.engine import plan as plan
+    from fusewright.engine import verify as verify
     from fusewright.errors import FusewrightError as FusewrightError
     from fusewright.methods.static import *  # noqa: F403
 
-    check, inspect = _check_models, _inspect_models
+    check, inspect = check_models, inspect_models
 
 _DOORS = {
     "Expert": ("fusewright.engine", "Expert"),
@@ -57,7 +54,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_DOORS, *_method_classes()} - {"annotations", "import_module"})
+    return sorted({"__version__", "__doc__", *_DOORS, *_method_classes()})
 
 
 def _method_classes() -> dict[str, Any]:

@@ -1,0 +1,82 @@
+"""``inspect``, ``check``, ``verify``, ``methods`` and ``schema``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusewright.methods.registry import registry
+
+
+def test_inspect_lists_tensors(run: Any, models: Path) -> None:
+    result = run("inspect", models / "base")
+    assert result.exit_code == 0 and "layers.1.mlp.weight" in result.stdout
+
+
+def test_inspect_compares_as_json(run: Any, models: Path) -> None:
+    found = json.loads(run("inspect", models / "base", models / "a", "--json").stdout)
+    assert found["comparison"]["experts"] == ["a"]
+
+
+def test_check_passes_experts_of_the_base_and_refuses_other_shapes(run: Any, models: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    assert run("check", models / "base", models / "a", models / "b").exit_code == 0
+    save_file({"layers.0.mlp.weight": np.ones((4, 8), "f4")}, models / "b/model.safetensors")
+    result = run("check", models / "base", models / "b", "--json")
+    assert result.exit_code == 1 and json.loads(result.stdout)
+
+
+def test_verify_passes_what_was_published_and_names_what_changed(run: Any, models: Path) -> None:
+    run("merge", models / "recipe.yaml", "-o", models / "out")
+    whole = run("verify", models / "out")
+    assert whole.exit_code == 0 and "intact" in whole.stdout
+    file = models / "out/model.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    text = run("verify", models / "out")
+    assert text.exit_code == 1 and "changed: model.safetensors" in text.stdout
+    found = json.loads(run("verify", models / "out", "--json").stdout)
+    assert found["ok"] is False and found["tensors"] == ["layers.1.mlp.weight"]
+
+
+def test_verify_refuses_a_folder_of_others(run: Any, models: Path) -> None:
+    result = run("verify", models / "base")
+    assert result.exit_code == 3 and "fusewright.json" in result.stderr
+
+
+def test_methods_lists_all(run: Any) -> None:
+    lines = run("methods").stdout.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == list(registry())
+
+
+@pytest.mark.parametrize("name", list(registry()))
+def test_methods_shows_each_parameter_with_its_default(run: Any, name: str) -> None:
+    method = registry()[name]
+    card = json.loads(run("methods", name, "--json").stdout)
+    assert {p["name"]: p["default"] for p in card["parameters"]} == method().spec()[name]
+    assert all(p["type"] and p["type"] != "any" for p in card["parameters"])
+    text = run("methods", name)
+    assert text.exit_code == 0 and all(field in text.stdout for field in method.model_fields)
+
+
+def test_types_name_choices_and_bounds(run: Any) -> None:
+    card = json.loads(run("methods", "ties", "--json").stdout)
+    types = {p["name"]: p["type"] for p in card["parameters"]}
+    assert types["density"] == "number > 0 ≤ 1" and types["scope"] == "model | tensor"
+
+
+def test_an_unknown_method_names_the_nearest(run: Any) -> None:
+    result = run("methods", "tie")
+    assert result.exit_code == 2 and "ties" in result.stderr
+
+
+def test_schema_accepts_and_refuses_as_the_reader_does(run: Any) -> None:
+    schema = json.loads(run("schema").stdout)
+    assert set(schema["required"]) == {"method", "experts"}
+    assert "ties" in schema["$defs"] and "density" in schema["$defs"]["ties"]["properties"]
