@@ -13,9 +13,9 @@ from fusewright.engine.tables import Table
 def of_model(model: Model) -> list[Table]:
     """Tensors, totals by role and by dtype, and what was noted when it was opened."""
     rows = tuple(
-        (row.name, row.dtype, "×".join(map(str, row.shape)) or "scalar", row.nbytes, row.role, row.layer)
+        (row.name, row.dtype, str(list(row.shape)), row.nbytes, row.role, row.layer)
         for row in model.tensors
-    )  # fmt: skip
+    )
     columns = ("name", "dtype", "shape", "bytes", "role", "layer")
     return [
         Table(f"Tensors of {model.name}", columns, rows),
@@ -26,7 +26,7 @@ def of_model(model: Model) -> list[Table]:
 
 
 def of_comparison(models: Sequence[Model], done: Comparison) -> list[Table]:
-    """Models, task vectors, cosines, layers, tensors, differences and notes; empty ones left out."""
+    """Models, task vectors, cosines, layers, tensors, differences, notes; empty ones left out."""
     rows = tuple((m.name, m.label, *_total(m), ", ".join(sorted(m.totals(_dtype)))) for m in models)
     tables = [
         Table("Models", ("model", "opened from", "tensors", "parameters", "bytes", "dtypes"), rows),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusewright.engine._pairs import Source
+from fusewright.engine._pairs import Source, make_source
 from fusewright.layout import ModelLayout, describe
 from fusewright.weights import Alignment, TensorInfo, Weights, align, canonical, open_weights
 
@@ -43,13 +43,17 @@ class Matched:
             if info is not None:
                 own = tuple(self._comparable(key, name, info) for key in self.experts)
                 if any(own):
-                    found.append(Source(name, info.name, own, info.numel, info.dtype.is_float))
+                    found.append(make_source(name, info, tuple(self.experts.values()), own))
         return found
 
     def _comparable(self, expert: str, name: str, base: TensorInfo) -> str | None:
         info = self.info(expert, name)
-        same = info is not None and info.shape == base.shape
-        return info.name if info and same and info.dtype.kind == base.dtype.kind else None
+        return info.name if info is not None and comparable(base, info) else None
+
+
+def comparable(base: TensorInfo, expert: TensorInfo) -> bool:
+    """Whether a difference of the two means something."""
+    return base.shape == expert.shape and base.dtype.kind == expert.dtype.kind
 
 
 def match(base: Weights, experts: Mapping[str, Weights]) -> Matched:
@@ -81,11 +85,12 @@ def opened(refs: Sequence[Ref], base: Ref | None = None) -> Iterator[list[Weight
         yield found
 
 
-def names_of(weights: Sequence[Weights]) -> list[str]:
-    """A short, unique name for each: the last part of its label, the label, or a number."""
-    short = [Path(w.label).name or w.label for w in weights]
-    labels = [w.label if short.count(s) > 1 else s for w, s in zip(weights, short, strict=True)]
+def names_of(labels: Sequence[str]) -> list[str]:
+    """A short, unique name for each label: its last part, or itself, or with a number."""
+    short = [Path(label).name or label for label in labels]
+    pairs = zip(labels, short, strict=True)
+    names = [label if short.count(name) > 1 else name for label, name in pairs]
     return [
-        f"{label}#{labels[: at + 1].count(label)}" if labels.count(label) > 1 else label
-        for at, label in enumerate(labels)
+        f"{name}#{names[: at + 1].count(name)}" if names.count(name) > 1 else name
+        for at, name in enumerate(names)
     ]

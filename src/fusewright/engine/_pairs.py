@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +23,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fusewright.engine.progress import Listener, Meter
 from fusewright.errors import PlanError
 from fusewright.methods.partials import BLOCK, Partial, block_sums
-from fusewright.weights.spec import LowRank, Weights
-
-Progress = Callable[[int, int], None]
-"""Called with elements done and elements in all."""
+from fusewright.weights.spec import LowRank, TensorInfo, Weights
 
 _BLOCKS = 4     # canonical blocks a chunk, if memory allows
 _WINDOW = 64    # chunks in flight or waiting: bounds what is queued, not the result
@@ -36,13 +34,26 @@ _WINDOW = 64    # chunks in flight or waiting: bounds what is queued, not the re
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of the base, and its name in every expert (None: not comparable there)."""
+    """One tensor of the base, and its name in every expert (None: not comparable there).
+
+    ``width`` is how many bytes one element takes in all of them together.
+    """
 
     name: str
     own: str
     experts: tuple[str | None, ...]
     numel: int
+    width: int
     is_float: bool
+
+
+def make_source(
+    name: str, base: TensorInfo, experts: Sequence[Weights], own: tuple[str | None, ...]
+) -> Source:
+    """The source of a tensor of the base that the experts hold under their ``own`` names."""
+    held = [weights[key] for weights, key in zip(experts, own, strict=True) if key is not None]
+    width = base.dtype.itemsize + sum(info.dtype.itemsize for info in held)
+    return Source(name, base.name, own, base.numel, width, base.dtype.is_float)
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,11 @@ class Span:
     source: Source
     start: int
     stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all models together."""
+        return (self.stop - self.start) * self.source.width
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,21 +145,19 @@ def compare(
     spans: Sequence[Span],
     *,
     threads: int = 2,
-    progress: Progress | None = None,
+    progress: Listener | None = None,
 ) -> dict[str, Pairs]:
     """Read the spans (those of one tensor in a row) and compare them; by tensor name."""
-    everything, done = sum(s.stop - s.start for s in spans), 0
+    meter = Meter(sum(span.nbytes for span in spans), progress, resumed=False)
     found: dict[str, Pairs] = {}
 
     def measured() -> Iterator[tuple[Span, Partial]]:
-        nonlocal done
+        queue = iter(spans)
         with _workers(threads) as pool:
-            queue = iter(spans)
             while window := list(islice(queue, _WINDOW)):
-                for span, part in zip(window, pool.map(lambda s: _measure(base, experts, s), window), strict=True):
-                    done += span.stop - span.start
-                    if progress is not None:
-                        progress(done, everything)
+                parts = pool.map(lambda span: _measure(base, experts, span), window)
+                for span, part in zip(window, parts, strict=True):
+                    meter("compare", span.source.name, span.nbytes)
                     yield span, part
 
     for source, group in groupby(measured(), key=lambda pair: pair[0].source):
@@ -267,9 +281,10 @@ def all_spans(sources: Sequence[Source], experts: int, threads: int, memory: int
     ]
 
 
-def sampled_spans(sources: Sequence[Source], elements: int) -> list[Span]:
-    """Canonical blocks at even distances over the whole model, about ``elements`` in all (at
-    least one block); all of them if there are no more than that."""
+def sampled_spans(sources: Sequence[Source], nbytes: int) -> list[Span]:
+    """Canonical blocks at even distances over the whole model, at most ``nbytes`` of all models
+    together (but at least one block); all of them if they are no more than that."""
+    elements = nbytes // max((source.width for source in sources), default=1)
     ends = list(accumulate(-(-source.numel // BLOCK) for source in sources))
     total = ends[-1] if ends else 0
     few = sum(source.numel for source in sources) <= elements

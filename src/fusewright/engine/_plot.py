@@ -27,11 +27,10 @@ def draw(inspection: Inspection, path: Path) -> None:
         _sizes(figure.subplots(), inspection.models[0])
     else:
         figure = Figure(figsize=(11, 7.5), layout="constrained")
-        top, lower = figure.subfigures(2, 1)
-        _norms(top.subplots(), done)
-        left, right = lower.subplots(1, 2, width_ratios=(1, 1.4))
-        _cosines(left, done)
-        _conflicts(right, done)
+        grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.4))
+        _norms(figure.add_subplot(grid[0, :]), done)
+        _cosines(figure.add_subplot(grid[1, 0]), done)
+        _conflicts(figure.add_subplot(grid[1, 1]), done)
     figure.savefig(path, dpi=150)
 
 
@@ -47,7 +46,8 @@ def _norms(axes: Any, done: Comparison) -> None:
         values = [pairs.relative(t) for pairs in done.layers.values()]
         numbers = [np.nan if value is None else value for value in values]
         style = ("-", "--", ":")[t // len(_COLOURS) % 3]
-        axes.plot(numbers, style, marker="o", ms=3.5, label=key, color=_COLOURS[t % len(_COLOURS)])
+        axes.plot(numbers, style, marker="os^Dvp*"[t % len(_COLOURS)], ms=5, alpha=0.8,
+                  label=key, color=_COLOURS[t % len(_COLOURS)])  # fmt: skip
     axes.set(title=f"How far each layer went from {done.base}", ylabel="‖τ‖ / ‖θ0‖")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -65,7 +65,8 @@ def _cosines(axes: Any, done: Comparison) -> None:
     axes.set_yticklabels(keys)
     if n <= _FEW:
         for (i, j), value in np.ndenumerate(table):
-            shown, dark = ("–" if np.isnan(value) else f"{value:.2f}"), abs(value) > 0.6
+            shown = "-" if np.isnan(value) else f"{round(value, 2) + 0.0:.2f}"  # no "-0.00"
+            dark = abs(value) > 0.6
             axes.text(j, i, shown, ha="center", va="center", color="white" if dark else "black",
                       fontsize=9 if n <= 8 else 6)  # fmt: skip
     axes.figure.colorbar(image, ax=axes, shrink=0.8)

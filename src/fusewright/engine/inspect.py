@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fusewright.engine._models import Matched, Ref, described, match, names_of, opened
-from fusewright.engine._pairs import Pairs, Progress, all_spans, compare
+from fusewright.engine._pairs import Pairs, all_spans, compare
 from fusewright.engine.options import parse_size
+from fusewright.engine.progress import Listener
 from fusewright.engine.tables import Table
 from fusewright.layout import Role, TensorLayout, canonical_order
 from fusewright.weights import Weights
@@ -142,17 +143,17 @@ def inspect_models(
     base: Ref | None = None,
     threads: int = 2,
     memory: int | str = 2**30,
-    progress: Progress | None = None,
+    progress: Listener | None = None,
 ) -> Inspection:
     """Look into one model (headers only), or compare several with the first or with ``base``.
 
     ``refs`` are paths, Hub ids, adapters (over the base), modules or state dicts. Comparing reads
     every byte once, in chunks of at most 262,144 elements, with no more than ``memory`` bytes in
-    all threads; ``progress`` is called with the elements done and in all. NaN and infinities are
-    counted and left out of the sums. Raises WeightsError, and PlanError if ``memory`` is too small.
+    all threads; ``progress`` hears of the bytes of all models. NaN and infinities are counted and
+    left out of the sums. Raises WeightsError, and PlanError if ``memory`` is too small.
     """
     with opened(refs, base) as weights:
-        names = names_of(weights)
+        names = names_of([one.label for one in weights])
         layouts = [described(one) for one in weights]
         models = tuple(
             _model(name, one, layout)

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Table:
-    """A title, column headings, and rows of plain values (str, int, float, None = does not apply)."""
+    """A title, column headings, and rows of plain values: str, int, float; None = none applies."""
 
     title: str
     columns: tuple[str, ...]
@@ -27,5 +27,5 @@ def cell(value: Any) -> str:
     """A value as a table shows it."""
     """A value as a table shows it: four significant digits, a dash where none applies."""
     if value is None:
-        return "–"
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
