@@ -121,7 +121,7 @@ class Pipeline(Method):
         for i, stage in enumerate(self.chain[:stop]):
             if isinstance(stage, Transform):
                 at = place.at(i)
-                vectors = [stage.apply(v, k, at) for k, v in enumerate(vectors)]
+                vectors = [_shaped(stage, stage.apply(v, k, at), v) for k, v in enumerate(vectors)]
         return vectors
 
     def _merge(
@@ -130,10 +130,22 @@ class Pipeline(Method):
         at_merger = self.chain.index(self.merger)
         applied = self._apply(vectors, place, at_merger)
         merged = self.merger.merge(applied, base, place.at(at_merger))
+        merged = _shaped(self.merger, merged, applied[0])
         for i, stage in enumerate(self.chain[:stop]):
             if isinstance(stage, Finish):
-                merged = stage.finish(merged, vectors, place.at(i))
+                merged = _shaped(stage, stage.finish(merged, vectors, place.at(i)), merged)
         return merged
+
+
+def _shaped(stage: Stage, found: Tensor, given: Tensor) -> Tensor:
+    # Broadcasting would hide a wrong shape when the result is added to the base.
+    if found.shape != given.shape or found.dtype != given.dtype:
+        raise PlanError(
+            f"{stage.name} must keep the shape and dtype of what it is given",
+            expected=f"{tuple(given.shape)} {given.dtype}",
+            found=f"{tuple(found.shape)} {found.dtype}",
+        )
+    return found
 
 
 def _check_chain(chain: tuple[Any, ...]) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fusewright.methods.contract import Merger, Method
-from fusewright.testing._subject import as_map, count, is_map, run
 from fusewright.testing._promise import promise
+from fusewright.testing._subject import as_map, count, is_map, run
 from fusewright.testing._toys import toy
 
 

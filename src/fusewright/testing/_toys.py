@@ -43,13 +43,14 @@ def toy(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Toy:
-    """A seeded toy; on the grid by default, else Gaussian: base of scale 1, vectors of 0.1."""
+    """A seeded toy; on the grid by default, else Gaussian: base of scale 1, vectors of 0.1 along a
+    direction of their own and 0.1 along a common one."""
     random = torch.Generator().manual_seed(seed)
 
     def draw(scale: float) -> Tensor:
         x = torch.randn(shape, generator=random, dtype=torch.float64) * scale
         return ((x / GRID).round() * GRID if grid else x).to(dtype)
 
-    base = draw(1.0)
+    base, common = draw(1.0), draw(0.1)
     names = [f"expert {i}" for i in range(experts)]
-    return Toy(base, {name: base + draw(0.1) for name in names})
+    return Toy(base, {name: base + common + draw(0.1) for name in names})
