@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from fusewright.weights import Weights
@@ -20,3 +22,8 @@ def fetch(weights: Weights, name: str, start: int = 0, stop: int | None = None) 
 
 def whole(weights: Weights, name: str) -> torch.Tensor:
     return fetch(weights, name).view(weights[name].shape)
+
+
+def said(error: BaseException) -> str:
+    """An error's text without the temporary folder, whose name repeats the test's."""
+    return re.sub(r"[^\s']*/pytest-\d+/[^/\s':]+", "TMP", str(error))

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-from read_help import fetch, whole
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from read_help import fetch, said, whole
 from safetensors.torch import load_file, save_file
 
 from fusewright.errors import WeightsError
@@ -275,7 +276,7 @@ def refused(adapter: Path, base: Weights | None, *words: str) -> None:
     with pytest.raises(WeightsError) as caught:
         open_weights(adapter, base=base)
     for word in words:
-        assert word in str(caught.value)
+        assert word in said(caught.value)
 
 
 def edit(adapter: Path, **fields: Any) -> None:

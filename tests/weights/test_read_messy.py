@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from read_help import whole
+from read_help import said, whole
 
 from fusewright.errors import WeightsError
 from fusewright.weights import Alignment, TensorInfo, Weights, align, canonical, open_weights
@@ -49,7 +49,7 @@ def refused(*words: str, base: Weights | None, expert: Weights, **kwargs: Any) -
     with pytest.raises(WeightsError) as caught:
         align(base, {"mine": expert}, **kwargs)
     for word in words:
-        assert word in str(caught.value)
+        assert word in said(caught.value)
 
 
 # --- names ----------------------------------------------------------------------------------

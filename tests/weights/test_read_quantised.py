@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-from read_help import fetch, whole
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from read_help import fetch, said, whole
 from safetensors.torch import save_file
 
 from fusewright.errors import WeightsError
@@ -110,7 +111,7 @@ def refused(weights: Any, *words: str) -> None:
     with pytest.raises(WeightsError) as caught:
         open_weights(weights)
     for word in (*words, "quantised"):
-        assert word in str(caught.value)
+        assert word in said(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def _weight_map(path: Path) -> dict[str, str]:
             "the index has no usable weight_map",
             where=path, expected='{"weight_map": {tensor: file}}', found=repr(weight_map)[:80],
         )  # fmt: skip
-    return weight_map  # type: ignore[no-any-return]
+    return weight_map
 
 
 def _unused(present: set[str], used: set[str]) -> tuple[str, ...]:
