@@ -111,7 +111,8 @@ def test_the_base_itself_adds_nothing(base: Path) -> None:
 
 def test_two_names_of_one_expert_are_told(base: Path, child: Path) -> None:
     half = saved(tuned(llama(), 1, size=0.025), base.parent / "half")
-    done = check_models(base, {"one": child, "two": half, "x": saved(tuned(llama(), 3), base.parent / "x")})
+    third = saved(tuned(llama(), 3), base.parent / "third")
+    done = check_models(base, {"one": child, "two": half, "three": third})
     assert found(done, "point the same way") == [("info", "one, two")]
 
 
@@ -260,7 +261,7 @@ def test_results_are_plain_and_every_row_is_as_long_as_its_heading(base: Path) -
     done = check_models(base, [stranger])
     assert json.loads(json.dumps(done.to_json(), allow_nan=False))["ok"] is False
     tables = done.tables()
-    assert [table.title for table in tables][0] == "Will these merge?" and tables[0].rows
+    assert tables[0].title == "Will these merge?" and tables[0].rows
     assert tables[0].rows[0][0] == "no"
     assert all(len(row) == len(table.columns) for table in tables for row in table.rows)
 

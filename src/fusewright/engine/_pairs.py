@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -186,44 +186,62 @@ def _measure(base: Weights, experts: Sequence[Weights], span: Span) -> Partial:
         for t, (weights, own) in enumerate(zip(experts, span.source.experts, strict=True))
         if own is not None and (tau := _tau(weights, own, theta, span)) is not None
     }
-    bad = torch.zeros(len(experts) + 1, dtype=torch.int64)
-    good = theta.isfinite()
-    bad[0] = good.numel() - good.sum()
-    if bad[0]:
-        theta = theta.where(good, 0.0)
-    for t, tau in taus.items():
-        usable = tau.isfinite()
-        # Where the base is NaN so is the difference: that is the base's fault alone.
-        bad[t + 1] = int((good & ~usable).sum())
-        if not bool(usable.all()):
-            taus[t] = tau.where(usable, 0.0)
-    return _products(theta, taus, len(experts), bad, span.source.is_float)
+    n, is_float = len(experts), span.source.is_float
+    bad = torch.zeros(n + 1, dtype=torch.int64)
+    gram = _gram(theta, taus, n, is_float)
+    # Squares of what is not finite are not either: cheaper to see there than in every number.
+    if not bool(gram.isfinite().all()):
+        theta, taus, bad = _without_nonfinite(theta, taus, n)
+        gram = _gram(theta, taus, n, is_float)
+    return Partial(sums={"gram": gram}, counts={"bad": bad, **_signs(theta, taus, n, is_float)})
 
 
-def _products(
-    theta: Tensor, taus: dict[int, Tensor], experts: int, bad: Tensor, is_float: bool
-) -> Partial:
-    rows = {0: theta, **{t + 1: tau for t, tau in taus.items()}}
+def _gram(theta: Tensor, taus: Mapping[int, Tensor], experts: int, is_float: bool) -> Tensor:
+    """Block sums of all products of (θ0, τ_1, …); zeros for integers, which have no norm."""
+    rows = {0: theta, **{t + 1: tau for t, tau in taus.items()}} if is_float else {}
     blocks = -(-theta.numel() // BLOCK)
     gram = torch.zeros(experts + 1, experts + 1, blocks, dtype=torch.float64)
+    for i, x in rows.items():
+        for j, y in rows.items():
+            if i <= j:
+                gram[i, j] = gram[j, i] = block_sums(x * y)
+    return gram
+
+
+def _without_nonfinite(
+    theta: Tensor, taus: Mapping[int, Tensor], experts: int
+) -> tuple[Tensor, dict[int, Tensor], Tensor]:
+    """Zeros for NaN and ±Inf, and their number in each model."""
+    good = theta.isfinite()
+    bad = torch.zeros(experts + 1, dtype=torch.int64)
+    bad[0] = (~good).sum()
+    usable = {t: tau.isfinite() for t, tau in taus.items()}
+    for t, mask in usable.items():
+        # Where the base is NaN so is the difference: that is the base's fault alone.
+        bad[t + 1] = (good & ~mask).sum()
+    return theta.where(good, 0.0), {t: x.where(usable[t], 0.0) for t, x in taus.items()}, bad
+
+
+def _signs(
+    theta: Tensor, taus: Mapping[int, Tensor], experts: int, is_float: bool
+) -> dict[str, Tensor]:
+    """How many coordinates each expert changes, several change, and several change both ways."""
     changed = torch.zeros(experts, dtype=torch.int64)
     many = torch.zeros(theta.numel(), dtype=torch.int16)
     up, down = torch.zeros(2, theta.numel(), dtype=torch.bool)
-    for i, x in rows.items():
-        if i:
-            plus, minus = x > 0, x < 0
-            many += plus | minus
-            changed[i - 1] = int((plus | minus).sum())
-            up |= plus
-            down |= minus
-        for j, y in rows.items():
-            if i <= j and is_float:
-                gram[i, j] = gram[j, i] = block_sums(x * y)
-    counts = {"changed": changed, "bad": bad, "shared": (many > 1).sum(),
-              "conflicts": (up & down).sum()}  # fmt: skip
-    if not is_float:
-        counts["shared"] = counts["conflicts"] = torch.zeros((), dtype=torch.int64)
-    return Partial(sums={"gram": gram}, counts=counts)
+    for t, tau in taus.items():
+        plus, minus = tau > 0, tau < 0
+        moved = plus | minus
+        changed[t] = torch.count_nonzero(moved)
+        many += moved
+        up |= plus
+        down |= minus
+    none = torch.zeros((), dtype=torch.int64)
+    return {
+        "changed": changed,
+        "shared": torch.count_nonzero(many > 1) if is_float else none,
+        "conflicts": torch.count_nonzero(up & down) if is_float else none,
+    }
 
 
 def _pairs(source: Source, seen: int, part: Partial) -> Pairs:
