@@ -18,7 +18,7 @@ from fusewright.methods.contract import At
 from fusewright.methods.door import unit_shape
 from fusewright.methods.partials import Partial
 from fusewright.methods.pipeline import Key, Pipeline, Place, Step, resolved
-from fusewright.weights import LowRank
+from fusewright.weights import DType, LowRank
 from fusewright.weights.digest import block_digests
 from fusewright.weights.sink import Sink
 
@@ -59,6 +59,11 @@ class Worker:
 
     def measure(self, step: Step, unit: Unit, solved: Solved) -> Partial:
         """One round's partial over a unit."""
+        kernel = self.plan.kernel
+        if kernel is not None and kernel.measures(step) and self._fused(unit):
+            partial = self._measured_by_kernel(step, unit, solved)
+            if partial is not None:
+                return partial
         base, vectors, _ = self._numbers(unit, hashed=False)
         return self._pipeline(unit).measure(step, vectors, base, self.place(unit, solved))
 
@@ -168,19 +173,29 @@ class Worker:
         name = self.inputs.name_in(model, unit.name)
         return name is not None and self.inputs.weights(model).delta(name) is not None
 
-    def _by_kernel(self, unit: Unit, solved: Solved) -> tuple[Tensor, dict[str, str]]:
-        kernel, leaves = self.plan.kernel, {}
-        assert kernel is not None
+    def _raws(
+        self, unit: Unit, leaves: dict[str, str] | None
+    ) -> tuple[Tensor | None, list[Tensor], list[DType]]:
         base = self.raw(None, unit, leaves, 0) if self.plan.needs_base else None
         vectors = [self.raw(m, unit, leaves, i) for i, m in enumerate(self.plan.vectors, 1)]
-        out = self._buffer(-1, (unit.stop - unit.start) * unit.job.info.dtype.itemsize)
-        models = (*([None] if self.plan.needs_base else []), *self.plan.vectors)
-        dtypes = [i.dtype for m in models if (i := self.inputs.info(m, unit.name)) is not None]
-        clean = kernel.run(base, vectors, dtypes, out, unit.job.info.dtype, self.place(unit, solved))
-        if not clean:  # NaN, infinity or overflow somewhere: the definition finds out and says where
+        infos = [self.inputs.info(m, unit.name) for m in self.plan.vectors]
+        return base, vectors, [i.dtype for i in infos if i is not None]
+
+    def _measured_by_kernel(self, step: Step, unit: Unit, solved: Solved) -> Partial | None:
+        assert self.plan.kernel is not None
+        base, vectors, dtypes = self._raws(unit, None)
+        return self.plan.kernel.measure(step, base, vectors, dtypes, self.place(unit, solved))
+
+    def _by_kernel(self, unit: Unit, solved: Solved) -> tuple[Tensor, dict[str, str]]:
+        kernel, leaves, stored = self.plan.kernel, {}, unit.job.info.dtype
+        assert kernel is not None
+        base, vectors, dtypes = self._raws(unit, leaves)
+        out = self._buffer(-1, (unit.stop - unit.start) * stored.itemsize)
+        if not kernel.run(base, vectors, dtypes, out, stored, self.place(unit, solved)):
+            # NaN, infinity or overflow somewhere: the definition says where, or lets it pass.
             base_x, xs, leaves = self._numbers(unit, hashed=True)
             x = self._pipeline(unit).combine(xs, base_x, self.place(unit, solved))
-            out = encode(x.reshape(-1), unit.job.info.dtype, self._where(unit), self.rule)
+            out = encode(x.reshape(-1), stored, self._where(unit), self.rule)
         return out, leaves
 
     def _copied(self, unit: Unit) -> tuple[Tensor, dict[str, str]]:

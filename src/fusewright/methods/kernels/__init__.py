@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from fusewright.methods.pipeline import Pipeline, Place
+    from fusewright.methods.partials import Partial
+    from fusewright.methods.pipeline import Pipeline, Place, Step
     from fusewright.weights.spec import DType
 
 
@@ -40,9 +41,28 @@ class Kernel(Protocol):
         """Fill ``out``; False if anything was not finite, in or out (``out`` is then void)."""
         ...
 
+    def measures(self, step: Step) -> bool:
+        """Whether it measures this round."""
+        ...
+
+    def measure(
+        self,
+        step: Step,
+        base: Tensor | None,
+        vectors: Sequence[Tensor],
+        dtypes: Sequence[DType],
+        place: Place,
+    ) -> Partial | None:
+        """A round's partial, or None where something is not finite."""
+        ...
+
 
 def find_kernel(pipeline: Pipeline, dtype: torch.dtype) -> Kernel | None:
     """The fused twin of a pipeline, if Numba is installed and there is one."""
-    if find_spec("numba") is None:
+    import torch
+
+    if find_spec("numba") is None or dtype != torch.float32:
         return None
-    return None
+    from fusewright.methods.kernels._fused import fused
+
+    return fused(pipeline)
