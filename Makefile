@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Everything goes into .venv and out/.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench-merge mutants clean
+.PHONY: help install demo test lint readme bench-merge mutants clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,6 +12,7 @@ help:
 	@echo "make demo         train a base and experts, merge them with every method, compare"
 	@echo "make test         run the tests"
 	@echo "make lint         ruff, and mypy on the package"
+	@echo "make readme       write the table of methods into README.md"
 	@echo "make bench-merge  time merges of 1.1B-parameter models against plain reading and writing"
 	@echo "make mutants      mutation testing of the core (slow)"
 	@echo "make clean        remove .venv, out and caches"
@@ -37,8 +38,12 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks tools
 	$(BIN)/mypy
+
+# The table of methods comes from their cards.
+readme: $(STAMP)
+	$(BIN)/python tools/readme.py
 
 bench-merge: $(STAMP)
 	$(BIN)/python benchmarks/merge.py $(ARGS)

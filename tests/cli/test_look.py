@@ -80,3 +80,29 @@ def test_schema_accepts_and_refuses_as_the_reader_does(run: Any) -> None:
     schema = json.loads(run("schema").stdout)
     assert set(schema["required"]) == {"method", "experts"}
     assert "ties" in schema["$defs"] and "density" in schema["$defs"]["ties"]["properties"]
+
+
+def test_demo_prints_its_tables_or_its_json(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.table import Table
+
+    demo = pytest.importorskip("fusewright.bench.demo")
+
+    class Board:
+        def to_json(self) -> dict[str, int]:
+            return {"schema": 1}
+
+        def tables(self, width: int) -> list[Table]:
+            assert width > 80
+            return [Table("first"), Table("second")]
+
+    calls: list[tuple[Path, bool]] = []
+    monkeypatch.setattr(
+        demo, "run_demo", lambda out, progress: calls.append((out, progress)) or Board()
+    )
+    shown = run("demo", "-o", tmp_path)
+    assert shown.exit_code == 0 and "second" in shown.stdout
+    assert f"{tmp_path}/report.html" in shown.stdout
+    assert json.loads(run("demo", "-o", tmp_path, "--json").stdout) == {"schema": 1}
+    assert calls == [(tmp_path, True), (tmp_path, False)]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fusewright.cli._cards import markdown
-from fusewright.methods.registry import registry
-
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def snippets(language: str) -> list[str]:
@@ -31,9 +30,9 @@ def demo(models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_table_is_that_of_the_cards() -> None:
-    found = re.search(r"<!-- methods -->\n(.*)\n<!-- /methods -->", README, re.DOTALL)
-    own = {k: m for k, m in registry().items() if m.__module__.startswith("fusewright.")}
-    assert found and found[1] == markdown(own), "run: fusewright methods --markdown"
+    tool = runpy.run_path(str(ROOT / "tools/readme.py"))
+    assert tool["updated"](README) == README, "run: make readme"
+    assert tool["table"]() in README
 
 
 def test_its_experts_are_the_demos() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,8 @@ import typer
 
 from fusewright.cli._print import print_json
 from fusewright.cli._shared import Json, add
+
+_WIDE = 160  # columns where there is no terminal to fit
 
 
 def register(app: typer.Typer) -> None:
@@ -27,7 +30,17 @@ def demo(
     A base and experts are trained on real images of digits, and merged on disk. Needs the
     extra: pip install 'fusewright\\[demo]'.
     """
-    raise NotImplementedError
+    from rich.console import Console
+
+    from fusewright.bench.demo import run_demo
+
+    board = run_demo(out, progress=not json)
+    if json:
+        print_json(board.to_json())
+        return
+    console = Console() if sys.stdout.isatty() else Console(width=_WIDE)
+    console.print(*board.tables(console.width), sep="\n\n")
+    print(f"\n{out}/report.html\n{out}/leaderboard.json\n{out}/models/\n{out}/merged/")
 
 
 def schema(json: Json = False) -> None:
