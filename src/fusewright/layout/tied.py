@@ -68,11 +68,7 @@ def find_tied(
 def _partner(head: str, groups: Mapping[str, list[str]], shapes: Mapping[str, Shape]) -> str | None:
     """The stored embedding of the head's shape; of several, the one whose name is nearest."""
     same = [stored for stored in groups if shapes[stored] == shapes[head]]
-    return max(
-        same,
-        key=lambda stored: (len(groups[stored]), _shared(stored, head)),
-        default=None,
-    )
+    return max(same, key=lambda stored: _shared(stored, head), default=None)
 
 
 def _shared(one: str, other: str) -> int:

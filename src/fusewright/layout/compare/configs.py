@@ -68,7 +68,7 @@ _ALIASES = {"torch_dtype": "dtype"}
 #: Compared as one value.
 _WHOLE = frozenset({"id2label", "label2id", "quantization_config"})
 #: Leaving it out says something too.
-_TELLING = frozenset({"tie_word_embeddings", "quantization_config"})
+_TELLING = frozenset({"tie_word_embeddings", "quantization_config", "rope_type", "factor"})
 _ROPE = ("rope_parameters", "rope_scaling")
 _ABSENT = None  # null says the same as leaving the key out
 
