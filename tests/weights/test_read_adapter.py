@@ -201,6 +201,25 @@ def test_values_do_not_depend_on_the_range(tmp_path: Path, dora: bool, turned: b
     check()
 
 
+def test_rows_are_computed_in_groups_counted_from_row_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ceil(65536 / 900) = 73 rows: groups begin at 0, 73, 146 ..., whatever the range."""
+    weights = large(tmp_path, dora=False)
+    group, seen = AdapterWeights._group, set()
+
+    def spy(self: AdapterWeights, name: str, first: int) -> torch.Tensor:
+        rows = group(self, name, first)
+        seen.add((first, rows.shape[0]))
+        return rows
+
+    monkeypatch.setattr(AdapterWeights, "_group", spy)
+    fetch(weights, "l.weight", 100 * 900 + 5, 150 * 900)
+    assert seen == {(73, 73), (146, 73)}
+    fetch(weights, "l.weight", 299 * 900, 300 * 900)
+    assert (292, 8) in seen
+
+
 def test_float64_base_is_added_in_float64(tmp_path: Path) -> None:
     base, adapter = small(tmp_path)
     wide = {name: whole(base, name).double() for name in base}

@@ -197,6 +197,12 @@ def test_hub_cache_may_not_link_beyond_its_blobs(tmp_path: Path) -> None:
     refused(into_cache(tmp_path, ONE, "../../../secret"), "symbolic link")
 
 
+def test_hub_cache_may_not_link_beside_its_blobs(tmp_path: Path) -> None:
+    (tmp_path / "models--org--m" / "refs").mkdir(parents=True)
+    save_file({"a": A}, tmp_path / "models--org--m" / "refs" / "main")
+    refused(into_cache(tmp_path, ONE, "../../refs/main"), "symbolic link")
+
+
 def test_hub_cache_may_not_link_to_another_models_blobs(tmp_path: Path) -> None:
     other = tmp_path / "models--org--other" / "blobs"
     other.mkdir(parents=True)

@@ -57,6 +57,11 @@ def test_a_range_copies_at_most_two_rows_more() -> None:
     assert part.untyped_storage().nbytes() <= (2_000 + 2_000) * 4
 
 
+def test_a_range_of_one_long_row_does_not_copy_the_row() -> None:
+    part = _range(torch.zeros(1, 1000, 1000).transpose(1, 2), 5_000, 6_500)
+    assert part.untyped_storage().nbytes() <= (1_500 + 2_000) * 4
+
+
 def test_module_keeps_both_names_of_a_tied_parameter() -> None:
     module = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
     module["b"].weight = module["a"].weight
