@@ -10,11 +10,12 @@ import torch
 from references import REFERENCES
 from torch import Tensor
 
+from fusewright.errors import PlanError
 from fusewright.methods import registry as registry_module
 from fusewright.methods.contract import At, Card, Merger, Method, Round, Seen, Transform
 from fusewright.methods.partials import Partial
 from fusewright.methods.registry import registry
-from fusewright.methods.static import Average, IsoC, Mean
+from fusewright.methods.static import Average, IsoC, Mean, Slerp
 from fusewright.testing import (
     PROPERTIES,
     ContractViolation,
@@ -35,6 +36,13 @@ def test_every_method_keeps_every_promise(method: type[Method], name: str) -> No
 @pytest.mark.parametrize("name", sorted(registry()))
 def test_every_method_agrees_with_a_reference_written_apart(name: str) -> None:
     check_reference(registry()[name], REFERENCES[name])
+
+
+def test_slerp_goes_from_the_base_to_its_only_expert() -> None:
+    base, expert = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    assert torch.allclose(Slerp(t=0.5)(base, [expert]), torch.full((2,), 0.5**0.5))
+    with pytest.raises(PlanError, match="another number of experts"):
+        Slerp()(None, [expert])
 
 
 def test_every_property_speaks_of_some_method() -> None:

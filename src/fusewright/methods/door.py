@@ -35,13 +35,15 @@ def on_tensors(
     and ``seed``, decide random draws.
     """
     pipeline = as_pipeline(method)
+    keys = tuple(keys or map(str, range(len(experts))))
+    if base is not None and counts_base(pipeline, len(experts)):
+        keys, experts = ("base", *keys), [base, *experts]
     given = [t for t in (base, *experts) if t is not None]
     check_tensors(pipeline, base, experts)
     like = given[0]
     if not like.is_floating_point():
         return like.clone()
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
-    keys = tuple(keys or map(str, range(len(experts))))
     layout = layout or TensorLayout(name, matrix=like.dim() == 2)
     where = At(name, tuple(like.shape), 0, like.numel(), keys, layout, dtype, seed)
     params = tuple(resolved(stage, layout, keys) for stage in pipeline.chain)
@@ -49,6 +51,13 @@ def on_tensors(
     for index, stage in enumerate(pipeline.chain):
         stage.check(place.at(index))
     return _run(pipeline, base, experts, place).to(like.dtype).reshape(like.shape)
+
+
+def counts_base(pipeline: Pipeline, experts: int) -> bool:
+    """Whether a base is merged as the first model: a merger of weights needs one more than given
+    (slerp between the base and its one expert)."""
+    merger = pipeline.merger
+    return merger.frame == "weights" and experts == merger.card.experts[0] - 1 > 0
 
 
 def check_tensors(pipeline: Pipeline, base: Tensor | None, experts: Sequence[Tensor]) -> None:

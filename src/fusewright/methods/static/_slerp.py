@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fusewright.errors import PlanError
 from fusewright.methods.contract import At, Card, Merger, Round, Seen
 from fusewright.methods.partials import Partial
 from fusewright.methods.settings import PerTensor
@@ -37,11 +36,8 @@ class Slerp(Merger):
     name: ClassVar[str] = "slerp"
     card: ClassVar[Card] = Card(
         "Spherical interpolation", "Animating rotation with quaternion curves", None,
-        base="optional", experts=(1, 2), cost="two passes; inner products",
-        exempt={
-            "order": "t counts from the first model to the second",
-            "one_expert": "one expert is interpolated with the base",
-        },
+        base="optional", experts=(2, 2), cost="two passes; inner products",
+        exempt={"order": "t counts from the first model to the second"},
     )  # fmt: skip
     frame: ClassVar[Literal["deltas", "weights"]] = "weights"
 
@@ -51,21 +47,11 @@ class Slerp(Merger):
         return (Round("arc", "tensor", _measure, _arc),)
 
     def merge(self, vectors: Sequence[Tensor], base: Tensor | None, at: At) -> Tensor:
-        return weighted_sum(_pair(vectors, base, at), at.solved["arc"]["weights"])
-
-
-def _pair(vectors: Sequence[Tensor], base: Tensor | None, at: At) -> list[Tensor]:
-    pair = list(vectors) if len(vectors) != 1 or base is None else [base, *vectors]
-    if len(pair) != 2:
-        raise PlanError(
-            "slerp interpolates between two models", where=at.tensor,
-            expected="two experts, or a base and one expert", found=f"{len(pair)} model",
-        )  # fmt: skip
-    return pair
+        return weighted_sum(vectors, at.solved["arc"]["weights"])
 
 
 def _measure(seen: Seen, at: At) -> Partial:
-    return gram_partial(_pair(seen.vectors, seen.base, at))
+    return gram_partial(seen.vectors)
 
 
 def _arc(partial: Partial, at: At) -> dict[str, object]:
