@@ -59,8 +59,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         llama,
         {
             "target_modules": ALL_LLAMA,
-            "rank_pattern": {"q_proj": 5, r"layers.0.mlp.up_proj": 2},
-            "alpha_pattern": {"v_proj": 32, r".*.1.mlp.*": 3},
+            "rank_pattern": {"proj": 9, "q_proj": 5, r"layers.0.mlp.up_proj": 2},
+            "alpha_pattern": {"j": 99, "v_proj": 32, r".*.1.mlp.*": 3},
         },
     ),
     "llama, patterns, rslora": (
@@ -199,6 +199,21 @@ def test_values_do_not_depend_on_the_range(tmp_path: Path, dora: bool, turned: b
         assert torch.equal(fetch(weights, "l.weight", start, stop), everything[start:stop])
 
     check()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_many_groups_of_rows_follow_the_formula(tmp_path: Path, dora: bool, turned: bool) -> None:
+    weights = large(tmp_path, dora, turned)
+    parts = load_file(tmp_path / "ad" / "adapter_model.safetensors")
+    a, b = (parts[f"base_model.model.l.lora_{x}.weight"].double() for x in "AB")
+    added = 2 * ((b @ a).T if turned else b @ a)  # alpha / r = 8 / 4
+    expected = whole(weights.base, "l.weight").double() + added
+    if dora:
+        axis = 0 if turned else 1
+        m = parts["base_model.model.l.lora_magnitude_vector"].double().unsqueeze(axis)
+        expected *= m / expected.square().sum(axis, keepdim=True).sqrt()
+    torch.testing.assert_close(whole(weights, "l.weight").double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_are_computed_in_groups_counted_from_row_0(

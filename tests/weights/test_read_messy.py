@@ -106,6 +106,10 @@ def test_prefix_with_a_head_that_is_optional() -> None:
     refused("1 extra: classifier.weight", base=of(*names), expert=expert)
 
 
+def test_prefix_of_a_few_names_is_no_common_prefix() -> None:
+    refused("3 extra: x.a.w, q, r", base=of("a.w", "b.w", "c.w"), expert=of("x.a.w", "q", "r"))
+
+
 def test_output_keeps_the_bases_order() -> None:
     assert aligned(of("b", "a", "c"), of("a", "c", "b")).names == ("b", "a", "c")
 
