@@ -75,6 +75,13 @@ def test_a_unet_is_one_order_from_down_over_mid_to_up() -> None:
     assert layout["time_embedding.linear_1.weight"].layer is None
 
 
+def test_latent_diffusion_s_own_names_are_one_order_too() -> None:
+    names = ["output_blocks.0.0", "input_blocks.1.0", "middle_block.0", "middle_block.2",
+             "output_blocks.1.0", "input_blocks.2.0"]  # fmt: skip
+    layout = describe({f"model.diffusion_model.{name}.conv.weight": (8, 8, 3, 3) for name in names})
+    assert [tensor.layer for tensor in layout.values()] == [3, 0, 2, 2, 4, 1]
+
+
 def test_a_stage_s_own_down_sampling_precedes_its_blocks_in_convnext_and_follows_in_swin() -> None:
     convnext, swin = tiny.family("convnext").layout, tiny.family("swin").layout
     assert convnext["convnext.encoder.stages.1.downsampling_layer.1.weight"].layer == 1

@@ -35,7 +35,7 @@ def test_the_same_names_over_linear_are_out_by_in() -> None:
 
 def test_a_square_weight_in_a_block_of_mixed_evidence_is_out_by_in() -> None:
     shapes = {"h.0.a.weight": (8, 16), "h.0.a.bias": (16,), "h.0.b.weight": (16, 8),
-              "h.0.b.bias": (16,), "h.0.square.weight": (8, 8), "h.0.square.bias": (8,)}  # fmt: skip
+              "h.0.b.bias": (16,), "h.0.s.weight": (8, 8), "h.0.s.bias": (8,)}  # fmt: skip
     assert {n for n, tensor in describe(shapes).items() if tensor.in_first} == {"h.0.a.weight"}
 
 

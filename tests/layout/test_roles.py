@@ -194,5 +194,34 @@ def test_rows_of_the_vocabulary_are_marked_and_padding_is_allowed() -> None:
     assert all(tensor.vocabulary for tensor in padded.values())
 
 
+def test_an_embedding_of_fewer_rows_is_no_vocabulary() -> None:
+    shapes = {"word_embeddings.weight": (50, 8), "label_embedding.emb.weight": (10, 8)}
+    layout = describe(shapes, {}, {"vocab_size": 50})
+    assert [tensor.vocabulary for tensor in layout.values()] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("model.layers.0.block_sparse_moe.experts.3.w1.weight", Role.EXPERT),
+        ("model.layers.0.mlp.shared_experts.up_proj.weight", Role.EXPERT),
+        ("model.layers.0.block_sparse_moe.gate.weight", Role.ROUTER),
+        ("vit.encoder.layer.0.attention.attention.query.weight", Role.ATTENTION),
+        ("vit.encoder.layer.0.output.dense.weight", Role.MLP),
+        ("gpt_neox.layers.0.attention.dense.weight", Role.ATTENTION),
+        ("layers.0.attention.wq.weight", Role.ATTENTION),
+        ("layers.0.feed_forward.w2.weight", Role.MLP),
+        ("tok_embeddings.weight", Role.EMBEDDING),
+        ("output.weight", Role.HEAD),
+        ("multi_modal_projector.linear_1.weight", Role.PROJECTION),
+        ("visual.merger.mlp.0.weight", Role.PROJECTION),
+        ("heads.cars.weight", Role.HEAD),
+    ],
+)
+def test_roles_of_names_on_disk(name: str, role: Role) -> None:
+    shapes = {name: (8, 8), "model.layers.0.block_sparse_moe.experts.0.w2.weight": (8, 8)}
+    assert describe(shapes)[name].role is role
+
+
 def test_a_classifier_has_no_vocabulary() -> None:
     assert not tiny.family("bert_classifier").layout["classifier.weight"].vocabulary
