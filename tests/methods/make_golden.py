@@ -209,7 +209,8 @@ def fusion_bench_dare(root: Path) -> Model:
     drop = fusion_bench(root, "method/dare/utils.py").param_random_drop_
     for t, tau in enumerate(taus):
         for name in SHAPES:
-            with patch("torch.rand_like", lambda x, m=mask(t, name): m.float()):
+            keep = mask(t, name).float()
+            with patch("torch.rand_like", lambda x, keep=keep: keep):
                 drop(tau[name], 1 - DENSITY, rescale=True)
     return {n: base[n] + 0.3 * sum(t[n] for t in taus) for n in SHAPES}
 
@@ -218,7 +219,7 @@ def fusion_bench_dare(root: Path) -> Model:
 
 
 def peft_ties(density: float) -> Model:
-    """Unit weights: PEFT elects before it weighs and divides by counts, which is another formula."""
+    """Unit weights: PEFT elects before it weighs and divides by counts, another formula."""
     from peft.utils.merge_utils import ties
 
     base, taus = deltas()

@@ -75,5 +75,7 @@ def test_bits_order_as_magnitudes_do() -> None:
     x = torch.tensor([-3e38, 1.0, -1.5, 1e-45, 0.0, -0.0])
     bits = magnitude_bits(x)
     assert bits.dtype == torch.int32
-    assert bits.argsort(descending=True)[:4].tolist() == x.abs().argsort(descending=True)[:4].tolist()
+    assert (
+        bits.argsort(descending=True)[:4].tolist() == x.abs().argsort(descending=True)[:4].tolist()
+    )
     assert bits[4] == bits[5] == 0

@@ -177,7 +177,9 @@ def test_slerp_keeps_the_norm_on_the_arc() -> None:
     assert torch.equal(fw.Slerp(t=0.0)(None, [a, b]), a)
 
 
-@pytest.mark.parametrize("b", [torch.tensor([1.0, 0.01]), torch.tensor([-2.0, 0.0]), torch.zeros(2)])
+@pytest.mark.parametrize(
+    "b", [torch.tensor([1.0, 0.01]), torch.tensor([-2.0, 0.0]), torch.zeros(2)]
+)
 def test_slerp_is_linear_without_an_arc(b: torch.Tensor) -> None:
     a = torch.tensor([2.0, 0.0])
     torch.testing.assert_close(fw.Slerp(t=0.25)(None, [a, b]), 0.75 * a + 0.25 * b)
@@ -202,7 +204,8 @@ def test_metagpt_with_equal_norms_is_the_average() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "depth", "factor"), [(None, 0, 0.1), (0, 1, 0.1), (0, 5, 0.1), (2, 5, 0.5), (4, 5, 0.9)]
+    ("layer", "depth", "factor"),
+    [(None, 0, 0.1), (0, 1, 0.1), (0, 5, 0.1), (2, 5, 0.5), (4, 5, 0.9)],
 )
 def test_lines_grows_with_depth(layer: int | None, depth: int, factor: float) -> None:
     method = fw.Sum() >> fw.LiNeS(alpha=0.1, beta=0.8)
@@ -213,7 +216,9 @@ def test_lines_grows_with_depth(layer: int | None, depth: int, factor: float) ->
 
 def test_lines_undoes_the_scale_of_the_merger() -> None:
     models = toy(3)
-    pair = [(fw.Sum(scale=s) >> fw.LiNeS(beta=0.0))(models.base, models.tensors) for s in (0.3, 1.0)]
+    pair = [
+        (fw.Sum(scale=s) >> fw.LiNeS(beta=0.0))(models.base, models.tensors) for s in (0.3, 1.0)
+    ]
     torch.testing.assert_close(pair[0], pair[1])
     mean = fw.Mean()(models.base, models.tensors)
     torch.testing.assert_close(pair[1], mean)
@@ -313,5 +318,5 @@ def test_an_unknown_profile_is_refused_with_the_known_ones() -> None:
 
 
 def test_a_base_is_asked_for_by_name() -> None:
-    with pytest.raises(PlanError, match="ties needs a base|elect needs a base"):
+    with pytest.raises(PlanError, match="elect needs a base"):
         fw.Ties()(None, [ZERO])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fusewright.layout.spec import TensorLayout
 from fusewright.methods.contract import At, Method
 from fusewright.testing._promise import ContractViolation
-from fusewright.testing._subject import count, run, variants
+from fusewright.testing._subject import NAME, SEED, count, run, variants
 from fusewright.testing._toys import toy
 
 Array = NDArray[np.float64]
@@ -38,10 +38,9 @@ def _difference(
     method: Method, reference: Reference, shape: tuple[int, ...], grid: bool, dtype: torch.dtype
 ) -> str | None:
     models = toy(count(type(method)), shape, grid=grid, dtype=dtype)
-    name = "layers.1.weight"
-    layout = TensorLayout(name, stack="layers", layer=1, depth=3, matrix=len(shape) >= 2)
-    at = At(name, shape, 0, models.base.numel(), models.keys, layout, dtype, seed=7)
-    found = run(method, models, layout=layout, name=name, seed=7).double().numpy()
+    layout = TensorLayout(NAME, stack="layers", layer=1, depth=3, matrix=len(shape) >= 2)
+    at = At(NAME, shape, 0, models.base.numel(), models.keys, layout, dtype, SEED)
+    found = run(method, models, layout=layout).double().numpy()
     wide = models.map(lambda x: x.double())
     expected = reference(method, wide.base.numpy(), [x.numpy() for x in wide.tensors], at)
     size = float(np.abs(expected).max())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusewright.errors import RecipeError
+from fusewright.layout import describe
 from fusewright.layout.spec import TensorLayout
 from fusewright.methods import door
 from fusewright.methods.contract import At, Merger, Method
@@ -19,7 +20,7 @@ from fusewright.methods.pipeline import Place, resolved
 from fusewright.methods.registry import method_class, parse_method
 from fusewright.testing._identities import close
 from fusewright.testing._promise import promise
-from fusewright.testing._subject import as_map, count, is_map, run
+from fusewright.testing._subject import NAME, SEED, as_map, count, is_map, run
 from fusewright.testing._toys import Toy, toy
 from fusewright.weights.spec import LowRank
 
@@ -177,6 +178,22 @@ def factors(method: Method) -> None:
     close(merged.scale * (merged.up @ merged.down), as_map(method)(zero, dense))
     untouched = method.merge_factors([None] * len(lora), at)
     assert untouched is None, "untouched factors must stay untouched"
+
+
+@promise()
+def doors(method: Method) -> None:
+    """The engine's answer is the tensor door's, bit for bit, with and without fused kernels."""
+    from fusewright.engine import merge
+
+    cls = type(method)
+    for dtype in (torch.float32, torch.bfloat16):
+        models = toy(count(cls), grid=False, dtype=dtype)
+        base, experts = {NAME: models.base}, {k: {NAME: v} for k, v in models.experts.items()}
+        layout = describe({NAME: tuple(models.base.shape)}, {})[NAME]
+        expected = run(method, models, layout=layout)
+        for kernels in (False, True):
+            found = merge(as_map(method), base=base, experts=experts, seed=SEED, kernels=kernels)
+            same_bytes(found.state_dict()[NAME], expected)
 
 
 @promise("variants", lambda cls: True)

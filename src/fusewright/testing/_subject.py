@@ -16,6 +16,8 @@ from fusewright.testing._toys import Toy
 
 NEUTRAL = {"density": 1.0, "scale": 1.0}
 """The values of the house's fixed words that change nothing."""
+NAME, SEED = "layers.1.weight", 7
+"""The tensor's name and the seed in all tests: a tensor in the middle one of three layers."""
 
 
 def is_map(cls: type[Method]) -> bool:
@@ -70,7 +72,6 @@ def count(cls: type[Method], wanted: int = 3) -> int:
 def run(method: Method, models: Toy, **place: Any) -> Tensor:
     """The merge of a toy at the tensor door, in the middle layer of three."""
     base = None if type(method).card.base == "unused" else models.base
-    name = "layers.1.weight"
-    layout = TensorLayout(name, stack="layers", layer=1, depth=3, matrix=models.base.dim() >= 2)
-    place = {"keys": models.keys, "name": name, "layout": layout, "seed": 7, **place}
+    layout = TensorLayout(NAME, stack="layers", layer=1, depth=3, matrix=models.base.dim() >= 2)
+    place = {"keys": models.keys, "name": NAME, "layout": layout, "seed": SEED, **place}
     return on_tensors(as_map(method), base, models.tensors, **place)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
+from fusewright.methods import registry
 from fusewright.methods.contract import Method
 from fusewright.testing import _identities, _robust  # noqa: F401  (their promises register here)
 from fusewright.testing._promise import PROPERTIES, ContractViolation, Property
@@ -15,12 +18,27 @@ if TYPE_CHECKING:
 
 
 def check_property(cls: type[Method], name: str) -> None:
-    """Check one property of a method. Raises ContractViolation."""
+    """Check one property of a method, registered or not. Raises ContractViolation."""
     found = PROPERTIES[name]
     if not found.applies(cls):
         return
-    if name in cls.card.exempt:
-        return _check_exemption(cls, found)
+    with _known(cls):
+        if name in cls.card.exempt:
+            _check_exemption(cls, found)
+        else:
+            _check_kept(cls, found)
+
+
+@contextmanager
+def _known(cls: type[Method]) -> Iterator[None]:
+    """The method can be written by name, as if its package were installed."""
+    known = {cls.name: cls, **registry.registry()}
+    with patch.object(registry, "registry", lambda: known):
+        yield
+
+
+def _check_kept(cls: type[Method], found: Property) -> None:
+    name = found.name
     for method in found.subjects(cls):
         wrong = found.broken_by(method)
         if wrong:
@@ -61,7 +79,5 @@ def cases(methods: Iterable[type[Method]] | None = None) -> list[tuple[type[Meth
     """(method, property name) for each property that speaks of each method; every registered
     method unless some are given. Made for ``pytest.mark.parametrize``."""
     if methods is None:
-        from fusewright.methods.registry import registry
-
-        methods = registry().values()
+        methods = registry.registry().values()
     return [(cls, name) for cls in methods for name, p in PROPERTIES.items() if p.applies(cls)]
