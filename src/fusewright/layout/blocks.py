@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from fusewright.layout import rules
 from fusewright.layout.config import integers
-from fusewright.layout.names import canonical_order
 
 Shape = tuple[int, ...]
 Key = tuple[int, ...]
@@ -136,7 +135,7 @@ def _with_stage_tensors(members: Mapping[str, Mark]) -> dict[str, Key]:
             return mark.key
         return min(inner) if rules.SAMPLES_FIRST.fullmatch(mark.word) else max(inner)
 
-    return {name: key(members[name]) for name in canonical_order(members)}
+    return {name: key(mark) for name, mark in members.items()}
 
 
 def _order(keys: set[Key], stated: set[int]) -> tuple[dict[Key, int], int, str]:

@@ -40,7 +40,7 @@ def find_tied(
     An encoder-decoder's ``shared`` embedding is both its ``embed_tokens`` whatever the config
     says; heads join if it ties them. ``x.decoder.bias`` is ``x.bias``, as in BERT's family.
     """
-    names = canonical_order(shapes)
+    names = canonical_order(n for n in shapes if vocabulary[n] or n.endswith(".decoder.bias"))
     embeddings = [n for n in names if roles[n] is Role.EMBEDDING and vocabulary[n]]
     groups = {name: [name] for name in embeddings}
     for stored in [n for n in embeddings if n.split(".")[-2:-1] == ["shared"]]:
