@@ -256,6 +256,14 @@ def test_an_expert_that_cannot_be_opened_does_not_hide_the_others(base: Path, ch
         check_models(broken, [child])
 
 
+def test_an_expert_with_ambiguous_names_is_a_finding(base: Path, child: Path) -> None:
+    twice = saved(tuned(llama(), 2), base.parent / "twice")
+    with_tensors(twice, lambda t: t.update({"_orig_mod.lm_head.weight": t["lm_head.weight"] + 1}))
+    done = check_models(base, [twice, child])
+    assert found(done, "two tensors have the same name") and not done.ok
+    assert done.experts[0].descent is None and done.experts[1].findings == ()
+
+
 def test_results_are_plain_and_every_row_is_as_long_as_its_heading(base: Path) -> None:
     stranger = saved(llama(seed=7, vocab_size=97), base.parent / "stranger")
     done = check_models(base, [stranger])

@@ -17,6 +17,7 @@ from tiny_llamas import Tensors, llama, lora, saved, tuned
 from fusewright.engine.inspect import inspect_models
 from fusewright.errors import PlanError, WeightsError
 from fusewright.weights import TensorInfo, Weights, open_weights
+from fusewright.weights.files import COUNT
 
 
 def random(seed: int, **shapes: tuple[int, ...]) -> Tensors:
@@ -195,6 +196,15 @@ def test_an_adapter_is_its_factors_even_below_the_bases_precision(tmp_path: Path
     assert found.whole.norm(0) == pytest.approx(math.sqrt(squares), rel=1e-9)
     moved = {name for name, pairs in found.tensors.items() if pairs.norm(0)}
     assert moved == {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}
+
+
+def test_what_an_adapter_leaves_alone_is_read_once(tmp_path: Path) -> None:
+    base = saved(llama(), tmp_path / "base")
+    adapter = lora(base, tmp_path / "adapter")
+    before = COUNT.bytes_read
+    inspect_models([base, adapter])
+    files = (base / "model.safetensors", adapter / "adapter_model.safetensors")
+    assert COUNT.bytes_read - before <= sum(file.stat().st_size for file in files) + 10_000
 
 
 def test_an_adapters_chunks_fit_together() -> None:
