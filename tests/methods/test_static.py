@@ -294,6 +294,8 @@ def test_passthrough_takes_one_model() -> None:
     assert fw.Passthrough(scale=0.5)(None, [torch.ones(2)]).tolist() == [0.5, 0.5]
     with pytest.raises(PlanError, match="another number of experts"):
         fw.Passthrough()(None, [ZERO, ZERO])
+    with pytest.raises(PlanError, match="another number of experts"):
+        fw.Passthrough()(ZERO, [])
 
 
 @pytest.mark.parametrize("density", [0, -0.1, 1.1, float("nan"), True, "much"])
