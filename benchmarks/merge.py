@@ -75,10 +75,11 @@ def measure(name: str, base: Path, experts: list[Path], folder: Path, disk: bool
         ours.append(time.perf_counter() - start)
     shutil.rmtree(out, ignore_errors=True)
     low, high = statistics.median(floors[1:]), statistics.median(ours[1:])
+    pairs = list(zip(floors[1:], ours[1:], strict=True))
     bar = BARS[name][0 if disk else 1]
     return {"floor": round(low, 2), "seconds": round(high, 2), "ratio": round(high / low, 2),
             "bar": bar, "met": high / low <= bar,
-            "ratios": [round(b / a, 2) for a, b in zip(floors[1:], ours[1:], strict=True)]}  # fmt: skip
+            "ratios": [round(b / a, 2) for a, b in pairs]}
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ def write_config(folder: Path, layers: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def make_pool(folder: Path, experts: int = 3, layers: int = SHAPES["layers"]) -> tuple[Path, list[Path]]:
+def make_pool(
+    folder: Path, experts: int = 3, layers: int = SHAPES["layers"]
+) -> tuple[Path, list[Path]]:
     """A base and experts a small random step away from it, two shards each; made once."""
     pool = torch.randn(1 << 25, generator=torch.Generator().manual_seed(0))
     base = _write(folder / "base", pool, 0, layers)

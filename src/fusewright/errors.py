@@ -1,4 +1,4 @@
-"""Every refusal fusewright makes: what is wrong, where, what was expected and found, and what to do."""
+"""Every refusal: what is wrong, where, what was expected and found, and what to do."""
 
 from __future__ import annotations
 

@@ -57,6 +57,11 @@ class FaultyDisk(FileSystem):
             self._die()
         raise Killed
 
+    def kill(self) -> None:
+        """Die now."""
+        self._dead = True
+        raise Killed
+
     def bury(self) -> None:
         """Close what a dead process would have left open."""
         for fd in self._open:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from fusewright.errors import OutputError
 from fusewright.weights import _fs
 from fusewright.weights.digest import BLOCK
 from fusewright.weights.journal import read_journal
+from fusewright.weights.lock import FolderLock
 from fusewright.weights.publish import recover
+from fusewright.weights.shards import plan_shards
 from fusewright.weights.staging import Staging
 from fusewright.weights.target import staging_folder
 from fusewright.weights.verify import verify
@@ -322,6 +325,72 @@ def test_a_second_rename_that_fails_puts_the_old_output_back(
     assert toy.snapshot(out) == OLD
 
 
+def test_what_was_replaced_is_never_written_into(
+    disk: pytest.MonkeyPatch, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    """Killed after the exchange, the old files lie where staged ones did, perhaps linked from
+    elsewhere; then the new output is taken away, and the run is repeated."""
+    out, kept = tmp_path / "out", tmp_path / "kept.safetensors"
+    _old_output(out)
+    (out / toy.shards()[0].file).write_bytes(b"of another model")
+    os.link(out / toy.shards()[0].file, kept)
+    recording = FaultyDisk()
+    disk.setattr(_fs, "fs", recording)
+    _old_output(tmp_path / "count")
+    toy.run(tmp_path / "count", overwrite=True)
+    dying = FaultyDisk(recording.steps.index("exchange") + 1)
+    disk.setattr(_fs, "fs", dying)
+    with pytest.raises(Killed):
+        toy.run(out, overwrite=True)
+    dying.bury()
+    out.rename(tmp_path / "taken")
+    disk.setattr(_fs, "fs", FaultyDisk())
+    toy.run(out)
+    assert kept.read_bytes() == b"of another model"
+    assert toy.snapshot(out) == expected == toy.snapshot(tmp_path / "taken")
+
+
+@pytest.mark.parametrize("journal_intact", [True, False])
+def test_between_two_renames_recovery_finishes_or_else_undoes(
+    disk: pytest.MonkeyPatch, tmp_path: Path, expected: dict[str, bytes], journal_intact: bool
+) -> None:
+    out = tmp_path / "out"
+    _old_output(out)
+    dying = FaultyDisk(exchanges=False)
+    refuse = iter([lambda: None, dying.kill])
+    disk.setattr(dying, "rename", lambda a, b: (next(refuse)(), FaultyDisk.rename(dying, a, b)))
+    disk.setattr(_fs, "fs", dying)
+    with pytest.raises(Killed):
+        toy.run(out, overwrite=True)
+    dying.bury()
+    assert not out.exists()
+    if not journal_intact:
+        (staging_folder(out) / "journal").write_bytes(b"nonsense")
+    disk.setattr(_fs, "fs", FaultyDisk())
+    recover(out)
+    assert toy.snapshot(out) == (expected if journal_intact else OLD)
+    assert staging_folder(out).exists() != journal_intact
+
+
+def test_an_old_output_that_could_not_be_put_back_is_not_cleared_away(
+    disk: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    _old_output(out)
+    refuse = FaultyDisk(
+        exchanges=False,
+        refuse=lambda op, count: errno.EIO if op == "rename" and count >= 1 else 0,
+    )
+    disk.setattr(_fs, "fs", refuse)
+    empty = plan_shards([], 100, {})
+    with (
+        pytest.raises(OutputError),
+        Staging.open(out, "plan-1", empty, overwrite=True, inputs=[]) as staging,
+    ):
+        staging.publish({})
+    assert toy.snapshot(staging_folder(out) / "old") == OLD
+
+
 def test_short_writes_are_continued(
     disk: pytest.MonkeyPatch, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
@@ -352,6 +421,24 @@ def test_a_second_run_on_one_output_is_refused_and_named(
         other.kill()
     toy.run(out)
     assert toy.snapshot(out) == expected
+
+
+def test_a_lock_file_that_its_holder_has_just_removed_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, real = FolderLock.acquire(tmp_path / "staging"), fcntl.flock
+    passed = iter([first.release])
+
+    def flock(fd: int, how: int) -> None:
+        next(passed, lambda: None)()  # the first leaves between our open and our flock
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    second = FolderLock.acquire(tmp_path / "staging")
+    with pytest.raises(OutputError, match="Another run"):
+        FolderLock.acquire(tmp_path / "staging")
+    second.release()
+    assert not os.listdir(tmp_path)
 
 
 # -- the journal -----------------------------------------------------------------------------

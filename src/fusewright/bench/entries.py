@@ -10,7 +10,6 @@ from fusewright.errors import RecipeError
 from fusewright.methods.contract import Composite, Finish, Merger, Method, Program, Transform
 from fusewright.methods.registry import parse_method, registry
 
-
 STANDS_FOR = {
     "elect": "part of ties", "linear": "with equal weights it is average",
     "mean": "with equal weights it is average", "sum": "task_arithmetic with another default",

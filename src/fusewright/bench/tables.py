@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fusewright.bench.leaderboard import CLASSES, Leaderboard, Row
+from fusewright.bench.statistics import Interval
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-WIDE = 142
+WIDE = 132
 """Columns from which accuracies and summary fit beside each other."""
 
 Column = tuple[str, Callable[[Row], str]]
@@ -27,7 +28,7 @@ def _table(board: Leaderboard, columns: list[Column]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True)
     for name, _ in columns:
         table.add_column(name, justify="right", no_wrap=True)
@@ -42,16 +43,14 @@ def _accuracy(task: str) -> Callable[[Row], str]:
     return lambda row: f"{row.accuracy[task].value:.1f}"
 
 
-def _gain(row: Row) -> str:
-    if row.gain is None:
-        return ""
-    return f"{row.gain.value:+.1f} [{row.gain.low:+.1f}, {row.gain.high:+.1f}]"
+def _bounded(number: Interval, sign: str = "") -> str:
+    value, low, high = (f"{x:{sign}.1f}" for x in (number.value, number.low, number.high))
+    return f"{value} [{low}, {high}]"
 
 
 SUMMARY: list[Column] = [
     ("mean", lambda row: f"{row.mean.value:.1f}"),
-    ("normalised", lambda row: f"{row.normalised.value:.1f}"),
-    ("95 %", lambda row: f"[{row.normalised.low:.1f}, {row.normalised.high:.1f}]"),
-    ("seeds", lambda row: f"{min(row.seeds):.1f} to {max(row.seeds):.1f}"),
-    ("above average", _gain),
+    ("normalised, 95 %", lambda row: _bounded(row.normalised)),
+    ("seeds", lambda row: f"{min(row.seeds):.1f}-{max(row.seeds):.1f}"),
+    ("above average", lambda row: _bounded(row.gain, "+") if row.gain else ""),
 ]

@@ -52,6 +52,7 @@ def inspect(
 def check(
     base: Annotated[str, typer.Argument(help="The model that the experts come from.")],
     experts: Models,
+    full: Annotated[bool, typer.Option(help="Read everything, not a sample.")] = False,
     threads: Threads = None,
     memory: Memory = "1GiB",
     json: Json = False,
@@ -64,7 +65,9 @@ def check(
     from fusewright.engine import Options, check_models, parse_size
 
     workers = Options(threads=threads).workers
-    found = check_models(base, experts, threads=workers, memory=parse_size(memory))
+    found = check_models(
+        base, experts, full=full, threads=workers, memory=parse_size(memory)
+    )
     _show(found, json)
     raise typer.Exit(0 if found.ok else 1)
 

@@ -30,4 +30,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"fusewright.engine has no {name!r}")
 
 
-__all__ = [*sorted(_HOMES), "verify"]  # noqa: PLE0604
+__all__ = [*sorted(_HOMES), "verify"]

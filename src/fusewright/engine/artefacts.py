@@ -33,7 +33,8 @@ def add_artefacts(staging: Staging, plan: Plan, inputs: Inputs) -> list[str]:
         for name in COPIED:
             path = root / name
             if path.is_file():
-                staging.add_file(name, _config(path, plan, notes) if name == "config.json" else path)
+                mended = name == "config.json"
+                staging.add_file(name, _config(path, plan, notes) if mended else path)
         notes += _code(staging, root, plan.options.copy_code)
     staging.add_file("README.md", model_card(plan, inputs).encode())
     return notes

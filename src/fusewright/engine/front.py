@@ -197,7 +197,7 @@ def _warn_of_strangers(plan_: Plan, inputs: Inputs) -> None:
     from fusewright.errors import FusewrightWarning
 
     for name, weights in inputs.experts.items():
-        found = descent(inputs.base, weights, _same_names(inputs, name))
+        found = descent(inputs.base, weights, _shared_names(inputs, name))
         if found.verdict == "no":
             warnings.warn(
                 f"expert {name!r} does not seem to descend from the base: its weights differ by "
@@ -207,6 +207,6 @@ def _warn_of_strangers(plan_: Plan, inputs: Inputs) -> None:
             )  # fmt: skip
 
 
-def _same_names(inputs: Inputs, expert: str) -> list[str]:
+def _shared_names(inputs: Inputs, expert: str) -> dict[str, str]:
     names = inputs.alignment.experts[expert].names
-    return [n for n, own in names.items() if n == own and inputs.base and n in inputs.base]
+    return {n: own for n, own in names.items() if inputs.base is not None and n in inputs.base}

@@ -19,12 +19,12 @@ from fusewright.engine.recipe import Recipe
 from fusewright.engine.tables import Table
 from fusewright.errors import PlanError, RecipeError
 from fusewright.layout import Role, TensorLayout
-from fusewright.methods.contract import Composite, Fold, Method, Program, Stage, Unit
-from fusewright.methods.door import check_counts, spans
+from fusewright.methods.contract import At, Composite, Fold, Method, Program, Stage, Unit
+from fusewright.methods.door import check_counts, counts_base, spans
 from fusewright.methods.kernels import Kernel, find_kernel
 from fusewright.methods.pipeline import Pipeline, as_pipeline, check_uniform, resolved
 from fusewright.methods.registry import parse_method
-from fusewright.methods.settings import plain
+from fusewright.methods.settings import OTHERS, ByExpert, plain
 from fusewright.methods.static import Linear
 from fusewright.weights import DType, TensorInfo
 
@@ -98,13 +98,13 @@ class Plan:
             size[str(job.action), str(job.unit)] += job.info.nbytes
         return [
             Table("Parameters", ("stage", "parameter", "means"),
-                  [(r["stage"], r["parameter"], r["means"]) for r in parameter_table(self)]),
+                  tuple((r["stage"], r["parameter"], r["means"]) for r in parameter_table(self))),
             Table("Tensors", ("action", "unit", "tensors", "output bytes"),
-                  [(*k, n, human(size[k])) for k, n in tasks.items()]),
+                  tuple((*k, n, human(size[k])) for k, n in tasks.items())),
             Table("Costs", ("what", "amount"),
-                  [(k.replace("_", " "), human(v) if "bytes" in k or "memory" in k else v)
-                   for k, v in self.costs.items()]),
-            Table("Notes", ("",), [(note,) for note in self.notes]),
+                  tuple((k.replace("_", " "), human(v) if "bytes" in k or "memory" in k else v)
+                        for k, v in self.costs.items())),
+            Table("Notes", ("",), tuple((note,) for note in self.notes)),
         ]  # fmt: skip
 
 
@@ -127,6 +127,7 @@ def make_plan(recipe: Recipe, options: Options, inputs: Inputs) -> Plan:
     keys = tuple("base" if v is None else v for v in vectors)
     plan = Plan(recipe, options, pipeline, jobs, vectors, keys, needs_base, dtype, kernel,
                 "", _notes(inputs, jobs))  # fmt: skip
+    _check_parameters(plan)
     costs = _costs(plan, inputs)
     return Plan(**{**plan.__dict__, "digest": _digest(plan, inputs), "costs": costs})
 
@@ -156,6 +157,8 @@ def _with_expert_values(
     general = plain(getattr(method, name))
     by_expert = isinstance(general, dict) and set(general) != {"layers"}
     default = plain(type(method).model_fields[name].get_default())
+    if by_expert:
+        default = general.get(OTHERS, default)
     every = {e: values.get(e, general.get(e, default) if by_expert else general) for e in experts}
     fields = {k: plain(getattr(method, k)) for k in type(method).model_fields}
     return type(method)(**{**fields, name: every})
@@ -178,13 +181,11 @@ def _parts(method: Method) -> tuple[Method, ...]:
 
 
 def _check_expert_names(method: Method, recipe: Recipe) -> None:
-    from fusewright.methods.settings import ByExpert
-
     for part in _parts(method):
         for field_name in part.per_expert_fields():
             value = getattr(part, field_name)
-            unknown = [n for n, _ in value.values if n not in recipe.experts] if isinstance(
-                value, ByExpert) else []  # fmt: skip
+            named = [n for n, _ in value.values] if isinstance(value, ByExpert) else []
+            unknown = [n for n in named if n not in recipe.experts and n != OTHERS]
             if unknown:
                 raise RecipeError(
                     f"{part.name}: {field_name!r} names no expert of the recipe",
@@ -195,11 +196,10 @@ def _check_expert_names(method: Method, recipe: Recipe) -> None:
 def merged_models(pipeline: Pipeline, recipe: Recipe, inputs: Inputs) -> tuple[str | None, ...]:
     """Which models are merged: the experts, and the base where a merger of weights needs one
     model more than it was given."""
-    merger, experts = pipeline.merger, tuple(recipe.experts)
-    low = merger.card.experts[0]
-    if merger.frame == "weights" and inputs.base is not None and len(experts) == low - 1:
+    experts = tuple(recipe.experts)
+    if inputs.base is not None and counts_base(pipeline, len(experts)):
         return (None, *experts)
-    check_counts(merger, inputs.base is not None, len(experts))
+    check_counts(pipeline.merger, inputs.base is not None, len(experts))
     return experts
 
 
@@ -287,6 +287,16 @@ def _check_memory(jobs: Mapping[str, Job], options: Options) -> None:
             expected=f"at most {human(options.memory)}", found=human(worst.memory),
             fix=f"--memory {needed}MiB",
         )  # fmt: skip
+
+
+def _check_parameters(plan: Plan) -> None:
+    """Let every stage refuse parameters that do not go together, for each tensor."""
+    for job in plan.jobs.values():
+        if job.action is Action.MERGE:
+            at = At(job.info.name, job.info.shape, 0, job.info.numel, plan.keys, job.layout,
+                    plan.dtype, plan.recipe.seed)  # fmt: skip
+            for stage in plan.method.chain:
+                stage.check(at.replaced(params=resolved(stage, job.layout, plan.keys)))
 
 
 def _notes(inputs: Inputs, jobs: Mapping[str, Job]) -> tuple[str, ...]:

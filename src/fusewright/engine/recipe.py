@@ -157,8 +157,8 @@ def recipe_schema() -> dict[str, Any]:
     methods = {name: cls.model_json_schema() for name, cls in registry().items()}
     schema["$defs"] = {**schema.get("$defs", {}), **methods}
     named = [
-        {"type": "object", "properties": {n: {"$ref": f"#/$defs/{n}"}}, "additionalProperties": False,
-         "required": [n]}
+        {"type": "object", "properties": {n: {"$ref": f"#/$defs/{n}"}},
+         "additionalProperties": False, "required": [n]}
         for n in methods
     ]  # fmt: skip
     name = {"type": "string", "examples": list(methods)}

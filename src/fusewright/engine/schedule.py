@@ -60,7 +60,8 @@ class Schedule:
         return [s for s in steps[: steps.index(goal)] if s.round.scope == "tensor"]
 
     def _restore(self) -> None:
-        by_key = {f"{s.index}.{s.round.name}": s.key for s in self.plan.method.steps(self.plan.dtype)}
+        steps = self.plan.method.steps(self.plan.dtype)
+        by_key = {f"{s.index}.{s.round.name}": s.key for s in steps}
         for note, value in self.worker.sink.noted().items():
             scope, _, rest = note.partition(":")
             key, _, tensor = rest.partition(":")
@@ -110,12 +111,13 @@ class Schedule:
 
     def act(self, state: _TensorState, wave: Step | None, unit: Unit) -> Partial | None:
         """Do one unit of a wave."""
+        partial = None
         if wave is None:
             self.worker.combine(unit, state.solved)
-            self.tick("merge", unit.name, (unit.stop - unit.start) * unit.job.info.dtype.itemsize)
-            return None
-        partial = self.worker.measure(wave, unit, state.solved)
-        self.tick(wave.round.name, unit.name, (unit.stop - unit.start) * unit.job.info.dtype.itemsize)
+        else:
+            partial = self.worker.measure(wave, unit, state.solved)
+        size = (unit.stop - unit.start) * unit.job.info.dtype.itemsize
+        self.tick("merge" if wave is None else wave.round.name, unit.name, size)
         return partial
 
     def close_wave(self, state: _TensorState, wave: Step | None) -> None:

@@ -25,8 +25,7 @@ class MergedWeights(MemoryWeights):
             path = self.root / "config.json"
             self.config = json.loads(path.read_text()) if path.is_file() else {}
         elif isinstance(source, nn.Module):
-            self.config = MemoryWeights({}, "").config if not hasattr(source, "config") else (
-                source.config.to_dict() if hasattr(source.config, "to_dict") else {})  # fmt: skip
+            self.config = MemoryWeights(source).config
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -36,7 +35,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         for name, info in weights.items():
             flat = torch.empty(info.numel, dtype=info.dtype.torch)
             if info.numel:
-                weights.read(name, 0, info.numel, memoryview(flat.view(torch.uint8).numpy()))
+                weights.read(name, 0, info.numel, flat.view(torch.uint8).numpy().data)
             found[name] = flat.reshape(info.shape)
     return found
 

@@ -116,7 +116,9 @@ class Worker:
             vectors.append(vector.reshape(shape))
         return (None if base is None else base.reshape(shape)), vectors, leaves
 
-    def _weights(self, model: Model, unit: Unit, leaves: dict[str, str] | None, slot: int) -> Tensor:
+    def _weights(
+        self, model: Model, unit: Unit, leaves: dict[str, str] | None, slot: int
+    ) -> Tensor:
         raw = self.raw(model, unit, leaves, slot)
         info = self.inputs.info(model, unit.name)
         assert info is not None
@@ -130,7 +132,7 @@ class Worker:
         assert name is not None
         size = weights[name].dtype.itemsize
         raw = self._buffer(slot, (unit.stop - unit.start) * size)
-        view = memoryview(raw.numpy())
+        view = raw.numpy().data
         weights.read(name, unit.start, unit.stop, view)
         with self._count:
             self.bytes_read += len(view)
@@ -187,7 +189,8 @@ class Worker:
         return self.plan.kernel.measure(step, base, vectors, dtypes, self.place(unit, solved))
 
     def _by_kernel(self, unit: Unit, solved: Solved) -> tuple[Tensor, dict[str, str]]:
-        kernel, leaves, stored = self.plan.kernel, {}, unit.job.info.dtype
+        leaves: dict[str, str] = {}
+        kernel, stored = self.plan.kernel, unit.job.info.dtype
         assert kernel is not None
         base, vectors, dtypes = self._raws(unit, leaves)
         out = self._buffer(-1, (unit.stop - unit.start) * stored.itemsize)
@@ -214,7 +217,7 @@ class Worker:
 
     def _put(self, unit: Unit, raw: Tensor, leaves: dict[str, str]) -> None:
         size = unit.job.info.dtype.itemsize
-        view = memoryview(raw.numpy())
+        view = raw.numpy().data
         own = block_digests(view, size)
         self.sink.write(unit.name, unit.start * size, view)
         self.sink.commit(

@@ -25,7 +25,7 @@ from fusewright.errors import RecipeError, nearest
 from fusewright.layout.spec import TensorLayout
 from fusewright.methods.partials import Partial
 from fusewright.methods.random import Stream
-from fusewright.methods.settings import Reach, plain, reach_of
+from fusewright.methods.settings import OTHERS, Reach, plain, reach_of
 
 if TYPE_CHECKING:
     from fusewright.methods.pipeline import Pipeline
@@ -148,7 +148,11 @@ class Method(BaseModel, ABC):
             raise RecipeError(
                 f"{cls.name} has no profile {profile!r}", expected=f"one of {', '.join(known)}"
             )
-        return cls(**{**cls.profiles.get(profile, {}), **params})
+        given = dict(cls.profiles.get(profile, {}))
+        for name, value in params.items():
+            by_expert = isinstance(value, Mapping) and set(value) != {"layers"}
+            given[name] = {OTHERS: given[name], **value} if by_expert and name in given else value
+        return cls(**given)
 
     @classmethod
     def per_expert_fields(cls) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ A value is written as it is in recipes::
     0.2                                            everywhere
     {"layers": [0.2, 0.9]}                         a gradient from the first layer to the last
     [{"filter": "mlp", "value": 0.8}, 0.5]         the first filter found in the tensor's name
-    {"math": 0.6, "code": {"layers": [0, 1]}}      by expert (PerExpert fields only)
+    {"math": 0.6, "*": {"layers": [0, 1]}}         by expert (PerExpert fields); * is the others
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from pydantic_core import core_schema
 from fusewright.layout.spec import TensorLayout
 
 T = TypeVar("T")
+OTHERS = "*"
+"""Stands for the experts that a mapping does not name."""
 
 
 class Reach(StrEnum):
@@ -63,7 +65,7 @@ class Filters:
 
 @dataclass(frozen=True, slots=True)
 class ByExpert:
-    """A value for each expert named; the others keep the field's default."""
+    """A value for each expert named; the others have that of "*", else the field's default."""
 
     values: tuple[tuple[str, Any], ...]
 
@@ -76,10 +78,13 @@ def plain(value: Any) -> Any:
     return value.plain() if isinstance(value, Layers | Filters | ByExpert) else value
 
 
-def resolve(value: Any, layout: TensorLayout, expert: str | None = None, default: Any = None) -> Any:
+def resolve(
+    value: Any, layout: TensorLayout, expert: str | None = None, default: Any = None
+) -> Any:
     """The scalar that ``value`` means for one tensor (and one expert)."""
     if isinstance(value, ByExpert):
-        value = dict(value.values).get(str(expert), default)
+        own = dict(value.values)
+        value = own.get(str(expert), own.get(OTHERS, default))
     if isinstance(value, Filters):
         found = (v for text, v in value.rules if text == "*" or text in layout.name)
         value = next(found, value.default)

@@ -59,7 +59,7 @@ def publish_folder(out: Path, journal: Journal, *, overwrite: bool, durable: boo
     if not overwrite:
         check_absent(out)
     if os.path.lexists(out):
-        _replace(folder, out, durable)
+        _replace(folder, out)
     else:
         _fs.fs.rename(folder / NEW, out)
     if durable:
@@ -67,12 +67,10 @@ def publish_folder(out: Path, journal: Journal, *, overwrite: bool, durable: boo
         _fs.fs.fsync_folder(folder)
 
 
-def _replace(folder: Path, out: Path, durable: bool) -> None:
+def _replace(folder: Path, out: Path) -> None:
     if _fs.fs.exchange(folder / NEW, out):
         return
     _fs.fs.rename(out, folder / OLD)
-    if durable:
-        _fs.fs.fsync_folder(folder)
     try:
         _fs.fs.rename(folder / NEW, out)
     except OSError:
@@ -132,7 +130,7 @@ def recover_locked(out: Path, folder: Path) -> None:
         if finish:
             clear_published(folder)
     elif complete is not None and staged != complete:
-        clear_staging(folder)  # ``new`` is what the output replaced; the output has gone since
+        clear_staging(folder)  # ``new`` is what was replaced, no place to write; OUT went since
 
 
 def _two_outputs(out: Path, folder: Path) -> OutputError:

@@ -1,4 +1,4 @@
-"""What the rest of the house knows of a checkpoint: names, shapes, dtypes, and ranges of raw bytes."""
+"""What the rest of the house knows of a checkpoint: names, shapes, dtypes, ranges of bytes."""
 
 from __future__ import annotations
 
@@ -143,8 +143,8 @@ class Weights(Mapping[str, TensorInfo], ABC):
         """The files behind this, as they were when opened (empty for memory)."""
         return ()
 
-    def close(self) -> None:  # noqa: B027  (memory has nothing to close)
-        pass
+    def close(self) -> None:
+        """Close the files; memory has none."""
 
     def __enter__(self) -> Weights:
         return self

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 class Kernel(Protocol):
     """A fused twin of a pipeline's combine."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the plan and reports call it."""
+        ...
 
     def takes(self, inputs: Sequence[DType], output: DType) -> bool:
         """Whether it has these storage dtypes."""

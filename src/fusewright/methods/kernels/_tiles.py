@@ -1,5 +1,8 @@
-"""Numba loops over tiles that stay in the nearest cache. Every operation is the definition's, in its
-order: no fast-math, no fused multiply-add, so that the results are bit-equal to torch's."""
+"""Numba loops over tiles that stay in the nearest cache.
+
+Every operation is the definition's, in its order: no fast-math, no fused multiply-add, so that the
+results are bit-equal to torch's.
+"""
 
 from __future__ import annotations
 
