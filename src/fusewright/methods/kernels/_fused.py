@@ -14,10 +14,10 @@ from torch import Tensor
 from fusewright.methods.contract import Merger, Stage
 from fusewright.methods.kernels import _tiles
 from fusewright.methods.order import DIGIT
-from fusewright.methods.partials import Partial
+from fusewright.methods.partials import BLOCK, Partial
 from fusewright.methods.pipeline import Pipeline, Place, Step
 from fusewright.methods.random import Stream, threshold
-from fusewright.methods.static import Drop, Elect, Slerp, Trim
+from fusewright.methods.static import Drop, Elect, ModelStock, Slerp, Trim
 from fusewright.methods.static._weighted import Weighted
 from fusewright.weights.spec import DType
 
@@ -86,10 +86,16 @@ class SumTwin:
     drop: Drop | None
 
     def measures(self, step: Step) -> bool:
-        return False
+        return isinstance(self.pipeline.chain[step.index], Slerp | ModelStock)
 
     def measure(self, step: Step, raws: Raws, place: Place) -> Partial | None:
-        return None
+        many, blocks = len(raws.vectors), -(-len(raws.vectors[0]) // BLOCK)
+        sums = np.zeros((many * (many + 1) // 2, blocks))
+        has_base = self.pipeline.frame == "deltas"
+        base = raws.base if raws.base is not None else raws.vectors[0]
+        if _tiles.gram(base, raws.vectors, has_base, raws.shift, sums):
+            return None
+        return Partial({"gram": torch.from_numpy(sums)})
 
     def combine(self, raws: Raws, out: Raw, out_shift: int, place: Place) -> int:
         merger: Any = self.pipeline.merger
@@ -123,9 +129,24 @@ class TiesTwin:
     pipeline: Pipeline
 
     def measures(self, step: Step) -> bool:
-        return step.index == 0
+        return True
 
     def measure(self, step: Step, raws: Raws, place: Place) -> Partial | None:
+        if step.index == 0:
+            return self._histograms(raws, place)
+        net = np.zeros(1, np.int64)
+        weights = np.array(place.at(1).params.weight, np.float32)
+        if _tiles.net_sign(
+            raws.base, raws.vectors, self._limits(raws, place), weights, raws.shift, net
+        ):
+            return None
+        return Partial(counts={"net": torch.tensor(int(net[0]))})
+
+    def _limits(self, raws: Raws, place: Place) -> Raw:
+        found = place.at(0).solved.get("threshold", [0.0] * len(raws.vectors))
+        return np.array(found, np.float32)
+
+    def _histograms(self, raws: Raws, place: Place) -> Partial | None:
         solved = place.at(0).solved
         first = not solved
         counts = np.zeros((len(raws.vectors), 2**DIGIT), np.int64)
@@ -138,14 +159,13 @@ class TiesTwin:
         return Partial(counts={"histogram": torch.from_numpy(counts)})
 
     def combine(self, raws: Raws, out: Raw, out_shift: int, place: Place) -> int:
-        trim, at = place.at(0), place.at(1)
+        at = place.at(1)
         elect: Any = self.pipeline.merger
-        limits = trim.solved.get("threshold", [0.0] * len(raws.vectors))
         instead = {"positive": 1.0, "zero": 0.0}.get(elect.zero_sign)
         if instead is None:
             instead = float(at.solved["majority"])
         return int(_tiles.elect(
-            raws.base, raws.vectors, np.array(limits, np.float32),
+            raws.base, raws.vectors, self._limits(raws, place),
             np.array(at.params.weight, np.float32), elect.normalize, np.float32(instead),
             np.float32(at.params.scale), raws.shift, out, out_shift,
         ))  # fmt: skip

@@ -12,34 +12,48 @@ import numpy as np
 from numba import njit, uint32, uint64
 
 TILE = 4096
-EXPONENT = np.uint32(0x7F800000)
+ONE = np.uint32(0x00800000)
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 _jit = njit(nogil=True, cache=True)
 
 
 @_jit
-def widen(source: Any, start: int, count: int, shift: int, target: Any) -> int:
-    """Raw bfloat16 (shift 16) or float32 (shift 0) as float32 bits; 1 if any is not finite."""
-    bad = uint32(0)
-    for i in range(count):
-        bits = uint32(source[start + i]) << uint32(shift)
-        target[i] = bits
-        bad |= uint32((bits & EXPONENT) == EXPONENT)
-    return bad
+def widen(source: Any, shift: int, target: Any) -> int:
+    """Raw bfloat16 (shift 16) or float32 (shift 0) as float32 bits; nonzero if not all finite.
+
+    Adding one to the exponent carries into the sign bit just where all its bits are set.
+    """
+    seen = uint32(0)
+    if shift:
+        for i in range(len(target)):
+            target[i] = uint32(source[i]) << uint32(16)
+    else:
+        for i in range(len(target)):
+            target[i] = source[i]
+    for i in range(len(target)):
+        seen = uint32(seen | uint32(uint32(target[i] & MAGNITUDE) + ONE))
+    return seen >> uint32(31)
 
 
 @_jit
-def narrow(source: Any, count: int, shift: int, target: Any, start: int) -> int:
-    """Float32 bits to bfloat16, to nearest even (shift 16), or as they are; 1 if not finite."""
-    bad = uint32(0)
-    for i in range(count):
-        bits = source[i]
-        bad |= uint32((bits & EXPONENT) == EXPONENT)
-        if shift:
-            bits = (bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16)
-            bad |= uint32((bits & uint32(0x7F80)) == uint32(0x7F80))
-        target[start + i] = bits
-    return bad
+def narrow(source: Any, shift: int, target: Any) -> int:
+    """Float32 bits to bfloat16, to nearest even (shift 16), or as they are; nonzero if not all
+    finite, before or after."""
+    seen = uint32(0)
+    if shift:
+        for i in range(len(target)):
+            bits = source[i]
+            odd = uint32(uint32(bits >> uint32(16)) & uint32(1))
+            source[i] = uint32(bits + uint32(0x7FFF) + odd)
+            seen = uint32(seen | uint32(uint32(bits & MAGNITUDE) + ONE))
+        for i in range(len(target)):
+            seen = uint32(seen | uint32(uint32(source[i] & MAGNITUDE) + ONE))
+            target[i] = source[i] >> uint32(16)
+    else:
+        for i in range(len(target)):
+            target[i] = source[i]
+            seen = uint32(seen | uint32(uint32(source[i] & MAGNITUDE) + ONE))
+    return seen >> uint32(31)
 
 
 @_jit
@@ -77,9 +91,9 @@ def weighted_sum(
     for at in range(0, count, TILE):
         n = min(TILE, count - at)
         if has_base:
-            bad |= widen(base, at, n, shift, low.view(np.uint32))
+            bad |= widen(base[at : at + n], shift, low[:n].view(np.uint32))
         for t in range(len(vectors)):
-            bad |= widen(vectors[t], at, n, shift, x.view(np.uint32))
+            bad |= widen(vectors[t][at : at + n], shift, x[:n].view(np.uint32))
             if has_base:
                 for i in range(n):
                     x[i] = x[i] - low[i]
@@ -99,7 +113,46 @@ def weighted_sum(
         if has_base:
             for i in range(n):
                 total[i] = low[i] + total[i]
-        bad |= narrow(total.view(np.uint32), n, out_shift, out, at)
+        bad |= narrow(total[:n].view(np.uint32), out_shift, out[at : at + n])
+    return bad
+
+
+@_jit
+def _trimmed(
+    base: Any, vectors: Any, limits: Any, weights: Any, shift: int, low: Any, x: Any, total: Any
+) -> int:
+    """Rows of x: weight·τ where |τ| >= limit, else zero; total: their sum; nonzero if not finite."""
+    n, zero = len(low), np.float32(0.0)
+    bad = widen(base, shift, low.view(np.uint32))
+    for t in range(len(vectors)):
+        row, limit, weight = x[t], limits[t], weights[t]
+        bad |= widen(vectors[t], shift, row[:n].view(np.uint32))
+        for i in range(n):
+            tau = row[i] - low[i]
+            row[i] = (tau if abs(tau) >= limit else zero) * weight
+        if t == 0:
+            for i in range(n):
+                total[i] = row[i]
+        else:
+            for i in range(n):
+                total[i] = total[i] + row[i]
+    return bad
+
+
+@_jit
+def net_sign(base: Any, vectors: Any, limits: Any, weights: Any, shift: int, net: Any) -> int:
+    """Put into net[0] how many more of the summed vectors' entries are positive than negative."""
+    count, zero = len(base), np.float32(0.0)
+    tiles, x = np.empty((2, TILE), np.float32), np.empty((len(vectors), TILE), np.float32)
+    bad, more = 0, 0
+    for at in range(0, count, TILE):
+        n = min(TILE, count - at)
+        low, total = tiles[0, :n], tiles[1, :n]
+        parts = _part(vectors, at, n)
+        bad |= _trimmed(base[at : at + n], parts, limits, weights, shift, low, x, total)
+        for i in range(n):
+            more += int(total[i] > zero) - int(total[i] < zero)
+    net[0] = more
     return bad
 
 
@@ -109,38 +162,30 @@ def elect(
     scale: float, shift: int, out: Any, out_shift: int,
 ) -> int:  # fmt: skip
     """TIES: keep |τ| >= limit, elect signs (``instead`` for zero), merge those that agree."""
-    count, many = len(out), len(vectors)
-    tiles = np.empty((4, TILE), np.float32)
-    low, total, share, sign = tiles[0], tiles[1], tiles[2], tiles[3]
-    x = np.empty((many, TILE), np.float32)
-    zero, bad = np.float32(0.0), uint32(0)
+    count, zero, one = len(out), np.float32(0.0), np.float32(1.0)
+    tiles, x = np.empty((4, TILE), np.float32), np.empty((len(vectors), TILE), np.float32)
+    bad = 0
     for at in range(0, count, TILE):
         n = min(TILE, count - at)
-        bad |= widen(base, at, n, shift, low.view(np.uint32))
-        for t in range(many):
-            row, limit, weight = x[t], limits[t], weights[t]
-            bad |= widen(vectors[t], at, n, shift, row.view(np.uint32))
-            for i in range(n):
-                tau = row[i] - low[i]
-                row[i] = (tau if abs(tau) >= limit else zero) * weight
-            if t == 0:
-                for i in range(n):
-                    total[i] = row[i]
-            else:
-                for i in range(n):
-                    total[i] = total[i] + row[i]
+        low, total, share, sign = tiles[0, :n], tiles[1, :n], tiles[2, :n], tiles[3, :n]
+        parts = _part(vectors, at, n)
+        bad |= _trimmed(base[at : at + n], parts, limits, weights, shift, low, x, total)
         for i in range(n):
             value = total[i]
-            sign[i] = np.float32(1.0) if value > zero else (
-                np.float32(-1.0) if value < zero else instead)
+            sign[i] = one if value > zero else (-one if value < zero else instead)
         _agreeing(x, weights, sign, n, total, share)
         for i in range(n):
             value = total[i]
             if normalize:
-                value = value / (share[i] if share[i] != zero else np.float32(1.0))
+                value = value / (share[i] if share[i] != zero else one)
             total[i] = low[i] + value * scale
-        bad |= narrow(total.view(np.uint32), n, out_shift, out, at)
+        bad |= narrow(total.view(np.uint32), out_shift, out[at : at + n])
     return bad
+
+
+@_jit
+def _part(vectors: Any, at: int, n: int) -> Any:
+    return [v[at : at + n] for v in vectors]
 
 
 @_jit
@@ -167,8 +212,8 @@ def histogram(base: Any, vector: Any, shift: int, digit: int, prefix: int, count
     bits, bad = x.view(np.uint32), uint32(0)
     for at in range(0, count, TILE):
         n = min(TILE, count - at)
-        bad |= widen(base, at, n, shift, low.view(np.uint32))
-        bad |= widen(vector, at, n, shift, bits)
+        bad |= widen(base[at : at + n], shift, low[:n].view(np.uint32))
+        bad |= widen(vector[at : at + n], shift, bits[:n])
         for i in range(n):
             x[i] = x[i] - low[i]
         for i in range(n):
@@ -182,3 +227,48 @@ def histogram(base: Any, vector: Any, shift: int, digit: int, prefix: int, count
                 if (bits[i] >> uint32(16)) == wanted:
                     counts[bits[i] & uint32(0xFFFF)] += 1
     return bad
+
+
+HALF = 32_768
+
+
+@_jit
+def gram(base: Any, vectors: Any, has_base: bool, shift: int, sums: Any) -> int:
+    """Sums of v_s·v_t, s <= t, over each canonical block, v = vector [- base]: (pairs, blocks).
+
+    Products and sums are float64, in the halving tree of ``partials.block_sums``.
+    """
+    count, many, bad = len(vectors[0]), len(vectors), 0
+    low, x = np.empty(2 * HALF, np.float32), np.zeros((many, 2 * HALF), np.float32)
+    tree = np.empty(HALF, np.float64)
+    for block in range(sums.shape[1]):
+        at = block * 2 * HALF
+        n = min(2 * HALF, count - at)
+        if has_base:
+            bad |= widen(base[at : at + n], shift, low[:n].view(np.uint32))
+        for t in range(many):
+            row = x[t]
+            bad |= widen(vectors[t][at : at + n], shift, row[:n].view(np.uint32))
+            if has_base:
+                for i in range(n):
+                    row[i] = row[i] - low[i]
+            row[n:] = np.float32(0.0)
+        pair = 0
+        for s in range(many):
+            for t in range(s, many):
+                sums[pair, block] = _dot(x[s], x[t], tree)
+                pair += 1
+    return bad
+
+
+@_jit
+def _dot(a: Any, b: Any, tree: Any) -> float:
+    for i in range(HALF):
+        first = np.float64(a[i]) * np.float64(b[i])
+        tree[i] = first + np.float64(a[i + HALF]) * np.float64(b[i + HALF])
+    half = HALF // 2
+    while half:
+        for i in range(half):
+            tree[i] = tree[i] + tree[i + half]
+        half //= 2
+    return tree[0]
