@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from fusewright.bench.digits.train import Training
 
 SEEDS = (0, 1, 2)
-SCALES = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 """Seeds and the grid of scales are declared here, before anything is measured."""
 
-AVERAGE = "average"
+AVERAGE, MERGED = "average", "merged"
 
 
 def merge_on_disk(
-    method: Any, base: Path, experts: Mapping[str, Path], out: Path
+    method: Any, base: Path, experts: Mapping[str, Path], out: Path, durable: bool = True
 ) -> tuple[Path, float]:
     """Merge through the engine; answers with the folder and the seconds it took."""
     import fusewright as fw
 
     began = perf_counter()
-    fw.merge(method, base=base, experts=experts, out=out, overwrite=True)
+    fw.merge(method, base=base, experts=experts, out=out, overwrite=True, durable=durable)
     return out, perf_counter() - began
 
 
@@ -151,7 +151,7 @@ def _measure(
     run = _Run(out)
     with TemporaryDirectory(prefix="scratch-", dir=out) as scratch:
         for index, suite in enumerate(suites):
-            folder = out / "merged" if index == 0 else Path(scratch) / str(suite.seed)
+            folder = out / MERGED if index == 0 else Path(scratch) / str(suite.seed)
             _references(run, suite)
             step("references")
             for entry in chosen:
@@ -161,15 +161,15 @@ def _measure(
 
 def _references(run: _Run, suite: Trained) -> None:
     """Base, experts, the best that is possible with each, their ensemble, joint training."""
-    from fusewright.bench.digits.evaluate import ensemble_outcomes, outcomes
+    from fusewright.bench.digits.evaluate import ensemble, logits, outcomes, right
     from fusewright.bench.digits.model import open_model
     from fusewright.bench.digits.tasks import splits
 
     heads, test = suite.heads(), splits()["test"]
-    experts = {name: open_model(path) for name, path in suite.experts.items()}
-    own = {name: outcomes(model, heads, test) for name, model in experts.items()}
+    said = {n: logits(open_model(path), heads, test) for n, path in suite.experts.items()}
+    own = {name: right(scores, test) for name, scores in said.items()}
     run.add("base", outcomes(open_model(suite.base), heads, test))
-    run.add("ensemble", ensemble_outcomes(experts.values(), heads, test))
+    run.add("ensemble", right(ensemble(list(said.values())), test))
     run.add("multitask", outcomes(open_model(suite.multitask), heads, test))
     run.add("own expert", np.stack([own[task.name][i] for i, task in enumerate(heads)]))
     for name, found in own.items():
@@ -193,7 +193,10 @@ def _merge_and_measure(run: _Run, suite: Trained, entry: Entry, folder: Path) ->
     from fusewright.bench.digits.model import open_model
     from fusewright.bench.digits.tasks import splits
 
-    path, seconds = merge_on_disk(entry.method, suite.base, suite.experts, folder / entry.key)
+    kept = folder.name == MERGED  # what is thrown away at the end need not survive a power cut
+    path, seconds = merge_on_disk(
+        entry.method, suite.base, suite.experts, folder / entry.key, durable=kept
+    )
     run.times.setdefault(entry.key, []).append(seconds)
     run.add(entry.key, outcomes(open_model(path), suite.heads(), splits()["test"]))
 
@@ -251,6 +254,6 @@ def _rows(run: _Run, chosen: Sequence[Entry], tasks: tuple[str, ...]) -> tuple[R
 
 def _facts_of(run: _Run, entry: Entry) -> dict[str, Any]:
     return {
-        "method": entry.method.spec(), "path": f"merged/{entry.key}",
+        "method": entry.method.spec(), "path": f"{MERGED}/{entry.key}",
         "seconds": median(run.times[entry.key]),
     }  # fmt: skip

@@ -11,7 +11,7 @@ from fusewright.bench.statistics import Interval
 if TYPE_CHECKING:
     from rich.table import Table
 
-WIDE = 132
+WIDE = 140
 """Columns from which accuracies and summary fit beside each other."""
 
 Column = tuple[str, Callable[[Row], str]]

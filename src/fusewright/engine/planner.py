@@ -22,7 +22,7 @@ from fusewright.layout import Role, TensorLayout
 from fusewright.methods.contract import At, Composite, Fold, Method, Program, Stage, Unit
 from fusewright.methods.door import check_counts, counts_base, spans
 from fusewright.methods.kernels import Kernel, find_kernel
-from fusewright.methods.pipeline import Pipeline, as_pipeline, check_uniform, resolved
+from fusewright.methods.pipeline import Pipeline, Place, as_pipeline, check_uniform, resolved
 from fusewright.methods.registry import parse_method
 from fusewright.methods.settings import OTHERS, ByExpert, plain
 from fusewright.methods.static import Linear
@@ -127,6 +127,7 @@ def make_plan(recipe: Recipe, options: Options, inputs: Inputs) -> Plan:
     keys = tuple("base" if v is None else v for v in vectors)
     plan = Plan(recipe, options, pipeline, jobs, vectors, keys, needs_base, dtype, kernel,
                 "", _notes(inputs, jobs))  # fmt: skip
+    _check_parameters(plan)
     _check_parameters(plan)
     costs = _costs(plan, inputs)
     return Plan(**{**plan.__dict__, "digest": _digest(plan, inputs), "costs": costs})
@@ -297,6 +298,19 @@ def _check_parameters(plan: Plan) -> None:
                     plan.dtype, plan.recipe.seed)  # fmt: skip
             for stage in plan.method.chain:
                 stage.check(at.replaced(params=resolved(stage, job.layout, plan.keys)))
+
+
+def _check_parameters(plan: Plan) -> None:
+    """Let every stage refuse what its parameters mean for each tensor."""
+    for name, job in plan.jobs.items():
+        if job.action is not Action.MERGE:
+            continue
+        chain = plan.method.chain
+        params = tuple(resolved(stage, job.layout, plan.keys) for stage in chain)
+        at = At(name, job.info.shape, 0, job.info.numel, plan.keys, job.layout, plan.dtype,
+                plan.recipe.seed)  # fmt: skip
+        for index, stage in enumerate(chain):
+            stage.check(Place(at, params, {}).at(index))
 
 
 def _notes(inputs: Inputs, jobs: Mapping[str, Job]) -> tuple[str, ...]:

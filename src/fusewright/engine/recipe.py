@@ -120,7 +120,8 @@ def make_recipe(**fields: Any) -> Recipe:
     try:
         return Recipe(**fields)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key is also a missing one: the misspelling says more.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             close = nearest(key, list(Recipe.model_fields))
@@ -173,7 +174,12 @@ def recipe_schema() -> dict[str, Any]:
 
 def _check_version(fields: Mapping[str, Any]) -> None:
     version = fields.get("fusewright", VERSION)
-    if isinstance(version, int) and version > VERSION:
+    if type(version) is not int or version < 1:
+        raise RecipeError(
+            "the recipe's schema version is not understood",
+            expected=f"fusewright: {VERSION}", found=f"fusewright: {version!r}",
+        )  # fmt: skip
+    if version > VERSION:
         raise RecipeError(
             "the recipe is of a newer schema",
             expected=f"fusewright: {VERSION}", found=f"fusewright: {version}",
@@ -236,4 +242,8 @@ def _override(fields: dict[str, Any], override: str) -> None:
         place = place.setdefault(key, {})
         if not isinstance(place, dict):
             raise RecipeError(f"--set {path}: {key!r} is not a mapping", found=repr(place))
-    place[last] = yaml.load(text, Loader=_Strict)
+    try:
+        place[last] = yaml.load(text, Loader=_Strict)
+    except yaml.YAMLError as error:
+        raise RecipeError("the value after --set is not plain YAML", where=override,
+                          found=error) from error  # fmt: skip

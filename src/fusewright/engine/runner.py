@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 
 from fusewright import __version__
 from fusewright.engine import bandwidth
@@ -50,8 +51,8 @@ def run_to_folder(
     """Write the merged model to ``out``, complete or not at all; returns the report."""
     shards = plan_shards(plan.outputs(), plan.options.shard_size, {"format": "pt"})
     with Staging.open(
-        out, plan.digest, shards, overwrite=plan.options.overwrite, inputs=inputs.paths(),
-        durable=plan.options.durable,
+        out, bound_digest(plan, inputs), shards, overwrite=plan.options.overwrite,
+        inputs=inputs.paths(), durable=plan.options.durable,
     ) as staging:  # fmt: skip
         report = _passes(plan, inputs, staging, listener, staging.resumed)
         inputs.check_unchanged()
@@ -60,6 +61,20 @@ def run_to_folder(
     report["seconds"] = time.perf_counter() - report.pop("started")
     _compare_with_bandwidth(report, inputs, Path(out), plan.options.durable)
     return report
+
+
+def bound_digest(plan: Plan, inputs: Inputs) -> str:
+    """The plan's digest, bound to the bytes of models in memory too: no file's time vouches for
+    them when a run resumes."""
+    digest = blake3(plan.digest.encode())
+    for weights in inputs.all().values():
+        if weights.identities():
+            continue
+        for name, info in weights.items():
+            raw = bytearray(info.nbytes)
+            weights.read(name, 0, info.numel, memoryview(raw))
+            digest.update(name.encode()).update(raw)
+    return digest.hexdigest()
 
 
 def _passes(

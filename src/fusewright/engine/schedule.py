@@ -88,13 +88,15 @@ class Schedule:
             merged = job.action is Action.MERGE
             if goal is not None and not merged:
                 continue
-            units = [Unit(job, *span) for span in job.spans]
-            if goal is None:
-                units = [u for u in units if u.task not in self.done]
-            if not units:
-                continue
             solved = {**self.model_solved, **self.tensor_solved.get(name, {})} if merged else {}
             waves: list[Step | None] = [s for s in own if merged and s.key not in solved]
+            units = [Unit(job, *span) for span in job.spans]
+            left = [u for u in units if u.task not in self.done] if goal is None else units
+            if not left:
+                continue
+            # What is still to be measured needs every unit, finished or not (a journal may have
+            # lost a statistic and kept its tensor's first units).
+            units = units if waves else left
             yield _TensorState(job, deque([*waves, goal]), units, solved)
 
     def _model_at(self, step: Step) -> At:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -133,8 +134,9 @@ def spans(shape: tuple[int, ...], unit: Unit) -> list[tuple[int, int]]:
         return [(0, numel)]
     size = CHUNK
     if unit is Unit.ROWS:
-        columns = shape[-1] if shape else 1
-        size = max(CHUNK // columns, 1) * columns
+        # Whole rows and whole canonical blocks: what is written is hashed by blocks.
+        common = math.lcm(shape[-1] if shape else 1, BLOCK)
+        size = max(CHUNK // common, 1) * common
     return [(start, min(start + size, numel)) for start in range(0, numel, size)]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError
 from .adapter_config import parse_config
-from .adapter_parts import Pieces, sort_parts
+from .adapter_parts import ADAPTER_PREFIX, Parts, Pieces, sort_parts
 from .directory import Directory, read_config
 from .files import check_range
 from .locate import ADAPTER_STEMS
@@ -71,6 +71,11 @@ class AdapterWeights(Weights):
         """The base that the adapter declares (``base_model_name_or_path``)."""
         declared = self.adapter_config.get("base_model_name_or_path")
         return declared if isinstance(declared, str) else None
+
+    @property
+    def parts(self) -> Parts:
+        """What every tensor of the adapter's file does to which tensor of the base."""
+        return self._parts
 
     # --- what is known without reading -------------------------------------------------------
 
@@ -190,6 +195,19 @@ class AdapterWeights(Weights):
         scale = self.lora.scale(one.module, down.shape[0])
         where = f"{self.adapter_root}: {one.module}"
         return fold(down, up, scale, info, self._turned[name], where)
+
+    def unfold(self, name: str, low: LowRank) -> dict[str, torch.Tensor]:
+        """The inverse of ``delta``: factors of any rank as PEFT's file of an adapter with scaling 1
+        names and shapes them for the module that this one changes ``name`` by."""
+        one, rank, up = self._parts.factors[name], low.down.shape[0], low.up * low.scale
+        down_shape, up_shape = self._file[one.down].shape, self._file[one.up].shape
+        a, b = (up.T, low.down.T) if self._turned[name] else (low.down, up)
+        kind = "lora_embedding_{}" if one.embedding else "lora_{}.weight"
+        return {
+            f"{ADAPTER_PREFIX}{one.module}.{kind.format('A')}": a.reshape(rank, *down_shape[1:]),
+            f"{ADAPTER_PREFIX}{one.module}.{kind.format('B')}":
+                b.reshape(up_shape[0], rank, *up_shape[2:]),
+        }  # fmt: skip
 
     # --- dense values ------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import WeightsError
@@ -16,7 +16,7 @@ _PIECE = re.compile(
     r"(?P<piece>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector(?:\.weight)?)"
 )
-_ADAPTER_PREFIX = "base_model.model."
+ADAPTER_PREFIX = "base_model.model."
 
 
 @dataclass(slots=True)
@@ -43,10 +43,10 @@ class Parts:
 
 
 def sort_parts(
-    file: Weights, base: Weights, config: LoraConfig, where: object
+    file: Iterable[str], base: Weights, config: LoraConfig, where: object
 ) -> Parts:
-    """Raises WeightsError for a tensor whose role is not known, a factor without its partner, or a
-    factor for a tensor that the base does not have."""
+    """The parts of a file with these names. Raises WeightsError for a tensor whose role is not
+    known, a factor without its partner, or a factor for a tensor that the base does not have."""
     pieces, whole = _split(file, where)
     for one in pieces.values():
         _complete(one, config, where)
@@ -66,11 +66,11 @@ def sort_parts(
     return parts
 
 
-def _split(file: Weights, where: object) -> tuple[dict[str, Pieces], dict[str, str]]:
+def _split(file: Iterable[str], where: object) -> tuple[dict[str, Pieces], dict[str, str]]:
     pieces: dict[str, Pieces] = {}
     whole: dict[str, str] = {}
     for key in file:
-        name = key.removeprefix(_ADAPTER_PREFIX)
+        name = key.removeprefix(ADAPTER_PREFIX)
         found = _PIECE.fullmatch(name)
         if found:
             module, piece = found["module"].replace(".base_layer", ""), found["piece"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,28 +16,30 @@ from fusewright.bench.digits.tasks import Split, Task, seen
 Outcomes = NDArray[np.bool_]
 
 
+Scores = dict[Task, Tensor]
+"""For each task the logits or probabilities (images, classes)."""
+
+
 def outcomes(model: Any, heads: Mapping[Task, Tensor], split: Split) -> Outcomes:
     """Whether the model is right: (tasks, images)."""
-    return _right(_logits(model, heads, split), heads, split)
+    return right(logits(model, heads, split), split)
 
 
-def ensemble_outcomes(
-    models: Iterable[Any], heads: Mapping[Task, Tensor], split: Split
-) -> Outcomes:
-    """Whether the mean of the models' predicted distributions is right: (tasks, images)."""
-    each = [_logits(model, heads, split) for model in models]
-    mean = {t: torch.stack([one[t].softmax(dim=1) for one in each]).mean(dim=0) for t in heads}
-    return _right(mean, heads, split)
-
-
-@torch.no_grad()
-def _logits(model: Any, heads: Mapping[Task, Tensor], split: Split) -> dict[Task, Tensor]:
-    """Each view passes through the model once, however many tasks use it."""
-    views = dict.fromkeys(task.view for task in heads)
-    tokens = {view: features(model, seen(split.images, view)) for view in views}
+@torch.inference_mode()
+def logits(model: Any, heads: Mapping[Task, Tensor], split: Split) -> Scores:
+    """What the model says; each view passes through it once, however many tasks use it."""
+    views = list(dict.fromkeys(task.view for task in heads))
+    shown = torch.cat([seen(split.images, view) for view in views])
+    tokens = dict(zip(views, features(model, shown).split(len(split)), strict=True))
     return {task: tokens[task.view] @ head.T for task, head in heads.items()}
 
 
-def _right(scores: Mapping[Task, Tensor], heads: Iterable[Task], split: Split) -> Outcomes:
-    right = [scores[task].argmax(dim=1) == task.labels(split.digits) for task in heads]
-    return torch.stack(right).numpy()
+def ensemble(each: Sequence[Scores]) -> Scores:
+    """The mean of several models' predicted distributions, from their logits."""
+    return {t: torch.stack([one[t].softmax(dim=1) for one in each]).mean(dim=0) for t in each[0]}
+
+
+def right(scores: Scores, split: Split) -> Outcomes:
+    """Whether the largest score is that of the true class: (tasks, images)."""
+    found = [s.argmax(dim=1) == task.labels(split.digits) for task, s in scores.items()]
+    return torch.stack(found).numpy()

@@ -16,16 +16,16 @@ COLOURS = {"reference": "#8a8f98", "expert": "#8a8f98", "none": "#2f7ed8", "labe
 
 
 def shown_rows(board: Leaderboard) -> list[Row]:
-    """References and merges, worst first: what both plots show."""
-    rows = [row for row in board.rows if row.requirement != "expert"]
-    return sorted(rows, key=lambda row: row.normalised.value)
+    """References, then merges, class by class: what both plots show."""
+    classes = board.classes()
+    return [row for name, rows in classes.items() if name != "expert" for row in rows]
 
 
 def intervals(board: Leaderboard) -> str:
     """Normalised accuracy of each row: bar and 95 % interval; a small mark for each seed."""
     rows = shown_rows(board)
-    figure, axes = _figure(9.0, 0.29 * len(rows) + 0.9)
-    places = range(len(rows))
+    figure, axes = _figure(9.0, 0.29 * len(rows) + 1.1)
+    places = _places(rows)
     values = [row.normalised.value for row in rows]
     colours = [COLOURS[row.requirement] for row in rows]
     axes.barh(places, values, color=colours, alpha=0.75, height=0.72)
@@ -37,15 +37,15 @@ def intervals(board: Leaderboard) -> str:
         edge = max(row.normalised.high, *row.seeds)
         axes.text(edge + 0.8, place, f"{row.normalised.value:.1f}", va="center", color=INK, size=8)
     axes.axvline(100, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.set_yticks(list(places), [row.key for row in rows])
-    axes.set(xlim=(0, 108), ylim=(-0.6, len(rows) - 0.4))
+    axes.set_yticks(places, [row.key for row in rows])
+    axes.set(xlim=(0, 108), ylim=(max(places) + 0.6, -0.6))
     axes.set_xlabel("normalised accuracy (%): 100 = as good as each task's own expert", color=INK)
     return _svg(figure)
 
 
 def heat_map(board: Leaderboard) -> str:
     """Accuracy of each row on each task, as a share of that task's expert."""
-    rows = shown_rows(board)[::-1]
+    rows = shown_rows(board)
     own = board["own expert"].accuracy
     shares = [[100 * r.accuracy[t].value / max(own[t].value, 1e-9) for t in board.tasks]
               for r in rows]  # fmt: skip
@@ -62,6 +62,15 @@ def heat_map(board: Leaderboard) -> str:
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     return _svg(figure)
+
+
+def _places(rows: list[Row]) -> list[float]:
+    """Where each row lies, with a gap between classes."""
+    places, gaps = [], 0.0
+    for i, row in enumerate(rows):
+        gaps += 0.6 if i and row.requirement != rows[i - 1].requirement else 0.0
+        places.append(i + gaps)
+    return places
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

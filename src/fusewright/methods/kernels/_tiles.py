@@ -121,7 +121,7 @@ def weighted_sum(
 def _trimmed(
     base: Any, vectors: Any, limits: Any, weights: Any, shift: int, low: Any, x: Any, total: Any
 ) -> int:
-    """Rows of x: weight·τ where |τ| >= limit, else zero; total: their sum; nonzero if not finite."""
+    """Rows of x: weight·τ where |τ| >= limit, else 0; total: their sum; nonzero if not finite."""
     n, zero = len(low), np.float32(0.0)
     bad = widen(base, shift, low.view(np.uint32))
     for t in range(len(vectors)):
