@@ -45,6 +45,8 @@ def _accuracy(task: str) -> Callable[[Row], str]:
 
 def _bounded(number: Interval, sign: str = "") -> str:
     value, low, high = (f"{x:{sign}.1f}" for x in (number.value, number.low, number.high))
+    if low == high:
+        return value
     return f"{value} [{low}, {high}]"
 
 
