@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,11 +39,13 @@ def add_artefacts(staging: Staging, plan: Plan, inputs: Inputs) -> list[str]:
     return notes
 
 
-def _config(path: Path, plan: Plan, notes: list[str]) -> bytes:
+def _config(path: Path, plan: Plan, untied: bool, notes: list[str]) -> bytes:
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if plan.recipe.out_dtype or plan.recipe.dtype:
         name = plan.recipe.out_dtype or plan.recipe.dtype
         config["dtype" if "dtype" in config else "torch_dtype"] = name
+    if untied:
+        config["tie_word_embeddings"] = False
     if config.pop("quantization_config", None) is not None:
         notes.append("the base was quantised; the result is not, and its config says so")
     if not plan.options.copy_code and config.pop("auto_map", None) is not None:
@@ -88,7 +89,3 @@ def model_card(plan: Plan, inputs: Inputs) -> str:
 
 def _source(label: str, weights: Weights, licence: Mapping[str, str | None]) -> str:
     return f"- {label}: `{weights.label}` (licence: {licence.get(label) or 'not stated'})"
-
-
-def remove_tree(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)

@@ -291,16 +291,6 @@ def _check_memory(jobs: Mapping[str, Job], options: Options) -> None:
 
 
 def _check_parameters(plan: Plan) -> None:
-    """Let every stage refuse parameters that do not go together, for each tensor."""
-    for job in plan.jobs.values():
-        if job.action is Action.MERGE:
-            at = At(job.info.name, job.info.shape, 0, job.info.numel, plan.keys, job.layout,
-                    plan.dtype, plan.recipe.seed)  # fmt: skip
-            for stage in plan.method.chain:
-                stage.check(at.replaced(params=resolved(stage, job.layout, plan.keys)))
-
-
-def _check_parameters(plan: Plan) -> None:
     """Let every stage refuse what its parameters mean for each tensor."""
     for name, job in plan.jobs.items():
         if job.action is not Action.MERGE:

@@ -36,6 +36,7 @@ def run_to_memory(
     """The merged tensors by name (aliases of tied tensors share storage), and the report."""
     sink = MemorySink(plan.outputs())
     report = _passes(plan, inputs, sink, listener, resumed=False)
+    report.pop("started")
     tensors = {}
     for name, (info, data) in sink.tensors().items():
         flat = torch.frombuffer(data, dtype=info.dtype.torch) if data else torch.empty(

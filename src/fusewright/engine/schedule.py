@@ -46,6 +46,8 @@ class Schedule:
     tick: Tick = lambda phase, tensor, size: None
     model_solved: dict[Key, Any] = field(default_factory=dict)
     tensor_solved: dict[str, dict[Key, Any]] = field(default_factory=dict)
+    _of_model: list[Partial] = field(default_factory=list)
+    """What the tensors measured for the model's round that ends this pass."""
 
     def run(self) -> None:
         """All passes in order; raises the first failure of any thread."""
@@ -71,19 +73,15 @@ class Schedule:
                 self.tensor_solved.setdefault(tensor, {})[by_key[key]] = value
 
     def _pass(self, goal: Step | None, own: Sequence[Step]) -> None:
-        total: list[Partial] = []
-        states = self._states(goal, own, total)
-        _Pool(self, goal, states).run()
-        if goal is not None and total:
-            partial = sum_partials(total)
+        self._of_model.clear()
+        _Pool(self, self._states(goal, own)).run()
+        if goal is not None and self._of_model:
+            partial = sum_partials(self._of_model)
             value = goal.round.solve(partial, self._model_at(goal))
             self.model_solved[goal.key] = ensure_finite_solution(goal.round.name, value)
             self.worker.sink.note(f"model:{goal.index}.{goal.round.name}", value)
 
-    def _states(
-        self, goal: Step | None, own: Sequence[Step], total: list[Partial]
-    ) -> Iterable[_TensorState]:
-        self._total = total
+    def _states(self, goal: Step | None, own: Sequence[Step]) -> Iterable[_TensorState]:
         for name, job in self.plan.jobs.items():
             merged = job.action is Action.MERGE
             if goal is not None and not merged:
@@ -128,7 +126,7 @@ class Schedule:
             return
         partial, state.partial = state.partial.rounded(), None
         if wave.round.scope == "model":
-            self._total.append(partial)
+            self._of_model.append(partial)
             return
         whole = Unit(state.job, 0, state.job.info.numel)
         at = self.worker.place(whole, state.solved).at(wave.index)
@@ -150,9 +148,7 @@ def sum_partials(parts: Sequence[Partial]) -> Partial:
 class _Pool:
     """Threads that take units of open tensors first, then open the next tensor."""
 
-    def __init__(
-        self, schedule: Schedule, goal: Step | None, states: Iterable[_TensorState]
-    ) -> None:
+    def __init__(self, schedule: Schedule, states: Iterable[_TensorState]) -> None:
         self.schedule, self.states = schedule, iter(states)
         self.ready: deque[tuple[_TensorState, Step | None, Unit]] = deque()
         self.budget = schedule.plan.options.memory
