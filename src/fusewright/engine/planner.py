@@ -128,7 +128,6 @@ def make_plan(recipe: Recipe, options: Options, inputs: Inputs) -> Plan:
     plan = Plan(recipe, options, pipeline, jobs, vectors, keys, needs_base, dtype, kernel,
                 "", _notes(inputs, jobs))  # fmt: skip
     _check_parameters(plan)
-    _check_parameters(plan)
     costs = _costs(plan, inputs)
     return Plan(**{**plan.__dict__, "digest": _digest(plan, inputs), "costs": costs})
 
