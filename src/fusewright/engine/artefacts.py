@@ -33,7 +33,9 @@ def add_artefacts(staging: Staging, plan: Plan, inputs: Inputs) -> list[str]:
             path = root / name
             if path.is_file():
                 mended = name == "config.json"
-                staging.add_file(name, _config(path, plan, notes) if mended else path)
+                staging.add_file(
+                    name, _config(path, plan, inputs.untied, notes) if mended else path
+                )
         notes += _code(staging, root, plan.options.copy_code)
     staging.add_file("README.md", model_card(plan, inputs).encode())
     return notes

@@ -184,6 +184,8 @@ def _entries(experts: Any) -> Any:
 
     if isinstance(experts, Mapping):
         return {str(name): entry(value) for name, value in experts.items()}
+    if isinstance(experts, Sequence) and not isinstance(experts, str | bytes):
+        return [entry(value) for value in experts]
     return experts
 
 

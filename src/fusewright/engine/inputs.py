@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,8 @@ from fusewright.engine.recipe import Recipe
 from fusewright.errors import OutputError, PlanError
 from fusewright.layout import ModelLayout, describe
 from fusewright.weights import Alignment, TensorInfo, Weights, align, canonical, open_weights
+
+Groups = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Inputs:
     experts: Mapping[str, Weights]
     alignment: Alignment
     layout: ModelLayout
+    tied: Groups = ()
+    """Groups of names that share one tensor in the model."""
 
     @property
     def reference(self) -> Weights:
@@ -46,6 +50,12 @@ class Inputs:
     def all(self) -> dict[str, Weights]:
         named = {} if self.base is None else {"base": self.base}
         return {**named, **{f"expert {k}": w for k, w in self.experts.items()}}
+
+    @property
+    def untied(self) -> bool:
+        """Whether embeddings that the model ties are stored apart in the output."""
+        names = {name for name in self.alignment.names if not name.endswith(".bias")}
+        return any(len(names.intersection(group)) > 1 for group in self.tied)
 
     def paths(self) -> list[Path]:
         """Every folder and file that is read: the output may be none of them."""
@@ -86,10 +96,10 @@ def open_inputs(recipe: Recipe, untie: bool = False) -> Iterator[Inputs]:
         }
         reference = base if base is not None else next(iter(experts.values()))
         layout = _describe(reference)
-        alignment = align(
-            base, experts, layout.tied, untie=untie, optional=tuple(recipe.optional)
-        )
-        yield Inputs(base, experts, alignment, _covering(layout, alignment, reference))
+        tied = _tied(reference, experts.values(), layout)
+        alignment = align(base, experts, tied, untie=untie, optional=tuple(recipe.optional))
+        layout = _covering(layout, alignment, reference, tied)
+        yield Inputs(base, experts, alignment, layout, tied)
 
 
 def _open(stack: ExitStack, ref: Any, base: Weights | None) -> Weights:
@@ -105,12 +115,28 @@ def _describe(weights: Weights) -> ModelLayout:
     return describe(shapes, kinds, weights.config)
 
 
-def _covering(layout: ModelLayout, alignment: Alignment, reference: Weights) -> ModelLayout:
+def _tied(reference: Weights, experts: Iterable[Weights], layout: ModelLayout) -> Groups:
+    """Groups of names that share one tensor in the reference's model: by its config, over every
+    name that some input stores; and by storage, where it is in memory."""
+    groups = layout.tied
+    shapes = {name: info.shape for w in experts for name, info in w.items()}
+    if shapes.keys() - set(reference):
+        shapes |= {name: info.shape for name, info in reference.items()}
+        found = describe(shapes, None, reference.config).tied
+        groups = tuple(group for group in found if group[0] in reference)
+    taken = {name for group in groups for name in group}
+    shared: Groups = getattr(reference, "tied", ())
+    return (*groups, *(tuple(group) for group in shared if taken.isdisjoint(group)))
+
+
+def _covering(
+    layout: ModelLayout, alignment: Alignment, reference: Weights, tied: Groups
+) -> ModelLayout:
     """The layout of the output, which may hold untied names that the reference does not store."""
     if all(name in layout for name in alignment.names):
         return layout
     shapes = {name: reference[name].shape for name in reference}
-    for group in layout.tied:
+    for group in tied:
         stored = next((n for n in group if n in shapes), None)
         shapes.update({n: shapes[stored] for n in group if stored is not None})
     return describe(shapes, None, reference.config)

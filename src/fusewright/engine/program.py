@@ -16,6 +16,7 @@ from fusewright.engine.progress import Listener
 from fusewright.engine.recipe import ExpertEntry, Recipe
 from fusewright.errors import PlanError
 from fusewright.methods.contract import Context, Fold, Method, Program
+from fusewright.weights.target import check_absent, resolve_target
 
 Evaluate = Callable[[Any], float]
 
@@ -57,6 +58,8 @@ def run_program(
     evaluate: Evaluate | None,
 ) -> Merged:
     """Fit a program and execute what it chose, or take a fold's experts one by one."""
+    if out is not None and not options.overwrite:
+        check_absent(resolve_target(Path(out)))  # before the long work, and again at its end
     if isinstance(method, Fold):
         return _run_fold(method, recipe, out, options, progress)
     assert isinstance(method, Program)

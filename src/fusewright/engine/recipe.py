@@ -54,7 +54,8 @@ class Recipe(BaseModel):
             }
         if isinstance(experts, str | bytes) or not isinstance(experts, Sequence):
             raise ValueError("experts are written as a mapping: name: path")
-        return {name: {"model": m} for name, m in zip(_names(experts), experts, strict=True)}
+        found = [e if isinstance(e, Mapping) and _is_entry(e) else {"model": e} for e in experts]
+        return dict(zip(_names([e["model"] for e in found]), found, strict=True))
 
     @field_validator("dtype", "out_dtype")
     @classmethod
