@@ -181,6 +181,8 @@ def _numbers(merger: Merger, at: Any) -> Sequence[float]:
 def fused(pipeline: Pipeline) -> FusedKernel | None:
     """The kernel of a pipeline, if its stages are exactly those of a twin."""
     chain: tuple[Stage, ...] = pipeline.chain
+    if not all(map(_has_twin, chain)):
+        return None
     match chain:
         case (Weighted() | Slerp(),):
             return FusedKernel("weighted_sum", SumTwin(pipeline, None))
@@ -189,3 +191,10 @@ def fused(pipeline: Pipeline) -> FusedKernel | None:
         case (Trim(), Elect()):
             return FusedKernel("ties", TiesTwin(pipeline))
     return None
+
+
+def _has_twin(stage: Stage) -> bool:
+    # A subclass may do something else; a weighted sum may choose its numbers.
+    if isinstance(stage, Weighted):
+        return type(stage).merge is Weighted.merge
+    return type(stage) in (Slerp, Drop, Trim, Elect)
