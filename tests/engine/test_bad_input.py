@@ -250,4 +250,6 @@ def test_an_expert_called_base_is_kept_apart_from_the_base() -> None:
     merged = fw.merge(fw.TaskArithmetic(scale=1.0), base=origin, experts={"base": a})
     for name, tensor in merged.state_dict().items():
         assert torch.allclose(tensor, a[name])
-    assert set(merged.report["inputs"]) >= {"base"}
+    inputs = merged.report["inputs"]
+    assert set(inputs) == {"base", "expert base"}
+    assert inputs["base"]["content"] != inputs["expert base"]["content"]

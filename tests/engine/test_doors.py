@@ -194,3 +194,55 @@ def test_a_tied_plain_module_stays_one_parameter() -> None:
     merged = fw.merge("task_arithmetic", base=Net(0), experts={"a": Net(1), "b": Net(2)})
     module = merged.module()
     assert module.embed.weight is module.head.weight
+
+
+class Wrapped(torch.nn.Module):
+    """As distributed training wraps a model."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def test_a_wrapped_module_gets_the_merged_tensors() -> None:
+    def net(seed: int) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return tuned(torch.nn.Linear(6, 5), seed)
+
+    base, a = net(0), net(1)
+    merged = fw.merge(fw.TaskArithmetic(scale=1.0), base=Wrapped(base), experts={"a": a})
+    found = merged.module()
+    assert isinstance(found, Wrapped)
+    assert torch.allclose(found.module.weight, a.weight)
+
+
+def test_an_untied_result_does_not_fit_a_tied_module(tmp_path: Path) -> None:
+    origin = tiny("tied llama")
+    a = {n: t.clone() for n, t in tuned(origin, 1).state_dict().items()}
+    a["lm_head.weight"] = a["lm_head.weight"] * 1.1
+    merged = fw.merge("task_arithmetic", base=origin, experts={"a": a}, untie=True)
+    with pytest.raises(fw.FusewrightError, match="do not fit"):
+        merged.module()
+
+
+def test_what_is_saved_from_memory_says_its_dtype(tmp_path: Path) -> None:
+    origin = tiny("llama")
+    origin.save_pretrained(tmp_path / "base")
+    tuned(origin, 1).save_pretrained(tmp_path / "a")
+    merged = fw.merge("ties", base=tmp_path / "base", experts={"a": tmp_path / "a"},
+                      out_dtype="bfloat16")  # fmt: skip
+    merged.save(tmp_path / "out")
+    assert fw.load(tmp_path / "out").dtype == torch.bfloat16
+    assert same(read(tmp_path / "out"), merged.state_dict())
+
+
+def test_untied_and_saved_from_memory_opens_untied(tmp_path: Path) -> None:
+    origin = tiny("tied llama")
+    origin.save_pretrained(tmp_path / "base")
+    a = {n: t.clone() for n, t in tuned(origin, 1).state_dict().items()}
+    a["lm_head.weight"] = a["lm_head.weight"] * 1.1
+    merged = fw.merge("task_arithmetic", base=tmp_path / "base", experts={"a": a}, untie=True)
+    merged.save(tmp_path / "out", untie=True)
+    opened = fw.load(tmp_path / "out")
+    assert torch.equal(opened.lm_head.weight, merged.state_dict()["lm_head.weight"])
+    assert opened.config.tie_word_embeddings is False

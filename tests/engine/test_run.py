@@ -219,3 +219,10 @@ def test_an_expert_stored_elsewhere_gives_the_same(tmp_path: Path) -> None:
     one = fw.merge(METHODS["dare_linear"], **given).state_dict()
     given["experts"]["a"] = moved
     assert same(one, fw.merge(METHODS["dare_linear"], **given).state_dict())
+
+
+@pytest.mark.parametrize("method", [fw.Ties(), Stream()])
+def test_the_outputs_parents_are_made(tmp_path: Path, method: Any) -> None:
+    given = on_disk(tmp_path, torch.float32, SHAPES)
+    fw.merge(method, **given, out=tmp_path / "new/deep/out")
+    assert same(read(tmp_path / "new/deep/out"), fw.merge(method, **given).state_dict())

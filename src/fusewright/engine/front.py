@@ -61,9 +61,9 @@ class Merged:
         from torch import nn
 
         if isinstance(self.source, nn.Module):
-            module = copy.deepcopy(self.source)
-            module.load_state_dict(self.state_dict(), strict=False)
-            return module
+            from fusewright.engine.state import fill
+
+            return fill(copy.deepcopy(self.source), self.state_dict())
         if self.path is not None:
             from fusewright.engine.state import load_module
 
@@ -79,6 +79,8 @@ class Merged:
             raise PlanError("the model is on disk already", where=self.path,
                             fix="copy the folder")  # fmt: skip
         source = MergedWeights(self.tensors, self.source)
+        recipe = self.plan["recipe"]
+        options.setdefault("out_dtype", recipe.get("out_dtype") or recipe.get("dtype"))
         return merge("passthrough", experts={"merged": source}, out=out, **options)
 
 

@@ -80,7 +80,10 @@ def _run_fold(
     current: Any = None
     merged: Merged | None = None
     last = len(recipe.experts) - 1
-    with tempfile.TemporaryDirectory(dir=None if out is None else Path(out).parent) as scratch:
+    beside = None if out is None else Path(out).absolute().parent
+    if beside is not None:
+        beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside) as scratch:
         for index, entry in enumerate(recipe.experts.values()):
             arrivals = {} if current is None else {"merged": ExpertEntry(model=current)}
             arrivals["newcomer"] = ExpertEntry(model=entry.model)

@@ -128,8 +128,8 @@ def _input_digests(leaves: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
     """The content digest of what was read of each model: over tensors' names, dtypes, shapes and
     bytes, whatever the files they lie in."""
     found: dict[str, Any] = {}
-    for model, tensors in digests_by_model(leaves).items():
-        key = None if model == "base" and "base" not in inputs.experts else model
+    for label, tensors in digests_by_model(leaves).items():
+        key = None if label == "base" else label.removeprefix("expert ")
         weights = inputs.weights(key)
         digests = {}
         for name, parts in tensors.items():
@@ -137,7 +137,7 @@ def _input_digests(leaves: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
             if info is not None:
                 joined = b"".join(bytes.fromhex(text) for _, text in sorted(parts))
                 digests[name] = tensor_digest(joined, info)
-        found[model] = {"label": weights.label, "tensors": len(digests),
+        found[label] = {"label": weights.label, "tensors": len(digests),
                         "content": content_digest(digests)}  # fmt: skip
     return found
 
@@ -154,7 +154,7 @@ def manifest(plan: Plan, inputs: Inputs, report: Mapping[str, Any]) -> dict[str,
             label: {
                 "label": weights.label,
                 "files": [{"path": str(i.path), "bytes": i.size} for i in weights.identities()],
-                **report["inputs"].get(label.removeprefix("expert "), {}),
+                **report["inputs"].get(label, {}),
             }
             for label, weights in inputs.all().items()
         },

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fusewright.errors import PlanError
 from fusewright.weights import open_weights
 from fusewright.weights.memory import MemoryWeights
+from fusewright.weights.names import canonical_names
 
 
 class MergedWeights(MemoryWeights):
@@ -26,6 +27,30 @@ class MergedWeights(MemoryWeights):
             self.config = json.loads(path.read_text()) if path.is_file() else {}
         elif isinstance(source, nn.Module):
             self.config = MemoryWeights(source).config
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Put merged tensors into a module; its buffers that no input stores stay as they are.
+
+    Raises PlanError where a tensor has no place in it, a parameter gets none, or names that the
+    module ties got different tensors.
+    """
+    state = module.state_dict()
+    own, _ = canonical_names(list(state), type(module).__name__)
+    named = {own.get(name, name): tensor for name, tensor in tensors.items()}
+    left = [n for n, _ in module.named_parameters() if n not in named]
+    astray = [n for n in named if n not in state]
+    first: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] = {}
+    for name in named.keys() & state.keys():
+        place = (state[name].data_ptr(), state[name].shape, state[name].stride())
+        other = first.setdefault(place, named[name])
+        if other is not named[name] and state[name].numel() and not torch.equal(other, named[name]):
+            astray.append(name)
+    if left or astray:
+        raise PlanError("the merged tensors do not fit the base's module", where=[*left, *astray],
+                        fix="use .state_dict(), or .save(...) and fw.load(...)")  # fmt: skip
+    module.load_state_dict(named, strict=False)
+    return module
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -137,7 +137,7 @@ class Worker:
         with self._count:
             self.bytes_read += len(view)
         if leaves is not None:
-            leaves["base" if model is None else model] = block_digests(view, size).hex()
+            leaves[label_of(model)] = block_digests(view, size).hex()
         return raw
 
     def _known_delta(self, model: Model, unit: Unit) -> Tensor | None:
@@ -226,6 +226,11 @@ class Worker:
         with self._count:
             self.leaves[unit.task] = leaves
             self.bytes_written += len(view)
+
+
+def label_of(model: Model) -> str:
+    """A model as reports name it: "base" (None), or "expert NAME"."""
+    return "base" if model is None else f"expert {model}"
 
 
 LARGE = 8 * 2**20
