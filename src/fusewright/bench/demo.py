@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fusewright.bench.digits.train import Training
 
 SEEDS = (0, 1, 2)
-SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+SCALES = (0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Seeds and the grid of scales are declared here, before anything is measured."""
 
 AVERAGE, MERGED = "average", "merged"
