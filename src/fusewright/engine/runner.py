@@ -20,9 +20,8 @@ from fusewright.engine.artefacts import add_artefacts
 from fusewright.engine.inputs import Inputs
 from fusewright.engine.planner import Plan
 from fusewright.engine.progress import Listener, Meter
-from fusewright.engine.schedule import Schedule, digests_by_model
+from fusewright.engine.schedule import Schedule
 from fusewright.engine.work import Worker
-from fusewright.weights.digest import content_digest, tensor_digest
 from fusewright.weights.shards import plan_shards
 from fusewright.weights.sink import MemorySink, Sink
 from fusewright.weights.staging import Staging
@@ -85,11 +84,12 @@ def _passes(
     workers = plan.options.workers
     finished = sink.finished(workers) if resumed else {}
     worker = Worker(plan, inputs, sink)
+    for task, record in finished.items():
+        worker.read.add(task, record.extra["inputs"])
     total = plan.costs["bytes_written"] * plan.costs["passes"]
     schedule = Schedule(plan, worker, frozenset(finished), Meter(total, listener, resumed))
     with _one_thread_each():
         schedule.run()
-    leaves = {**{task: r.extra["inputs"] for task, r in finished.items()}, **worker.leaves}
     return {
         "started": started,
         "seconds": time.perf_counter() - started,
@@ -101,7 +101,7 @@ def _passes(
         "kernel": plan.kernel.name if plan.kernel else None,
         "disagreeing_buffers": sorted(worker.disagreements),
         "solved": _solved(schedule),
-        "inputs": _input_digests(leaves, inputs),
+        "inputs": worker.read.summary(),
         "notes": list(plan.notes),
     }
 
@@ -122,24 +122,6 @@ def _one_thread_each() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _input_digests(leaves: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
-    """The content digest of what was read of each model: over tensors' names, dtypes, shapes and
-    bytes, whatever the files they lie in."""
-    found: dict[str, Any] = {}
-    for label, tensors in digests_by_model(leaves).items():
-        key = None if label == "base" else label.removeprefix("expert ")
-        weights = inputs.weights(key)
-        digests = {}
-        for name, parts in tensors.items():
-            info = inputs.info(key, name)
-            if info is not None:
-                joined = b"".join(bytes.fromhex(text) for _, text in sorted(parts))
-                digests[name] = tensor_digest(joined, info)
-        found[label] = {"label": weights.label, "tensors": len(digests),
-                        "content": content_digest(digests)}  # fmt: skip
-    return found
 
 
 def manifest(plan: Plan, inputs: Inputs, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +157,10 @@ def _versions() -> dict[str, str]:
 def _compare_with_bandwidth(
     report: dict[str, Any], inputs: Inputs, out: Path, durable: bool
 ) -> None:
-    """Add what share of plain reading and writing speed the run reached."""
+    """Add what share of plain reading and writing speed the run reached, where it moved enough
+    bytes for the question to mean something."""
+    if report["bytes_read"] + report["bytes_written"] < 2 * bandwidth.PROBE:
+        return
     files = [i.path for w in inputs.all().values() for i in w.identities()]
     read, write = bandwidth.read_speed(files), bandwidth.write_speed(out.parent, durable)
     if read and write:
