@@ -30,7 +30,7 @@ MERGE = """
 import json, sys, fusewright as fw
 case = json.loads(sys.argv[1])
 fw.merge(METHOD, base=case["base"], experts=case["experts"], out=case["out"], durable=False,
-         memory=case["memory"], threads=case["threads"])
+         memory=case["memory"], threads=case["threads"], kernels=case["kernels"])
 """
 BASELINE = "import time, torch; torch.ones(9).sum(); time.sleep(1)"
 COLUMNS = ("size", "method", "experts", "memory", "peak MB", "above torch", "over --memory", "met")
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="1,4")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-kernels", action="store_true", help="torch only")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     results = {"baseline": peak([sys.executable, "-c", BASELINE]), "cases": []}
@@ -73,7 +74,8 @@ def measure(
     base, models = models_for(args, size, experts)
     out = args.work / "memory-bench-out"
     case = {"base": str(base), "experts": {m.name: str(m) for m in models}, "out": str(out),
-            "memory": parse_size(memory), "threads": args.threads}  # fmt: skip
+            "memory": parse_size(memory), "threads": args.threads,
+            "kernels": not args.no_kernels}  # fmt: skip
     shutil.rmtree(out, ignore_errors=True)
     start = time.perf_counter()
     try:

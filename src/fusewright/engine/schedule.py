@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -238,13 +238,3 @@ class _Pool:
                 except BaseException as error:
                     self.failure = error
             self.changed.notify_all()
-
-
-def digests_by_model(records: Mapping[str, Any]) -> dict[str, dict[str, list[tuple[int, str]]]]:
-    """Leaf digests of what was read, as {model: {tensor: [(start, leaves)]}}, from commits."""
-    found: dict[str, dict[str, list[tuple[int, str]]]] = {}
-    for task, leaves in records.items():
-        name, _, start = task.rpartition(":")
-        for model, text in leaves.items():
-            found.setdefault(model, {}).setdefault(name, []).append((int(start), text))
-    return found

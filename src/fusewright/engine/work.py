@@ -13,6 +13,7 @@ from torch import Tensor
 from fusewright.engine.codec import Finite, check_input, decode, encode
 from fusewright.engine.inputs import Inputs
 from fusewright.engine.planner import Action, Job, Plan
+from fusewright.engine.read_digests import ReadDigests
 from fusewright.errors import NumericError
 from fusewright.methods.contract import At
 from fusewright.methods.door import unit_shape
@@ -54,7 +55,7 @@ class Worker:
         self._local = threading.local()
         self._count = threading.Lock()
         self.bytes_read = self.bytes_written = 0
-        self.leaves: dict[str, dict[str, str]] = {}
+        self.read = ReadDigests(plan, inputs)
         self._params: dict[tuple[str, Action], Any] = {}
 
     def measure(self, step: Step, unit: Unit, solved: Solved) -> Partial:
@@ -224,7 +225,7 @@ class Worker:
             unit.task, [(unit.name, unit.start * size, unit.stop * size, own)], {"inputs": leaves}
         )
         with self._count:
-            self.leaves[unit.task] = leaves
+            self.read.add(unit.task, leaves)
             self.bytes_written += len(view)
 
 

@@ -140,7 +140,7 @@ class Staging:
             self._leaves.check(*output)
         with self._explained(f"Recording {task}", self.folder / JOURNAL):
             self._running.task(Record(task, tuple(outputs), extra))
-        self._take(Record(task, tuple(outputs), extra))
+        self._take(Record(task, tuple(outputs)))  # extra is for a resume, which reads it again
 
     def finished(self, threads: int = 1) -> dict[str, Record]:
         """The tasks of earlier runs whose journal line is intact and whose blocks hash to what it
