@@ -139,3 +139,12 @@ def test_a_matrix_that_does_not_fit_the_budget_is_refused_before_reading() -> No
     assert "layers.0.mlp.weight [1500, 1000]" in str(error.value.where)
     needed = str(error.value.fix).removeprefix("--memory ")
     assert fw.merge("iso_c", base=origin, experts=experts, memory=needed).tensors
+
+
+@pytest.mark.parametrize("method", ["slerp", "metagpt", "model_stock"])
+@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
+def test_a_statistic_that_is_nan_is_refused(method: str) -> None:
+    origin, experts = models(torch.float64, {"layers.0.mlp.weight": (6, 8)})
+    huge = [{n: t * 1e200 for n, t in given.items()} for given in (origin, *experts.values())]
+    with pytest.raises(NumericError, match=r"is NaN\n *where: +(layers.0|the whole)"):
+        fw.merge(METHODS[method], base=huge[0], experts={"a": huge[1], "b": huge[2]})

@@ -78,7 +78,9 @@ class Schedule:
         if goal is not None and self._of_model:
             partial = sum_partials(self._of_model)
             value = goal.round.solve(partial, self._model_at(goal))
-            self.model_solved[goal.key] = ensure_finite_solution(goal.round.name, value)
+            self.model_solved[goal.key] = ensure_finite_solution(
+                goal.round.name, value, "the whole model"
+            )
             self.worker.sink.note(f"model:{goal.index}.{goal.round.name}", value)
 
     def _states(self, goal: Step | None, own: Sequence[Step]) -> Iterable[_TensorState]:
@@ -130,9 +132,9 @@ class Schedule:
             return
         whole = Unit(state.job, 0, state.job.info.numel)
         at = self.worker.place(whole, state.solved).at(wave.index)
-        value = ensure_finite_solution(wave.round.name, wave.round.solve(partial, at))
-        state.solved[wave.key] = value
         name = state.job.info.name
+        value = ensure_finite_solution(wave.round.name, wave.round.solve(partial, at), name)
+        state.solved[wave.key] = value
         self.tensor_solved.setdefault(name, {})[wave.key] = value
         self.worker.sink.note(f"tensor:{wave.index}.{wave.round.name}:{name}", value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -254,11 +255,19 @@ def low_rank_range(delta: LowRank, start: int, stop: int, dtype: torch.dtype) ->
     return flat[start - first * columns : stop - first * columns]
 
 
-def ensure_finite_solution(name: str, value: Any) -> Any:
-    """Refuse a solved statistic that is NaN: it would poison every tensor."""
-    import math
-
-    numbers = value if isinstance(value, list) else [value]
-    if any(isinstance(v, float) and math.isnan(v) for v in numbers):
-        raise NumericError(f"the {name} of the model is NaN", found=value)
+def ensure_finite_solution(name: str, value: Any, where: str) -> Any:
+    """Refuse a solved statistic that holds a NaN: it would poison what it is of."""
+    if _holds_nan(value):
+        raise NumericError(
+            f"the statistic {name!r} is NaN", where=where, expected="a number", found=value,
+            fix="look for huge or broken weights with `fusewright inspect`",
+        )  # fmt: skip
     return value
+
+
+def _holds_nan(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_nan, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_nan, value))
+    return isinstance(value, float) and math.isnan(value)
