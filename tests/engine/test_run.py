@@ -226,3 +226,14 @@ def test_the_outputs_parents_are_made(tmp_path: Path, method: Any) -> None:
     given = on_disk(tmp_path, torch.float32, SHAPES)
     fw.merge(method, **given, out=tmp_path / "new/deep/out")
     assert same(read(tmp_path / "new/deep/out"), fw.merge(method, **given).state_dict())
+
+
+def test_models_of_integers_alone_are_copied() -> None:
+    counts = {"count": torch.tensor([1, 2])}
+    merged = fw.merge("ties", base=counts, experts={"a": counts})
+    assert merged.state_dict()["count"].tolist() == [1, 2]
+
+
+def test_models_without_tensors_are_refused() -> None:
+    with pytest.raises(PlanError, match="no tensors"):
+        fw.merge("linear", experts={"a": {}})

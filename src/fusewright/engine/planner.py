@@ -122,6 +122,8 @@ def make_plan(recipe: Recipe, options: Options, inputs: Inputs) -> Plan:
     check_uniform(pipeline, dtype)
     needs_base = pipeline.frame == "deltas"
     jobs = {n: _job(n, pipeline, inputs, recipe, vectors, dtype) for n in inputs.alignment.names}
+    if not jobs:
+        raise PlanError("the models hold no tensors", where=inputs.reference.label)
     _check_memory(jobs, options)
     kernel = find_kernel(pipeline, dtype) if options.kernels and options.device == "cpu" else None
     keys = tuple("base" if v is None else v for v in vectors)
@@ -368,6 +370,8 @@ def parameter_table(plan: Plan) -> list[dict[str, str]]:
 
 
 def _meaning(values: list[str], keys: tuple[str, ...]) -> str:
+    if not values:
+        return "nothing: no tensor is merged"
     if len(values) != 1:
         numbers = [json.loads(v) for v in values]
         if all(isinstance(n, int | float) for n in numbers):
