@@ -124,3 +124,16 @@ def test_a_recipe_file_plans(tmp_path: Path) -> None:
     )
     plan = fw.plan(load_recipe(tmp_path / "r.yaml"))
     assert [s.name for s in plan.method.chain] == ["drop", "elect", "lines"]
+
+
+def test_another_scale_of_an_adapter_changes_the_digest(tmp_path: Path) -> None:
+    from tiny_llamas import llama, lora
+
+    llama().save_pretrained(tmp_path / "base")
+    adapter = lora(tmp_path / "base", tmp_path / "a")
+    given = {"base": tmp_path / "base", "experts": {"a": adapter}}
+    before = planned(given).digest
+    assert planned(given).digest == before
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
+    assert planned(given).digest != before

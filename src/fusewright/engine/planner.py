@@ -351,6 +351,9 @@ def _digest(plan: Plan, inputs: Inputs) -> str:
                     for j in plan.jobs.values()],
         "inputs": {label: [(str(i.path), i.size, i.mtime_ns) for i in w.identities()]
                    for label, w in inputs.all().items()},
+        # An adapter's scale lies in its config, which is read when it is opened.
+        "adapters": [getattr(getattr(w, "inner", w), "adapter_config", None)
+                     for w in inputs.all().values()],
         "rules": (plan.options.allow_nonfinite, plan.options.allow_overflow),
     }  # fmt: skip
     return blake3(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
