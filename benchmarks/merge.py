@@ -25,7 +25,7 @@ def methods() -> dict:
         "linear": (fw.Linear(), 3, False),
         "task_arithmetic": (fw.TaskArithmetic(scale=0.4), 3, True),
         "slerp": (fw.Slerp(t=0.4), 2, False),
-        "ties": (fw.Ties(density=0.2, scope="tensor"), 3, True),
+        "ties": (fw.Ties.profile("mergekit", density=0.2), 3, True),
         "dare_linear": (fw.DareLinear(density=0.2), 3, True),
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,7 @@ def test_an_interruption_says_what_is_kept_and_the_same_command_goes_on(
         def stop(now: Progress) -> None:
             if now.done_bytes >= now.total_bytes:
                 os.kill(os.getpid(), number)
+                time.sleep(0.5)  # the main thread hears of it while this unit is under way
 
         return real(recipe, out, options, stop)
 

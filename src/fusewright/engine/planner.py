@@ -318,6 +318,7 @@ def _notes(inputs: Inputs, jobs: Mapping[str, Job]) -> tuple[str, ...]:
 
 
 def _costs(plan: Plan, inputs: Inputs) -> dict[str, int]:
+    """What the run moves; ``bytes_read`` at most: tensors kept between rounds are read once."""
     steps = plan.method.steps(plan.dtype)
     models: list[str | None] = [*plan.vectors, *([None] if plan.needs_base else [])]
     read = merged = 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fusewright.engine.planner import Action, Job, Plan
@@ -32,6 +32,8 @@ class _TensorState:
     waves: deque[Step | None]
     units: Sequence[Unit]
     solved: dict[Key, Any]
+    size: int = 0
+    """Bytes of its inputs that are to be kept between waves; 0 if each wave reads anew."""
     pending: int = 0
     partial: Partial | None = None
 
@@ -147,13 +149,22 @@ def sum_partials(parts: Sequence[Partial]) -> Partial:
     return total.rounded()
 
 
+def _shares(plan: Plan) -> tuple[int, int]:
+    """The memory of units, and of tensors that are kept between waves: a quarter of the budget,
+    and as much again for their spare buffers, unless units need it all."""
+    memory = plan.options.memory
+    units = plan.options.workers * max((job.memory for job in plan.jobs.values()), default=0)
+    rounds = any(s.round.scope == "tensor" for s in plan.method.steps(plan.dtype))
+    return (memory // 2, memory // 4) if rounds and units <= memory // 2 else (memory, 0)
+
+
 class _Pool:
     """Threads that take units of open tensors first, then open the next tensor."""
 
     def __init__(self, schedule: Schedule, states: Iterable[_TensorState]) -> None:
         self.schedule, self.states = schedule, iter(states)
         self.ready: deque[tuple[_TensorState, Step | None, Unit]] = deque()
-        self.budget = schedule.plan.options.memory
+        self.budget, self.room = _shares(schedule.plan)
         self.changed = threading.Condition()
         self.active = 0
         self.failure: BaseException | None = None
@@ -210,7 +221,27 @@ class _Pool:
     def _open_next(self) -> None:
         state = next(self.states, None)
         if state is not None:
+            self._keep(state)
             self._queue(state)
+
+    def _keep(self, state: _TensorState) -> None:
+        """Let a tensor of several waves stay in memory between them, if there is room."""
+        if len(state.waves) < 2 or not self.room:
+            return
+        size = self.schedule.worker.input_bytes(state.job)
+        if size <= self.room:
+            self.room -= size
+            kept: dict[Any, Any] = {}
+            state.size = size
+            state.units = [replace(unit, kept=kept) for unit in state.units]
+
+    def _release(self, state: _TensorState) -> None:
+        if state.size:
+            kept = state.units[0].kept
+            assert kept is not None
+            self.schedule.worker.spare.give(kept.values())
+            kept.clear()
+            self.room += state.size
 
     def _queue(self, state: _TensorState) -> None:
         wave = state.waves.popleft()
@@ -237,6 +268,8 @@ class _Pool:
                     self.schedule.close_wave(state, wave)
                     if state.waves:
                         self._queue(state)
+                    else:
+                        self._release(state)
                 except BaseException as error:
                     self.failure = error
             self.changed.notify_all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from fusewright.methods.contract import At
 from fusewright.methods.door import unit_shape
 from fusewright.methods.partials import Partial
 from fusewright.methods.pipeline import Key, Pipeline, Place, Step, resolved
-from fusewright.weights import DType, LowRank
+from fusewright.weights import DType, LowRank, Weights
 from fusewright.weights.digest import block_digests
 from fusewright.weights.sink import Sink
 
@@ -35,6 +35,8 @@ class Unit:
     job: Job
     start: int
     stop: int
+    kept: dict[tuple[Model, int], Tensor] | None = None
+    """Where its tensor's bytes stay between waves, if there is room for them."""
 
     @property
     def name(self) -> str:
@@ -53,11 +55,18 @@ class Worker:
         self.rule = Finite(plan.options.allow_nonfinite, plan.options.allow_overflow)
         self.device = torch.device(plan.options.device)
         self.disagreements: dict[str, int] = {}
+        self.spare = Spare(plan.options.memory // 4)
         self._local = threading.local()
         self._count = threading.Lock()
         self.bytes_read = self.bytes_written = 0
         self.read = ReadDigests(plan, inputs)
         self._params: dict[tuple[str, Action], Any] = {}
+
+    def input_bytes(self, job: Job) -> int:
+        """Bytes of a tensor in all models that are read for it."""
+        models = dict.fromkeys((*([None] if self.plan.needs_base else []), *self.plan.vectors))
+        infos = (self.inputs.info(model, job.info.name) for model in models)
+        return sum(info.nbytes for info in infos if info is not None)
 
     def measure(self, step: Step, unit: Unit, solved: Solved) -> Partial:
         """One round's partial over a unit."""
@@ -133,13 +142,21 @@ class Worker:
         weights, name = self.inputs.weights(model), self.inputs.name_in(model, unit.name)
         assert name is not None
         size = weights[name].dtype.itemsize
-        raw = self._buffer(slot, (unit.stop - unit.start) * size)
-        view = raw.numpy().data
-        weights.read(name, unit.start, unit.stop, view)
-        with self._count:
-            self.bytes_read += len(view)
+        raw = None if unit.kept is None else unit.kept.get((model, unit.start))
+        if raw is None:
+            raw = self._fill(weights, name, unit, size, slot)
+            if unit.kept is not None:
+                unit.kept[model, unit.start] = raw
         if leaves is not None:
-            leaves[label_of(model)] = block_digests(view, size).hex()
+            leaves[label_of(model)] = block_digests(raw.numpy().data, size).hex()
+        return raw
+
+    def _fill(self, weights: Weights, name: str, unit: Unit, size: int, slot: int) -> Tensor:
+        count = (unit.stop - unit.start) * size
+        raw = self._buffer(slot, count) if unit.kept is None else self.spare.take(count)
+        weights.read(name, unit.start, unit.stop, raw.numpy().data)
+        with self._count:
+            self.bytes_read += count
         return raw
 
     def _known_delta(self, model: Model, unit: Unit) -> Tensor | None:
@@ -233,6 +250,31 @@ class Worker:
 def label_of(model: Model) -> str:
     """A model as reports name it: "base" (None), or "expert NAME"."""
     return "base" if model is None else f"expert {model}"
+
+
+class Spare:
+    """Buffers that tensors kept between waves have used, for the next ones: pages that the system
+    would have to clear again."""
+
+    def __init__(self, limit: int) -> None:
+        self._free: dict[int, list[Tensor]] = {}
+        self._room = limit
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> Tensor:
+        with self._lock:
+            if self._free.get(size):
+                self._room += size
+                return self._free[size].pop()
+        return torch.empty(size, dtype=torch.uint8)
+
+    def give(self, buffers: Iterable[Tensor]) -> None:
+        """Take buffers back, as far as the limit in bytes allows."""
+        with self._lock:
+            for buffer in buffers:
+                if buffer.numel() <= self._room:
+                    self._room -= buffer.numel()
+                    self._free.setdefault(buffer.numel(), []).append(buffer)
 
 
 LARGE = 8 * 2**20
