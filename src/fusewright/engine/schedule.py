@@ -36,6 +36,15 @@ class _TensorState:
     """Bytes of its inputs that are to be kept between waves; 0 if each wave reads anew."""
     pending: int = 0
     partial: Partial | None = None
+    adding: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, partial: Partial) -> None:
+        """Add a unit's partial; outside the pool's lock, since histograms are large."""
+        with self.adding:
+            if self.partial is None:
+                self.partial = partial
+            else:
+                self.partial += partial
 
 
 @dataclass
@@ -194,12 +203,14 @@ class _Pool:
         with torch.inference_mode():
             while (item := self._take()) is not None:
                 state, wave, unit = item
-                partial, failure = None, None
+                failure = None
                 try:
                     partial = self.schedule.act(state, wave, unit)
+                    if partial is not None:
+                        state.add(partial)
                 except BaseException as error:
                     failure = error
-                self._give(state, wave, unit, partial, failure)
+                self._give(state, wave, unit, failure)
 
     def _take(self) -> tuple[_TensorState, Step | None, Unit] | None:
         with self.changed:
@@ -253,15 +264,12 @@ class _Pool:
         state: _TensorState,
         wave: Step | None,
         unit: Unit,
-        partial: Partial | None,
         failure: BaseException | None,
     ) -> None:
         with self.changed:
             self.budget += unit.job.memory
             self.active -= 1
             self.failure = self.failure or failure
-            if partial is not None:
-                state.partial = partial if state.partial is None else state.partial + partial
             state.pending -= 1
             if state.pending == 0 and self.failure is None:
                 try:

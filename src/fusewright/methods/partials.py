@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -59,9 +59,21 @@ class Partial:
     def __add__(self, other: Partial) -> Partial:
         both = Partial()
         both._sums = {k: v + other._sums[k] for k, v in self._sums.items()}
-        both._counts = {k: v + other._counts[k] for k, v in self._counts.items()}
+        both._counts = {
+            k: np.add(v, other._counts[k], dtype=np.int64) for k, v in self._counts.items()
+        }
         both._peaks = {k: np.maximum(v, other._peaks[k]) for k, v in self._peaks.items()}
         return both
+
+    def __iadd__(self, other: Partial) -> Self:
+        """The same in place: for the accumulator that a tensor's units are added to."""
+        for name, parts in self._sums.items():
+            parts += other._sums[name]
+        for name, count in self._counts.items():
+            total = count if count.dtype == np.int64 and count.ndim else count.astype(np.int64)
+            self._counts[name] = np.add(total, other._counts[name], out=total)
+        self._peaks = {k: np.maximum(v, other._peaks[k]) for k, v in self._peaks.items()}
+        return self
 
     def rounded(self) -> Partial:
         """The same with every sum rounded to one float64: done when a tensor is complete."""

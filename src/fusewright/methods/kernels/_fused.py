@@ -149,7 +149,7 @@ class TiesTwin:
     def _histograms(self, raws: Raws, place: Place) -> Partial | None:
         solved = place.at(0).solved
         first = not solved
-        counts = np.zeros((len(raws.vectors), 2**DIGIT), np.int64)
+        counts = np.zeros((len(raws.vectors), 2**DIGIT), np.int32)
         before = None if first else next(iter(solved.values()))["prefix"]
         for t, vector in enumerate(raws.vectors):
             prefix = -1 if before is None else before[t]
