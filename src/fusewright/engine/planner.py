@@ -399,4 +399,5 @@ def human(size: float) -> str:
 
 
 def is_program(method: Method) -> bool:
+    """Whether it runs merges of its own instead of being one."""
     return isinstance(method, Program | Fold)
