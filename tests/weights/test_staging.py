@@ -462,7 +462,7 @@ def test_verify_reads_nothing_outside_the_folder(published: Path, name: str) -> 
 
     path = published / "fusewright.json"
     manifest = json.loads(path.read_text())
-    manifest["output"]["files"][name] = {"size": 1, "blake3": "0"}
+    manifest["output"]["files"][name] = {"size": 1, "sha256": "0"}
     path.write_bytes(seal_manifest(manifest))
     with pytest.raises(WeightsError, match="leaves the folder"):
         verify(published)

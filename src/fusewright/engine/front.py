@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -137,13 +138,14 @@ def run(
         return merge_adapters(recipe, out, options)
     from fusewright.engine.runner import run_to_folder, run_to_memory
 
+    started = time.perf_counter()
     with open_inputs(recipe, options.untie) as inputs:
         plan_ = make_plan(recipe, options, inputs)
         _warn_of_strangers(plan_, inputs)
         if out is None:
             tensors, report = run_to_memory(plan_, inputs, progress)
             return Merged(None, report, plan_.to_json(), tensors, source_of(recipe, inputs))
-        report = run_to_folder(plan_, inputs, Path(out), progress)
+        report = run_to_folder(plan_, inputs, Path(out), progress, started)
         return Merged(Path(out), report, plan_.to_json())
 
 

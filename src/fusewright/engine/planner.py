@@ -6,48 +6,27 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
+from hashlib import sha256
 from typing import Any
 
 import torch
-from blake3 import blake3
 
 from fusewright import __version__
 from fusewright.engine.inputs import Inputs
+from fusewright.engine.jobs import Action, Job, Jobs
 from fusewright.engine.options import Options
+from fusewright.engine.plan_words import human, parameter_table
 from fusewright.engine.recipe import Recipe
 from fusewright.engine.tables import Table
 from fusewright.errors import PlanError, RecipeError
-from fusewright.layout import Role, TensorLayout
-from fusewright.methods.contract import At, Composite, Fold, Method, Program, Stage, Unit
-from fusewright.methods.door import check_counts, counts_base, spans
+from fusewright.methods.contract import At, Composite, Fold, Method, Program, Stage
+from fusewright.methods.door import check_counts, counts_base
 from fusewright.methods.kernels import Kernel, find_kernel
 from fusewright.methods.pipeline import Pipeline, Place, as_pipeline, check_uniform, resolved
 from fusewright.methods.registry import parse_method
 from fusewright.methods.settings import OTHERS, ByExpert, plain
 from fusewright.methods.static import Linear
 from fusewright.weights import DType, TensorInfo
-
-
-class Action(StrEnum):
-    """What happens to an output tensor."""
-
-    MERGE = "merge"  # by the method
-    MEAN = "mean"  # running statistics: the plain mean of the experts
-    COPY = "copy"  # integers, booleans, and buffers that some input lacks: from the reference
-
-
-@dataclass(frozen=True)
-class Job:
-    """One output tensor: what it becomes, and the units in which."""
-
-    info: TensorInfo
-    action: Action
-    layout: TensorLayout
-    unit: Unit
-    spans: tuple[tuple[int, int], ...]
-    memory: int
-    """Bytes that one unit of it needs."""
 
 
 @dataclass(frozen=True)
@@ -121,16 +100,16 @@ def make_plan(recipe: Recipe, options: Options, inputs: Inputs) -> Plan:
     dtype = arithmetic(recipe, inputs)
     check_uniform(pipeline, dtype)
     needs_base = pipeline.frame == "deltas"
-    jobs = {n: _job(n, pipeline, inputs, recipe, vectors, dtype) for n in inputs.alignment.names}
+    kernel = find_kernel(pipeline, dtype) if options.kernels and options.device == "cpu" else None
+    jobs = Jobs(pipeline, inputs, recipe, options, vectors, dtype, kernel).all()
     if not jobs:
         raise PlanError("the models hold no tensors", where=inputs.reference.label)
     _check_memory(jobs, options)
-    kernel = find_kernel(pipeline, dtype) if options.kernels and options.device == "cpu" else None
     keys = tuple("base" if v is None else v for v in vectors)
     plan = Plan(recipe, options, pipeline, jobs, vectors, keys, needs_base, dtype, kernel,
                 "", _notes(inputs, jobs))  # fmt: skip
     _check_parameters(plan)
-    costs = _costs(plan, inputs)
+    costs = _costs(plan)
     return Plan(**{**plan.__dict__, "digest": _digest(plan, inputs), "costs": costs})
 
 
@@ -212,73 +191,6 @@ def arithmetic(recipe: Recipe, inputs: Inputs) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def _job(
-    name: str,
-    pipeline: Pipeline,
-    inputs: Inputs,
-    recipe: Recipe,
-    vectors: tuple[str | None, ...],
-    dtype: torch.dtype,
-) -> Job:
-    stored, action = _reference_info(inputs, name), Action.MERGE
-    layout = inputs.layout[name]
-    found = {v: inputs.info(v, name) for v in vectors}
-    if not stored.dtype.is_float or any(info is None for info in found.values()):
-        action = Action.COPY
-    elif layout.role is Role.STATISTIC:
-        action = Action.MEAN
-    for model, info in found.items():
-        _check_same(name, stored, info, model, inputs)
-    out = stored.dtype if action is Action.COPY else _out_dtype(recipe, stored)
-    unit = pipeline.unit(stored.shape, layout) if action is Action.MERGE else Unit.CHUNK
-    cuts = tuple(spans(stored.shape, unit))
-    largest = max((stop - start for start, stop in cuts), default=0)
-    memory = largest * _bytes_an_element(len(vectors), dtype, unit)
-    return Job(TensorInfo(name, out, stored.shape), action, layout, unit, cuts, memory)
-
-
-def _bytes_an_element(vectors: int, dtype: torch.dtype, unit: Unit) -> int:
-    # Raw bytes and numbers of every vector and the base, and a few temporaries; decompositions
-    # of whole matrices work on float64 copies.
-    temporaries = 4 if unit is Unit.CHUNK else 14
-    return (vectors + 1) * (4 + dtype.itemsize) + temporaries * dtype.itemsize
-
-
-def _reference_info(inputs: Inputs, name: str) -> TensorInfo:
-    model = None if inputs.base is not None else next(iter(inputs.experts))
-    info = inputs.info(model, name)
-    if info is None:  # an output that untying adds is found under its tied name everywhere
-        info = next(i for e in inputs.experts if (i := inputs.info(e, name)) is not None)
-    return TensorInfo(name, info.dtype, info.shape)
-
-
-def _check_same(
-    name: str, stored: TensorInfo, info: TensorInfo | None, model: str | None, inputs: Inputs
-) -> None:
-    if info is None:
-        return
-    where = f"{name} in {inputs.weights(model).label}"
-    if info.shape != stored.shape:
-        vocabulary = inputs.layout[name].vocabulary
-        raise PlanError(
-            "a tensor has another shape than the base's" if inputs.base is not None
-            else "a tensor has another shape than the first expert's",
-            where=where, expected=list(stored.shape), found=list(info.shape),
-            fix="these vocabularies differ: resize the expert's embeddings to the base's tokenizer"
-            if vocabulary else "fusewright check BASE EXPERT shows what differs",
-        )  # fmt: skip
-    if info.dtype.is_float != stored.dtype.is_float:
-        raise PlanError(
-            "a tensor is a float in one model and an integer in another",
-            where=where, expected=stored.dtype.code, found=info.dtype.code,
-        )  # fmt: skip
-
-
-def _out_dtype(recipe: Recipe, stored: TensorInfo) -> DType:
-    wanted = recipe.out_dtype or recipe.dtype
-    return stored.dtype if wanted is None else DType.of(wanted)
-
-
 def _check_memory(jobs: Mapping[str, Job], options: Options) -> None:
     worst = max(jobs.values(), key=lambda j: j.memory, default=None)
     if worst is not None and worst.memory > options.memory:
@@ -317,23 +229,19 @@ def _notes(inputs: Inputs, jobs: Mapping[str, Job]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(notes))
 
 
-def _costs(plan: Plan, inputs: Inputs) -> dict[str, int]:
-    """What the run moves; ``bytes_read`` at most: tensors kept between rounds are read once."""
+def _costs(plan: Plan) -> dict[str, int]:
+    """What the run moves."""
     steps = plan.method.steps(plan.dtype)
-    models: list[str | None] = [*plan.vectors, *([None] if plan.needs_base else [])]
-    read = merged = 0
-    for name, job in plan.jobs.items():
-        once = sum(i.nbytes for m in dict.fromkeys(models) if (i := inputs.info(m, name)))
-        merged += once if job.action is not Action.COPY else 0
-        read += once
-    written = sum(job.info.nbytes for job in plan.jobs.values())
-    units = sum(len(job.spans) for job in plan.jobs.values())
-    largest = max((job.memory for job in plan.jobs.values()), default=0)
+    passes = 1 + sum(step.round.scope == "model" for step in steps)
+    jobs = plan.jobs.values()
+    merged = [job for job in jobs if job.action is Action.MERGE]
+    again = sum(job.nbytes * ((passes if job.kept else 1 + len(steps)) - 1) for job in merged)
+    largest = max((job.memory for job in jobs), default=0)
     return {
         "passes": 1 + len(steps),
-        "bytes_read": read + merged * len(steps),
-        "bytes_written": written,
-        "tasks": units,
+        "bytes_read": sum(job.nbytes for job in jobs) + again,
+        "bytes_written": sum(job.info.nbytes for job in jobs),
+        "tasks": sum(len(job.spans) for job in jobs),
         "memory": min(plan.options.memory, largest * plan.options.workers),
     }
 
@@ -357,45 +265,7 @@ def _digest(plan: Plan, inputs: Inputs) -> str:
                      for w in inputs.all().values()],
         "rules": (plan.options.allow_nonfinite, plan.options.allow_overflow),
     }  # fmt: skip
-    return blake3(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def parameter_table(plan: Plan) -> list[dict[str, str]]:
-    """What every parameter means for these models, a row each."""
-    rows = []
-    layouts = [job.layout for job in plan.jobs.values() if job.action is Action.MERGE]
-    for stage in plan.method.chain:
-        values = [vars(resolved(stage, layout, plan.keys)) for layout in layouts[:10_000]]
-        for name in type(stage).model_fields:
-            seen = dict.fromkeys(json.dumps(v[name], default=str) for v in values)
-            means = _meaning(list(seen), plan.keys)
-            rows.append({"stage": stage.name, "parameter": name, "means": means})
-    return rows
-
-
-def _meaning(values: list[str], keys: tuple[str, ...]) -> str:
-    if not values:
-        return "nothing: no tensor is merged"
-    if len(values) != 1:
-        numbers = [json.loads(v) for v in values]
-        if all(isinstance(n, int | float) for n in numbers):
-            return f"{min(numbers):g} to {max(numbers):g}, by tensor"
-        return f"{len(values)} values, by tensor"
-    value = json.loads(values[0])
-    if isinstance(value, list) and len(value) == len(keys):
-        same = len({json.dumps(v) for v in value}) == 1
-        return f"{value[0]}" if same else ", ".join(
-            f"{k} {v}" for k, v in zip(keys, value, strict=True))  # fmt: skip
-    return str(value)
-
-
-def human(size: float) -> str:
-    """Bytes for people: 1.5 GB."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if abs(size) < 1000 or unit == "GB":
-            return f"{size:.0f} B" if unit == "B" else f"{size:.4g} {unit}"
-        size /= 1000
-    raise AssertionError
+    return sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def is_program(method: Method) -> bool:

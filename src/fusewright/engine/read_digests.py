@@ -24,7 +24,7 @@ class ReadDigests:
 
     def add(self, task: str, leaves: Mapping[str, str]) -> None:
         """A finished unit's leaves (hex) by model; to be called by one thread at a time."""
-        name, _, start = task.rpartition(":")
+        name, start, _ = task.rsplit(":", 2)
         parts = self._open.setdefault(name, {})
         parts[int(start)] = leaves
         if len(parts) == len(self._plan.jobs[name].spans):

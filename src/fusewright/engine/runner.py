@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from blake3 import blake3
 
 from fusewright import __version__
 from fusewright.engine import bandwidth
@@ -21,7 +21,9 @@ from fusewright.engine.inputs import Inputs
 from fusewright.engine.planner import Plan
 from fusewright.engine.progress import Listener, Meter
 from fusewright.engine.schedule import Schedule
-from fusewright.engine.work import Worker
+from fusewright.engine.work import Unit, Worker
+from fusewright.weights.digest import block_digests
+from fusewright.weights.journal import Record
 from fusewright.weights.shards import plan_shards
 from fusewright.weights.sink import MemorySink, Sink
 from fusewright.weights.staging import Staging
@@ -35,7 +37,6 @@ def run_to_memory(
     """The merged tensors by name (aliases of tied tensors share storage), and the report."""
     sink = MemorySink(plan.outputs())
     report = _passes(plan, inputs, sink, listener, resumed=False)
-    report.pop("started")
     tensors = {}
     for name, (info, data) in sink.tensors().items():
         flat = torch.frombuffer(data, dtype=info.dtype.torch) if data else torch.empty(
@@ -46,9 +47,15 @@ def run_to_memory(
 
 
 def run_to_folder(
-    plan: Plan, inputs: Inputs, out: Path, listener: Listener | None = None
+    plan: Plan,
+    inputs: Inputs,
+    out: Path,
+    listener: Listener | None = None,
+    started: float | None = None,
 ) -> dict[str, Any]:
-    """Write the merged model to ``out``, complete or not at all; returns the report."""
+    """Write the merged model to ``out``, complete or not at all; returns the report, whose seconds
+    count from ``started`` (time.perf_counter(); by default now) to the rename."""
+    started = time.perf_counter() if started is None else started
     shards = plan_shards(plan.outputs(), plan.options.shard_size, {"format": "pt"})
     with Staging.open(
         out, bound_digest(plan, inputs), shards, overwrite=plan.options.overwrite,
@@ -58,7 +65,7 @@ def run_to_folder(
         inputs.check_unchanged()
         report["notes"] += add_artefacts(staging, plan, inputs)
         staging.publish(manifest(plan, inputs, report))
-    report["seconds"] = time.perf_counter() - report.pop("started")
+    report["seconds"] = time.perf_counter() - started
     _compare_with_bandwidth(report, inputs, Path(out), plan.options.durable)
     return report
 
@@ -66,14 +73,14 @@ def run_to_folder(
 def bound_digest(plan: Plan, inputs: Inputs) -> str:
     """The plan's digest, bound to the bytes of models in memory too: no file's time vouches for
     them when a run resumes."""
-    digest = blake3(plan.digest.encode())
+    digest = sha256(plan.digest.encode())
     for weights in inputs.all().values():
         if weights.identities():
             continue
         for name, info in weights.items():
             raw = bytearray(info.nbytes)
             weights.read(name, 0, info.numel, memoryview(raw))
-            digest.update(name.encode()).update(raw)
+            digest.update(name.encode() + block_digests(memoryview(raw), info.dtype.itemsize))
     return digest.hexdigest()
 
 
@@ -82,8 +89,8 @@ def _passes(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     workers = plan.options.workers
-    finished = sink.finished(workers) if resumed else {}
     worker = Worker(plan, inputs, sink)
+    finished = _finished(plan, sink, workers) if resumed else {}
     for task, record in finished.items():
         worker.read.add(task, record.extra["inputs"])
     total = plan.costs["bytes_written"] * plan.costs["passes"]
@@ -91,7 +98,6 @@ def _passes(
     with _one_thread_each():
         schedule.run()
     return {
-        "started": started,
         "seconds": time.perf_counter() - started,
         "bytes_read": worker.bytes_read,
         "bytes_written": worker.bytes_written,
@@ -104,6 +110,13 @@ def _passes(
         "inputs": worker.read.summary(),
         "notes": list(plan.notes),
     }
+
+
+def _finished(plan: Plan, sink: Sink, threads: int) -> dict[str, Record]:
+    """What an earlier run finished, as far as it had cut its tensors as this plan does (another
+    memory budget or number of threads cuts longer or shorter units)."""
+    tasks = {Unit(j, *span).task for j in plan.jobs.values() for span in j.spans}
+    return {task: record for task, record in sink.finished(threads).items() if task in tasks}
 
 
 def _solved(schedule: Schedule) -> dict[str, Any]:

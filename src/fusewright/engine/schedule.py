@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fusewright.engine.planner import Action, Job, Plan
-from fusewright.engine.work import Unit, Worker, ensure_finite_solution
+from fusewright.engine.jobs import Action, Job
+from fusewright.engine.planner import Plan
+from fusewright.engine.work import Kept, Unit, Worker, ensure_finite_solution
 from fusewright.methods.contract import At
 from fusewright.methods.partials import Partial
 from fusewright.methods.pipeline import Key, Place, Step, resolved
@@ -32,8 +33,7 @@ class _TensorState:
     waves: deque[Step | None]
     units: Sequence[Unit]
     solved: dict[Key, Any]
-    size: int = 0
-    """Bytes of its inputs that are to be kept between waves; 0 if each wave reads anew."""
+    kept: Kept | None = None
     pending: int = 0
     partial: Partial | None = None
     adding: threading.Lock = field(default_factory=threading.Lock)
@@ -159,12 +159,10 @@ def sum_partials(parts: Sequence[Partial]) -> Partial:
 
 
 def _shares(plan: Plan) -> tuple[int, int]:
-    """The memory of units, and of tensors that are kept between waves: a quarter of the budget,
-    and as much again for their spare buffers, unless units need it all."""
+    """The memory of units, and of tensors that are kept between waves."""
     memory = plan.options.memory
-    units = plan.options.workers * max((job.memory for job in plan.jobs.values()), default=0)
-    rounds = any(s.round.scope == "tensor" for s in plan.method.steps(plan.dtype))
-    return (memory // 2, memory // 4) if rounds and units <= memory // 2 else (memory, 0)
+    some = any(job.kept for job in plan.jobs.values())
+    return (memory // 2, memory // 2) if some else (memory, 0)
 
 
 class _Pool:
@@ -172,6 +170,7 @@ class _Pool:
 
     def __init__(self, schedule: Schedule, states: Iterable[_TensorState]) -> None:
         self.schedule, self.states = schedule, iter(states)
+        self.waiting: _TensorState | None = None
         self.ready: deque[tuple[_TensorState, Step | None, Unit]] = deque()
         self.budget, self.room = _shares(schedule.plan)
         self.changed = threading.Condition()
@@ -230,29 +229,25 @@ class _Pool:
             return None
 
     def _open_next(self) -> None:
-        state = next(self.states, None)
-        if state is not None:
-            self._keep(state)
-            self._queue(state)
-
-    def _keep(self, state: _TensorState) -> None:
-        """Let a tensor of several waves stay in memory between them, if there is room."""
-        if len(state.waves) < 2 or not self.room:
+        """Open the next tensor, unless it must wait for the room of those that are kept."""
+        state = self.waiting = self.waiting or next(self.states, None)
+        if state is None:
             return
-        size = self.schedule.worker.input_bytes(state.job)
-        if size <= self.room:
-            self.room -= size
-            kept: dict[Any, Any] = {}
-            state.size = size
+        if state.job.kept and len(state.waves) > 1:
+            if state.job.nbytes > self.room:
+                return
+            self.room -= state.job.nbytes
+            kept: Kept = {}
+            state.kept = kept
             state.units = [replace(unit, kept=kept) for unit in state.units]
+        self.waiting = None
+        self._queue(state)
 
     def _release(self, state: _TensorState) -> None:
-        if state.size:
-            kept = state.units[0].kept
-            assert kept is not None
-            self.schedule.worker.spare.give(kept.values())
-            kept.clear()
-            self.room += state.size
+        if state.kept is not None:
+            self.schedule.worker.spare.give(raw for raw, _ in state.kept.values())
+            state.kept.clear()
+            self.room += state.job.nbytes
 
     def _queue(self, state: _TensorState) -> None:
         wave = state.waves.popleft()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 import threading
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -13,19 +15,21 @@ from torch import Tensor
 
 from fusewright.engine.codec import Finite, check_input, decode, encode
 from fusewright.engine.inputs import Inputs
-from fusewright.engine.planner import Action, Job, Plan
+from fusewright.engine.jobs import Action, Job, Model
+from fusewright.engine.planner import Plan
 from fusewright.engine.read_digests import ReadDigests
 from fusewright.errors import NumericError
 from fusewright.methods.contract import At
-from fusewright.methods.door import unit_shape
+from fusewright.methods.door import CHUNK, unit_shape
 from fusewright.methods.partials import Partial
 from fusewright.methods.pipeline import Key, Pipeline, Place, Step, resolved
 from fusewright.weights import DType, LowRank, Weights
 from fusewright.weights.digest import block_digests
 from fusewright.weights.sink import Sink
 
-Model = str | None
 Solved = Mapping[Key, Any]
+Kept = dict[tuple[Model, int], tuple[Tensor, bytes]]
+"""Bytes of a tensor's units that stay in memory between its waves, with their leaves."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,7 @@ class Unit:
     job: Job
     start: int
     stop: int
-    kept: dict[tuple[Model, int], Tensor] | None = None
-    """Where its tensor's bytes stay between waves, if there is room for them."""
+    kept: Kept | None = None
 
     @property
     def name(self) -> str:
@@ -44,7 +47,13 @@ class Unit:
 
     @property
     def task(self) -> str:
-        return f"{self.name}:{self.start}"
+        return f"{self.name}:{self.start}:{self.stop}"
+
+    def pieces(self) -> Iterator[Unit]:
+        """Its chunks: a kernel's units are longer than the definition's temporaries should be."""
+        for start in range(self.start, self.stop, CHUNK) if self.job.kernel else [self.start]:
+            stop = min(start + CHUNK, self.stop) if self.job.kernel else self.stop
+            yield replace(self, start=start, stop=stop, kept=None if self.job.kernel else self.kept)
 
 
 class Worker:
@@ -55,26 +64,25 @@ class Worker:
         self.rule = Finite(plan.options.allow_nonfinite, plan.options.allow_overflow)
         self.device = torch.device(plan.options.device)
         self.disagreements: dict[str, int] = {}
-        self.spare = Spare(plan.options.memory // 4)
+        self.spare = Spare(plan.options.memory // 2)
         self._local = threading.local()
         self._count = threading.Lock()
         self.bytes_read = self.bytes_written = 0
         self.read = ReadDigests(plan, inputs)
         self._params: dict[tuple[str, Action], Any] = {}
 
-    def input_bytes(self, job: Job) -> int:
-        """Bytes of a tensor in all models that are read for it."""
-        models = dict.fromkeys((*([None] if self.plan.needs_base else []), *self.plan.vectors))
-        infos = (self.inputs.info(model, job.info.name) for model in models)
-        return sum(info.nbytes for info in infos if info is not None)
-
     def measure(self, step: Step, unit: Unit, solved: Solved) -> Partial:
         """One round's partial over a unit."""
         kernel = self.plan.kernel
-        if kernel is not None and kernel.measures(step) and self._fused(unit):
-            partial = self._measured_by_kernel(step, unit, solved)
+        if kernel is not None and unit.job.kernel and kernel.measures(step):
+            base, vectors, dtypes = self._raws(unit, None)
+            partial = kernel.measure(step, base, vectors, dtypes, self.place(unit, solved))
             if partial is not None:
                 return partial
+        parts = [self._measured(step, piece, solved) for piece in unit.pieces()]
+        return reduce(operator.add, parts)
+
+    def _measured(self, step: Step, unit: Unit, solved: Solved) -> Partial:
         base, vectors, _ = self._numbers(unit, hashed=False)
         return self._pipeline(unit).measure(step, vectors, base, self.place(unit, solved))
 
@@ -82,13 +90,19 @@ class Worker:
         """Make a unit of the output, write it and commit it."""
         if unit.job.action is Action.COPY:
             raw, leaves = self._copied(unit)
-        elif self._fused(unit):
+        elif unit.job.kernel:
             raw, leaves = self._by_kernel(unit, solved)
         else:
-            base, vectors, leaves = self._numbers(unit, hashed=True)
-            x = self._pipeline(unit).combine(vectors, base, self.place(unit, solved))
-            raw = encode(x.reshape(-1).cpu(), unit.job.info.dtype, self._where(unit), self.rule)
+            raw, leaves = self._by_definition(unit, solved, hashed=True)
         self._put(unit, raw, leaves)
+
+    def _by_definition(
+        self, unit: Unit, solved: Solved, hashed: bool
+    ) -> tuple[Tensor, dict[str, str]]:
+        base, vectors, leaves = self._numbers(unit, hashed)
+        x = self._pipeline(unit).combine(vectors, base, self.place(unit, solved))
+        raw = encode(x.reshape(-1).cpu(), unit.job.info.dtype, self._where(unit), self.rule)
+        return raw, leaves
 
     def place(self, unit: Unit, solved: Solved) -> Place:
         """The unit's place for every stage."""
@@ -142,22 +156,33 @@ class Worker:
         weights, name = self.inputs.weights(model), self.inputs.name_in(model, unit.name)
         assert name is not None
         size = weights[name].dtype.itemsize
-        raw = None if unit.kept is None else unit.kept.get((model, unit.start))
-        if raw is None:
-            raw = self._fill(weights, name, unit, size, slot)
-            if unit.kept is not None:
-                unit.kept[model, unit.start] = raw
+        if unit.kept is None:
+            raw = self._buffer(slot, (unit.stop - unit.start) * size)
+            digests = self._fill(raw, weights, name, unit, leaves is not None)
+        elif (model, unit.start) in unit.kept:
+            raw, digests = unit.kept[model, unit.start]
+        else:
+            raw = self.spare.take((unit.stop - unit.start) * size)
+            digests = self._fill(raw, weights, name, unit, hashed=True)
+            unit.kept[model, unit.start] = raw, digests
         if leaves is not None:
-            leaves[label_of(model)] = block_digests(raw.numpy().data, size).hex()
+            leaves[label_of(model)] = digests.hex()
         return raw
 
-    def _fill(self, weights: Weights, name: str, unit: Unit, size: int, slot: int) -> Tensor:
-        count = (unit.stop - unit.start) * size
-        raw = self._buffer(slot, count) if unit.kept is None else self.spare.take(count)
-        weights.read(name, unit.start, unit.stop, raw.numpy().data)
+    def _fill(
+        self, raw: Tensor, weights: Weights, name: str, unit: Unit, hashed: bool
+    ) -> bytes:
+        """Read a unit; its leaves, each piece hashed while it is in the cache."""
+        leaves, view, size = [], raw.numpy().data, weights[name].dtype.itemsize
+        for start in range(unit.start, unit.stop, CHUNK):
+            stop = min(start + CHUNK, unit.stop)
+            piece = view[(start - unit.start) * size : (stop - unit.start) * size]
+            weights.read(name, start, stop, piece)
+            if hashed:
+                leaves.append(block_digests(piece, size))
         with self._count:
-            self.bytes_read += count
-        return raw
+            self.bytes_read += raw.numel()
+        return b"".join(leaves)
 
     def _known_delta(self, model: Model, unit: Unit) -> Tensor | None:
         """A task vector that is known without reading: untouched, or LoRA factors."""
@@ -180,20 +205,6 @@ class Worker:
 
     # -- writing -----------------------------------------------------------------------------
 
-    def _fused(self, unit: Unit) -> bool:
-        kernel = self.plan.kernel
-        if kernel is None or unit.job.action is not Action.MERGE:
-            return False
-        models = (*([None] if self.plan.needs_base else []), *self.plan.vectors)
-        infos = [self.inputs.info(m, unit.name) for m in models]
-        if any(self._lazy(m, unit) for m in models):
-            return False
-        return kernel.takes([i.dtype for i in infos if i is not None], unit.job.info.dtype)
-
-    def _lazy(self, model: Model, unit: Unit) -> bool:
-        name = self.inputs.name_in(model, unit.name)
-        return name is not None and self.inputs.weights(model).delta(name) is not None
-
     def _raws(
         self, unit: Unit, leaves: dict[str, str] | None
     ) -> tuple[Tensor | None, list[Tensor], list[DType]]:
@@ -201,11 +212,6 @@ class Worker:
         vectors = [self.raw(m, unit, leaves, i) for i, m in enumerate(self.plan.vectors, 1)]
         infos = [self.inputs.info(m, unit.name) for m in self.plan.vectors]
         return base, vectors, [i.dtype for i in infos if i is not None]
-
-    def _measured_by_kernel(self, step: Step, unit: Unit, solved: Solved) -> Partial | None:
-        assert self.plan.kernel is not None
-        base, vectors, dtypes = self._raws(unit, None)
-        return self.plan.kernel.measure(step, base, vectors, dtypes, self.place(unit, solved))
 
     def _by_kernel(self, unit: Unit, solved: Solved) -> tuple[Tensor, dict[str, str]]:
         leaves: dict[str, str] = {}
@@ -215,9 +221,10 @@ class Worker:
         out = self._buffer(-1, (unit.stop - unit.start) * stored.itemsize)
         if not kernel.run(base, vectors, dtypes, out, stored, self.place(unit, solved)):
             # NaN, infinity or overflow somewhere: the definition says where, or lets it pass.
-            base_x, xs, leaves = self._numbers(unit, hashed=True)
-            x = self._pipeline(unit).combine(xs, base_x, self.place(unit, solved))
-            out = encode(x.reshape(-1), stored, self._where(unit), self.rule)
+            for piece in unit.pieces():
+                raw, _ = self._by_definition(piece, solved, hashed=False)
+                at = (piece.start - unit.start) * stored.itemsize
+                out[at : at + raw.numel()] = raw
         return out, leaves
 
     def _copied(self, unit: Unit) -> tuple[Tensor, dict[str, str]]:
@@ -253,8 +260,8 @@ def label_of(model: Model) -> str:
 
 
 class Spare:
-    """Buffers that tensors kept between waves have used, for the next ones: pages that the system
-    would have to clear again."""
+    """Buffers for tensors that are kept between waves, at most ``limit`` bytes with those in use.
+    Used ones wait for the next tensor: fresh pages would have to be cleared by the system."""
 
     def __init__(self, limit: int) -> None:
         self._free: dict[int, list[Tensor]] = {}
@@ -262,19 +269,20 @@ class Spare:
         self._lock = threading.Lock()
 
     def take(self, size: int) -> Tensor:
+        """A buffer of ``size`` bytes; the caller sees to it that those in use fit the limit."""
         with self._lock:
             if self._free.get(size):
-                self._room += size
                 return self._free[size].pop()
+            self._room -= size
+            while self._room < 0 and (waiting := next(filter(None, self._free.values()), None)):
+                self._room += waiting.pop().numel()
         return torch.empty(size, dtype=torch.uint8)
 
     def give(self, buffers: Iterable[Tensor]) -> None:
-        """Take buffers back, as far as the limit in bytes allows."""
+        """Take buffers back."""
         with self._lock:
             for buffer in buffers:
-                if buffer.numel() <= self._room:
-                    self._room -= buffer.numel()
-                    self._free.setdefault(buffer.numel(), []).append(buffer)
+                self._free.setdefault(buffer.numel(), []).append(buffer)
 
 
 LARGE = 8 * 2**20

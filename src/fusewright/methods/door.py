@@ -125,14 +125,17 @@ def _units(
         yield seen, pipeline.vectors([cut(t) for t in experts], seen), spot
 
 
-def spans(shape: tuple[int, ...], unit: Unit) -> list[tuple[int, int]]:
-    """The element ranges in which a tensor is treated: a rule of shape and unit alone."""
+def spans(
+    shape: tuple[int, ...], unit: Unit, chunk: int | None = None
+) -> list[tuple[int, int]]:
+    """The element ranges in which a tensor is treated; ``chunk`` (whole canonical blocks; CHUNK by
+    default) is how many elements of one that can be cut anywhere."""
     numel = int(torch.Size(shape).numel())
     if numel == 0:
         return []
     if unit is Unit.TENSOR:
         return [(0, numel)]
-    size = CHUNK
+    size = chunk or CHUNK
     if unit is Unit.ROWS:
         # Whole rows and whole canonical blocks: what is written is hashed by blocks.
         common = math.lcm(shape[-1] if shape else 1, BLOCK)

@@ -177,12 +177,14 @@ class AdapterWeights(Weights):
     # --- factors -----------------------------------------------------------------------------
 
     def delta(self, name: str) -> LowRank | float | None:
-        self._infos[name]
-        if name in self._parts.replaced or name in self._parts.biases:
+        if not self.has_delta(name):
             return None
-        if name not in self._parts.factors:
-            return 0.0
-        return None if self.lora.dora else self._low_rank(name)
+        return self._low_rank(name) if name in self._parts.factors else 0.0
+
+    def has_delta(self, name: str) -> bool:
+        self._infos[name]
+        dense = name in self._parts.replaced or name in self._parts.biases
+        return not dense and not (self.lora.dora and name in self._parts.factors)
 
     def _low_rank(self, name: str) -> LowRank:
         return self._factors.get(name, lambda: self._fold(name))

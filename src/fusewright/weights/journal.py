@@ -11,10 +11,9 @@ import json
 import os
 import threading
 from dataclasses import dataclass, field
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
-
-from blake3 import blake3
 
 from . import _fs
 
@@ -22,7 +21,7 @@ JSON = Any
 Output = tuple[str, int, int, bytes]
 """A tensor's name, the byte range [start, stop) written of it, and that range's leaf digests."""
 
-_HEADER_KEY = blake3(b"fusewright journal 1").digest()
+_HEADER_KEY = sha256(b"fusewright journal 1").digest()
 
 
 @dataclass(frozen=True)
@@ -122,17 +121,21 @@ def _enter(entries: Entries, body: dict[str, JSON]) -> None:
 
 
 def _key(plan: str) -> bytes:
-    return blake3(plan.encode()).digest()
+    return sha256(plan.encode()).digest()
 
 
 def _line(key: bytes, body: dict[str, JSON]) -> bytes:
     text = json.dumps(body, separators=(",", ":")).encode()
-    return blake3(text, key=key).digest(8).hex().encode() + b" " + text + b"\n"
+    return _checksum(key, text) + b" " + text + b"\n"
+
+
+def _checksum(key: bytes, text: bytes) -> bytes:
+    return blake2b(text, key=key, digest_size=8).hexdigest().encode()
 
 
 def _open_line(key: bytes, line: bytes) -> dict[str, JSON] | None:
     checksum, _, text = line.partition(b" ")
-    if checksum != blake3(text, key=key).digest(8).hex().encode():
+    if checksum != _checksum(key, text):
         return None
     body: dict[str, JSON] = json.loads(text)
     return body

@@ -90,6 +90,9 @@ class Renamed(Weights):
     def delta(self, name: str) -> LowRank | float | None:
         return self.inner.delta(self.given[name])
 
+    def has_delta(self, name: str) -> bool:
+        return self.inner.has_delta(self.given[name])
+
     def identities(self) -> tuple[FileIdentity, ...]:
         return self.inner.identities()
 

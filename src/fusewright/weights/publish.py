@@ -10,10 +10,9 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
-
-from blake3 import blake3
 
 from ..errors import FusewrightWarning, OutputError
 from . import _fs
@@ -32,7 +31,7 @@ def seal_manifest(manifest: Mapping[str, Any]) -> bytes:
 
 def manifest_checksum(manifest: Mapping[str, Any]) -> str:
     body = {key: value for key, value in manifest.items() if key != "checksum"}
-    return blake3(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def sync_folders(folder: Path) -> None:

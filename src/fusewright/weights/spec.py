@@ -139,6 +139,10 @@ class Weights(Mapping[str, TensorInfo], ABC):
         a LowRank, ``0.0`` for an untouched tensor, or None (subtract to find out)."""
         return None
 
+    def has_delta(self, name: str) -> bool:
+        """Whether :meth:`delta` knows the difference; told without reading any factors."""
+        return False
+
     def identities(self) -> tuple[FileIdentity, ...]:
         """The files behind this, as they were when opened (empty for memory)."""
         return ()

@@ -12,10 +12,9 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
-
-from blake3 import blake3
 
 from ..errors import OutputError
 from . import _fs
@@ -296,7 +295,7 @@ class Staging:
             self._files[name] = self._write_file(name, data)
 
     def _write_file(self, name: str, data: bytes | Path) -> dict[str, Any]:
-        path, hasher, at = self.folder / NEW / name, blake3(), 0
+        path, hasher, at = self.folder / NEW / name, sha256(), 0
         for parent in reversed(path.relative_to(self.folder / NEW).parents[:-1]):
             if not (self.folder / NEW / parent).is_dir():
                 _fs.fs.mkdir(self.folder / NEW / parent)
@@ -309,7 +308,7 @@ class Staging:
                 at += len(chunk)
         finally:
             _fs.fs.close(fd)
-        return {"size": at, "blake3": hasher.hexdigest()}
+        return {"size": at, "sha256": hasher.hexdigest()}
 
     def _require_complete(self) -> None:
         if missing := self._leaves.missing():
@@ -347,7 +346,7 @@ class Staging:
     def _contents(self) -> dict[str, Any]:
         digests = self._leaves.digests()
         shards = {
-            shard.file: {"size": shard.size, "header": blake3(shard.header).hexdigest()}
+            shard.file: {"size": shard.size, "header": sha256(shard.header).hexdigest()}
             for shard in self._shards
         }
         return {
@@ -386,7 +385,7 @@ def _chunks(data: bytes | Path) -> Iterator[bytes]:
 
 def _bind(plan_digest: str, shards: Sequence[Shard]) -> str:
     """What a journal is bound to: the plan, and where it puts every tensor."""
-    layout = blake3()
+    layout = sha256()
     for shard in shards:
         layout.update(f"{shard.file}\0{shard.size}\0".encode() + shard.header)
     return f"{plan_digest} {layout.hexdigest()}"

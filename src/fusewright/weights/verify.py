@@ -7,10 +7,9 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
-
-from blake3 import blake3
 
 from ..errors import WeightsError
 from .digest import content_digest, hash_range, tensor_digest
@@ -55,11 +54,11 @@ def verify(out: Path, threads: int = 1) -> VerifyReport:
     found = {name: _size(out, name) for name in files if name in present}
     changed = {name for name, size in found.items() if size != files[name]["size"]}
     with ThreadPoolExecutor(threads) as pool:
-        whole = [name for name in found if "blake3" in files[name]]
+        whole = [name for name in found if "sha256" in files[name]]
         hashes = pool.map(lambda name: _file_digest(out / name), whole)
-        changed |= {n for n, h in zip(whole, hashes, strict=True) if h != files[n]["blake3"]}
+        changed |= {n for n, h in zip(whole, hashes, strict=True) if h != files[n]["sha256"]}
         shards = {name: _header(out / name) for name in found if "header" in files[name]}
-        changed |= {n for n, h in shards.items() if blake3(h).hexdigest() != files[n]["header"]}
+        changed |= {n for n, h in shards.items() if sha256(h).hexdigest() != files[n]["header"]}
         entries = output["tensors"]
         names = list(entries)
         hashed = pool.map(lambda name: _tensor(out, name, entries[name]["file"], shards), names)
@@ -88,7 +87,7 @@ def read_manifest(out: Path) -> dict[str, Any]:
         output = manifest["output"]
         names = [*output["files"], *(tensor["file"] for tensor in output["tensors"].values())]
         for entry in output["files"].values():
-            entry["header" if "header" in entry else "blake3"], entry["size"]
+            entry["header" if "header" in entry else "sha256"], entry["size"]
         for tensor in output["tensors"].values():
             tensor["digest"]
         output["content_digest"]
@@ -129,7 +128,7 @@ def _size(out: Path, name: str) -> int:
 
 
 def _file_digest(path: Path) -> str:
-    hasher = blake3()
+    hasher = sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             hasher.update(chunk)

@@ -150,12 +150,11 @@ class TiesTwin:
         solved = place.at(0).solved
         first = not solved
         counts = np.zeros((len(raws.vectors), 2**DIGIT), np.int32)
-        before = None if first else next(iter(solved.values()))["prefix"]
-        for t, vector in enumerate(raws.vectors):
-            prefix = -1 if before is None else before[t]
-            digit = DIGIT if first else 0
-            if _tiles.histogram(raws.base, vector, raws.shift, digit, prefix, counts[t]):
-                return None
+        digit = DIGIT if first else 0
+        found = [-1] * len(counts) if first else next(iter(solved.values()))["prefix"]
+        prefixes = np.array(found, np.int64)
+        if _tiles.histograms(raws.base, raws.vectors, raws.shift, digit, prefixes, counts):
+            return None
         return Partial(counts={"histogram": torch.from_numpy(counts)})
 
     def combine(self, raws: Raws, out: Raw, out_shift: int, place: Place) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit, uint32, uint64
 
-TILE = 4096
+TILE = 2048
 ONE = np.uint32(0x00800000)
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 _jit = njit(nogil=True, cache=True)
@@ -127,14 +127,15 @@ def _trimmed(
     for t in range(len(vectors)):
         row, limit, weight = x[t], limits[t], weights[t]
         bad |= widen(vectors[t], shift, row[:n].view(np.uint32))
-        for i in range(n):
-            tau = row[i] - low[i]
-            row[i] = (tau if abs(tau) >= limit else zero) * weight
         if t == 0:
             for i in range(n):
+                tau = row[i] - low[i]
+                row[i] = (tau if abs(tau) >= limit else zero) * weight
                 total[i] = row[i]
         else:
             for i in range(n):
+                tau = row[i] - low[i]
+                row[i] = (tau if abs(tau) >= limit else zero) * weight
                 total[i] = total[i] + row[i]
     return bad
 
@@ -163,6 +164,7 @@ def elect(
 ) -> int:  # fmt: skip
     """TIES: keep |τ| >= limit, elect signs (``instead`` for zero), merge those that agree."""
     count, zero, one = len(out), np.float32(0.0), np.float32(1.0)
+    other = np.float32(instead)  # a double would widen the loops
     tiles, x = np.empty((4, TILE), np.float32), np.empty((len(vectors), TILE), np.float32)
     bad = 0
     for at in range(0, count, TILE):
@@ -172,7 +174,7 @@ def elect(
         bad |= _trimmed(base[at : at + n], parts, limits, weights, shift, low, x, total)
         for i in range(n):
             value = total[i]
-            sign[i] = one if value > zero else (-one if value < zero else instead)
+            sign[i] = one if value > zero else (-one if value < zero else other)
         _agreeing(x, weights, sign, n, total, share)
         for i in range(n):
             value = total[i]
@@ -193,40 +195,56 @@ def _agreeing(x: Any, weights: Any, sign: Any, n: int, total: Any, share: Any) -
     zero = np.float32(0.0)
     for t in range(len(x)):
         row, weight = x[t], np.float32(abs(weights[t]))
-        for i in range(n):
-            value = row[i]
-            own = np.float32(1.0) if value > zero else (
-                np.float32(-1.0) if value < zero else zero)
-            agrees = own == sign[i]
-            kept, part = (value if agrees else zero), (weight if agrees else zero)
-            total[i] = kept if t == 0 else total[i] + kept
-            share[i] = zero + part if t == 0 else share[i] + part
+        if t == 0:
+            for i in range(n):
+                agrees = _sign(row[i]) == sign[i]
+                total[i] = row[i] if agrees else zero
+                share[i] = zero + (weight if agrees else zero)
+        else:
+            for i in range(n):
+                agrees = _sign(row[i]) == sign[i]
+                total[i] = total[i] + (row[i] if agrees else zero)
+                share[i] = share[i] + (weight if agrees else zero)
 
 
 @_jit
-def histogram(base: Any, vector: Any, shift: int, digit: int, prefix: int, counts: Any) -> int:
-    """Add to ``counts`` the digit (16 bits from bit ``digit``) of each |vector - base| whose
-    higher bits are ``prefix`` (any, if it is negative); nonzero if not finite."""
-    count = len(vector)
+def _sign(value: Any) -> Any:
+    one, zero = np.float32(1.0), np.float32(0.0)
+    return one if value > zero else (-one if value < zero else zero)
+
+
+@_jit
+def histograms(base: Any, vectors: Any, shift: int, digit: int, prefixes: Any, counts: Any) -> int:
+    """Add to each row of ``counts`` the digit (16 bits from bit ``digit``) of each |vector - base|
+    whose higher bits are its prefix (any, if that is negative); nonzero if not finite."""
+    count = len(base)
     low, x = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    bits, bad = x.view(np.uint32), uint32(0)
+    found, bits, bad = np.empty(TILE, np.uint32), x.view(np.uint32), uint32(0)
     for at in range(0, count, TILE):
         n = min(TILE, count - at)
         bad |= widen(base[at : at + n], shift, low[:n].view(np.uint32))
-        bad |= widen(vector[at : at + n], shift, bits[:n])
-        for i in range(n):
-            x[i] = x[i] - low[i]
-        for i in range(n):
-            bits[i] = bits[i] & MAGNITUDE
-        if prefix < 0:
+        for t in range(len(vectors)):
+            bad |= widen(vectors[t][at : at + n], shift, bits[:n])
             for i in range(n):
-                counts[bits[i] >> uint32(16)] += 1
-        else:
-            wanted = uint32(prefix)
-            for i in range(n):
-                if (bits[i] >> uint32(16)) == wanted:
-                    counts[bits[i] & uint32(0xFFFF)] += 1
+                x[i] = abs(x[i] - low[i])
+            row = counts[t]
+            if prefixes[t] < 0:
+                for i in range(n):
+                    row[np.int64(bits[i] >> uint32(16))] += 1
+            else:
+                _count_matching(bits[:n], uint32(prefixes[t]), found, row)
     return bad
+
+
+@_jit
+def _count_matching(bits: Any, wanted: int, found: Any, counts: Any) -> None:
+    # Collected without a branch first: few match, at places that no processor can foresee.
+    many: Any = 0
+    for i in range(len(bits)):
+        found[many] = bits[i]
+        many += np.int64((bits[i] >> uint32(16)) == wanted)
+    for i in range(many):
+        counts[np.int64(found[i] & uint32(0xFFFF))] += 1
 
 
 HALF = 32_768

@@ -1,0 +1,122 @@
+"""How tensors are cut into units changes nothing but the time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import METHODS, expert, models, on_disk, read, same
+from test_resume import killed
+
+import fusewright as fw
+from fusewright.engine import jobs
+from fusewright.engine.options import Options
+from fusewright.errors import NumericError
+from fusewright.methods.door import CHUNK
+
+LONG = {"layers.0.mlp.weight": (1000, 1000), "layers.1.norm.weight": (10,)}
+
+
+def wide(patch: pytest.MonkeyPatch, chunks: int = 8) -> None:
+    patch.setattr(jobs, "WIDEST", chunks * CHUNK)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_long_units_write_the_same_bytes(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = on_disk(tmp_path, shapes=LONG)
+    narrow = fw.merge(METHODS[method], **given)
+    for chunks in (2, 8):
+        wide(monkeypatch, chunks)
+        found = fw.merge(METHODS[method], **given)
+        assert same(narrow.state_dict(), found.state_dict())
+        assert found.report["tasks"] <= narrow.report["tasks"]
+
+
+def test_units_are_long_where_a_kernel_runs_and_memory_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide(monkeypatch)
+    given = on_disk(tmp_path, shapes=LONG)
+
+    def tasks(**options: Any) -> int:
+        return fw.merge("linear", **given, **options).report["tasks"]
+
+    # Six bytes an element of two experts and the output, four chunks in a million elements.
+    assert tasks(threads=1) == 2
+    assert tasks(threads=1, kernels=False) == 5
+    # 32 MiB / 4 / 6 bytes / 3 threads: one chunk, not two.
+    assert tasks(threads=3, memory=2**25) == 5
+    assert tasks(threads=2, memory=2**25) == 3
+
+
+def test_many_workers_share_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide(monkeypatch)
+    given = on_disk(tmp_path, shapes=LONG)
+    for threads in (1, 4, 16):
+        plan = fw.merge("linear", **given, threads=threads).plan
+        assert plan["costs"]["memory"] <= Options().memory
+
+
+@pytest.mark.parametrize("method", ["linear", "ties per tensor", "slerp"])
+@pytest.mark.parametrize("at", [10, 3 * CHUNK + 7])
+def test_the_definition_takes_over_inside_a_long_unit(
+    method: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide(monkeypatch)
+    origin, experts = models(shapes=LONG)
+    experts["a"]["layers.0.mlp.weight"].view(-1)[at] = float("inf")
+    chunk = at // CHUNK * CHUNK
+    stop = min(chunk + CHUNK, 1_000_000)
+    with pytest.raises(NumericError, match=f"elements {chunk}:{stop}"):
+        fw.merge(METHODS[method], base=origin, experts=experts)
+
+
+def test_what_is_allowed_passes_through_long_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide(monkeypatch)
+    origin, experts = models(shapes=LONG)
+    experts["a"]["layers.0.mlp.weight"].view(-1)[3 * CHUNK + 7] = float("inf")
+    given = {"base": origin, "experts": experts, "allow_nonfinite": True}
+    one = fw.merge("linear", **given).state_dict()
+    two = fw.merge("linear", **given, kernels=False).state_dict()
+    assert same(one, two) and not torch.isfinite(one["layers.0.mlp.weight"]).all()
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "ties per tensor"])
+@pytest.mark.parametrize(("first", "then"), [(1, 8), (8, 1)])
+def test_a_resume_may_cut_otherwise(
+    tmp_path: Path, method: str, first: int, then: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = on_disk(tmp_path, shapes=LONG)
+    whole = fw.merge(METHODS[method], **given, out=tmp_path / "whole")
+    wide(monkeypatch, first)
+    killed(1, method, given, tmp_path / "out")
+    wide(monkeypatch, then)
+    resumed = fw.merge(METHODS[method], **given, out=tmp_path / "out")
+    assert resumed.report["resumed_tasks"] == 0
+    assert same(read(tmp_path / "whole"), read(tmp_path / "out"))
+    assert resumed.report["inputs"] == whole.report["inputs"]
+    assert fw.verify(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("options", [{}, {"kernels": False}, {"memory": 2**25}])
+def test_the_plan_knows_what_is_read(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Exactly: kept tensors, statistics, buffers and rounds."""
+    shapes = {**LONG, "layers.0.huge.weight": (3000, 1000), "bn.running_mean": (9,)}
+    given = on_disk(tmp_path, shapes=shapes)
+    whole_matrices = {"iso_c"} if "memory" in options else set()
+    for name in METHODS.keys() - whole_matrices:
+        merged = fw.merge(METHODS[name], **given, **options)
+        assert merged.report["bytes_read"] == merged.plan["costs"]["bytes_read"], name
+
+
+def test_the_plan_knows_what_is_read_of_buffers() -> None:
+    origin, _ = models()
+    origin["steps"] = torch.tensor([3, 4])
+    experts = {k: expert(origin, i) for i, k in enumerate("ab")}
+    del experts["b"]["layers.1.norm.weight"]
+    merged = fw.merge("ties", base=origin, experts=experts, optional=["layers.1.norm.weight"])
+    assert merged.report["bytes_read"] == merged.plan["costs"]["bytes_read"]
