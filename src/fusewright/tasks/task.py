@@ -1,0 +1,59 @@
+"""The contract of a task."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fusewright.tasks.outcomes import Outcomes
+
+Batch = Mapping[str, Any]
+"""What a model is called with and what is asked of it; tensors share their first axis, "items"
+holds the rows' numbers in their split."""
+
+Progress = Callable[[int, int], None]
+"""Called with (items done, items in all)."""
+
+
+class Split(ABC):
+    """One part of a data set: rows that never change their numbers."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def rows(self, numbers: Sequence[int]) -> Mapping[str, Sequence[Any]]:
+        """Columns of the rows asked for, in that order (images as PIL images)."""
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """A question about a data set. A frozen value; one subclass for each kind of question."""
+
+    kind: ClassVar[str] = ""
+    """How suites name it: "image-classification", "text-classification", …"""
+
+    name: str
+
+    @abstractmethod
+    def batches(
+        self, split: Split, size: int, *, seed: int | None = None, limit: int | None = None
+    ) -> Iterator[Batch]:
+        """Batches in row order, or shuffled by ``seed``; of the first ``limit`` rows."""
+
+    @abstractmethod
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the model answers: (items, classes), or (items, tokens, vocabulary)."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy of a batch: what an expert of this task is trained by."""
+
+    @abstractmethod
+    def outcomes(self, model: nn.Module, batches: Iterator[Batch]) -> Outcomes:
+        """Every item's score."""
