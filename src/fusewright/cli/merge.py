@@ -126,15 +126,15 @@ def merge(
     )  # fmt: skip
     read = load_recipe(recipe, overrides)
     if plan:
-        show_plan(read, options, json)
+        show_plan(read, options, out, json)
     elif out is not None:
         execute(read, options, out, quiet=quiet or json, as_json=json)
 
 
-def show_plan(recipe: Any, options: Options, as_json: bool) -> None:
+def show_plan(recipe: Any, options: Options, out: Path | None, as_json: bool) -> None:
     from fusewright.engine import plan
 
-    decided = plan(recipe, options)
+    decided = plan(recipe, options, out)
     if as_json:
         print_json(decided.to_json())
     else:

@@ -14,7 +14,7 @@ from fusewright.engine.options import Options, parse_size
 from fusewright.engine.planner import Plan, is_program, make_plan, recipe_method
 from fusewright.engine.progress import Listener
 from fusewright.engine.recipe import Recipe, make_recipe
-from fusewright.errors import PlanError, RecipeError
+from fusewright.errors import NumericError, PlanError, RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -149,19 +149,27 @@ def run(
         return Merged(Path(out), report, plan_.to_json())
 
 
-def plan(recipe: Recipe, options: Options | None = None) -> Plan:
-    """What a recipe will do, from headers alone, and how long reading will take at the speed at
-    which up to 64 MB of the inputs were read just now."""
-    from fusewright.engine.bandwidth import read_speed
+def plan(
+    recipe: Recipe, options: Options | None = None, out: str | Path | None = None
+) -> Plan:
+    """What a recipe will do, from headers alone, and how long it should take, by a rehearsal of
+    single units. With ``out``, what could not be written there is refused."""
+    from fusewright.engine.estimate import estimate
+    from fusewright.weights.shards import plan_shards
+    from fusewright.weights.target import check_output
 
-    options = options or Options()
+    options, out = options or Options(), None if out is None else Path(out)
     with open_inputs(recipe, options.untie) as inputs:
         plan_ = make_plan(recipe, options, inputs)
-        speed = read_speed([i.path for w in inputs.all().values() for i in w.identities()])
-    if not speed:
-        return plan_
-    seconds = round(plan_.costs["bytes_read"] / speed / options.workers)
-    return replace(plan_, costs={**plan_.costs, "seconds_of_reading": seconds})
+        if out is not None:
+            shards = plan_shards(plan_.outputs(), options.shard_size, {"format": "pt"})
+            size = sum(shard.size for shard in shards)
+            check_output(out, size, overwrite=options.overwrite, inputs=inputs.paths())
+        try:
+            seconds = estimate(plan_, inputs, out).to_json()
+        except NumericError:  # NaN in the inputs is the run's to report, with its place
+            return plan_
+    return replace(plan_, costs={**plan_.costs, **seconds})
 
 
 def make_options(**given: Any) -> Options:

@@ -18,9 +18,9 @@ from ..errors import FusewrightWarning, OutputError
 from . import _fs
 from .journal import Journal, read_journal
 from .lock import FolderLock
-from .target import check_absent, resolve_target, staging_folder
+from .target import NEW, check_absent, resolve_target, staging_folder
 
-JOURNAL, NEW, OLD = "journal", "new", "old"
+JOURNAL, OLD = "journal", "old"
 
 
 def seal_manifest(manifest: Mapping[str, Any]) -> bytes:

@@ -23,7 +23,6 @@ from .journal import JSON, Entries, Journal, Output, Record, read_journal
 from .lock import FolderLock
 from .publish import (
     JOURNAL,
-    NEW,
     OLD,
     clear_published,
     clear_staging,
@@ -37,9 +36,9 @@ from .sink import check_range
 from .spec import TensorInfo
 from .target import (
     MANIFEST,
+    NEW,
     check_absent,
-    check_space,
-    check_target,
+    check_output,
     is_safe_name,
     resolve_target,
     staging_folder,
@@ -90,11 +89,8 @@ class Staging:
         has the staged work of another plan beside it."""
         out = resolve_target(out)
         folder = staging_folder(out)
-        with _fs.explained("Looking at the output", out, "choose another -o"):
-            check_target(out, inputs, overwrite)
-            if not overwrite and not folder.exists():
-                check_absent(out)
-            check_space(out, sum(shard.size for shard in shards), _allocated(folder / NEW))
+        size = sum(shard.size for shard in shards)
+        check_output(out, size, overwrite=overwrite, inputs=inputs)
         staging = cls(out, shards, FolderLock.acquire(folder), overwrite, durable)
         try:
             with staging._explained("Preparing the output"):
@@ -389,14 +385,6 @@ def _bind(plan_digest: str, shards: Sequence[Shard]) -> str:
     for shard in shards:
         layout.update(f"{shard.file}\0{shard.size}\0".encode() + shard.header)
     return f"{plan_digest} {layout.hexdigest()}"
-
-
-def _allocated(folder: Path) -> int:
-    """Bytes of disk that a staged output holds already."""
-    try:
-        return sum(path.lstat().st_blocks * 512 for path in folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return 0
 
 
 def _other_plan(folder: Path, found: str, expected: str) -> OutputError:

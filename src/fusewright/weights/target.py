@@ -10,6 +10,8 @@ from ..errors import OutputError
 from . import _fs
 
 MANIFEST = "fusewright.json"
+NEW = "new"
+"""The folder in staging that becomes the output."""
 _MARGIN = 1.01  # file-system metadata beside the shards
 
 
@@ -19,7 +21,22 @@ def resolve_target(out: Path) -> Path:
 
 
 def staging_folder(out: Path) -> Path:
+    """Where an output is in the making, beside it."""
     return out.parent / f".{out.name}.fusewright"
+
+
+def check_output(
+    out: Path, size: int, *, overwrite: bool, inputs: Sequence[Path]
+) -> None:
+    """Refuse, before anything is written, an output of ``size`` bytes that exists, touches an
+    input, cannot take its place, or does not fit on its disk. Raises OutputError."""
+    out = resolve_target(out)
+    folder = staging_folder(out)
+    with _fs.explained("Looking at the output", out, "choose another -o"):
+        check_target(out, inputs, overwrite)
+        if not overwrite and not folder.exists():
+            check_absent(out)
+        check_space(out, size, _allocated(folder / NEW))
 
 
 def check_target(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
@@ -118,3 +135,11 @@ def _looks_like_a_model(folder: Path) -> bool:
     return not names or any(
         name in (MANIFEST, "config.json") or name.endswith(".safetensors") for name in names
     )
+
+
+def _allocated(folder: Path) -> int:
+    """Bytes of disk that a staged output holds already."""
+    try:
+        return sum(path.lstat().st_blocks * 512 for path in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
