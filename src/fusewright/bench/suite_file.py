@@ -1,0 +1,202 @@
+"""What a suite's YAML may say, and how it is read: models and tasks as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fusewright.engine.recipe import _Strict as StrictYAML
+from fusewright.errors import FusewrightError, nearest
+
+VERSION = 1
+SHIPPED = Path(__file__).parent / "suites"
+
+
+class SuiteError(FusewrightError):
+    """A suite is not understood, or names what is not there."""
+
+    exit_code = 2
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Opens(_Part):
+    """How a model's folder becomes a module: ``transformers.MODEL.from_pretrained(folder,
+    **arguments)``."""
+
+    model: str = Field("AutoModel", description="a class of transformers")
+    arguments: dict[str, Any] = Field({}, description="what from_pretrained is called with")
+
+
+class TaskSpec(_Part):
+    """A question about a data set. ``splits`` are slices as ``datasets`` writes them:
+    "train[200:]"; ``train`` may be absent where nothing is trained."""
+
+    kind: str = Field(description='"image-classification", "text-classification", …')
+    question: str = ""
+    data: str | None = Field(None, description="folder of parquet files under --data")
+    hub: str | None = Field(None, description="data set on the Hugging Face Hub")
+    config: str | None = Field(None, description="its configuration, if it has several")
+    revision: str | None = Field(None, description="its revision on the Hub")
+    columns: dict[str, str] = Field({}, description="role: column (image, text, text2, label)")
+    splits: dict[Literal["train", "validation", "test"], str] = Field({})
+    head: str | None = Field(None, description="its tensor among the suite's heads; its own name")
+    classes: list[str] | int | None = Field(None, description="names or number of classes")
+    options: dict[str, Any] = Field({}, description="what else tasks of its kind take")
+    licence: str = Field("", description="of the data")
+    note: str = ""
+
+
+class Build(_Part):
+    """How the pool is made where no public checkpoints are used."""
+
+    builder: str = Field(description="a pool builder's name")
+    parameters: dict[str, Any] = {}
+
+
+class Variant(_Part):
+    """Other models for the same tasks: LoRA experts, another size."""
+
+    base: str | None = None
+    experts: dict[str, str] | None = None
+    heads: str | None = None
+    axes: dict[str, str] = Field({}, description='how results call it: {tuning: "LoRA"}')
+
+
+class SuiteSpec(_Part):
+    """A suite. With ``build``, models are paths inside the pool's folder of one seed
+    (POOL/seed-0); without it they are Hub ids (org/name@revision)."""
+
+    suite: int = Field(VERSION, description="the schema's version")
+    title: str
+    about: str = ""
+    licence: str = Field("", description="notes on the licences of models and data")
+    opens: Opens = Opens()
+    base: str
+    experts: dict[str, str]
+    heads: str | None = Field(None, description="safetensors with a head (classes, width) by task")
+    extras: dict[str, str] = Field({}, description="more models by row, such as joint training")
+    tasks: dict[str, TaskSpec]
+    merged: list[str] = Field([], description="tasks whose experts are merged; all with experts")
+    unseen: list[str] = Field([], description="tasks left out of the merge; the other tasks")
+    seeds: list[int] = Field([0], description="seeds of the pool's training")
+    axes: dict[str, str] = Field({}, description='what cells say of it: {size: "small"}')
+    variants: dict[str, Variant] = {}
+    build: Build | None = None
+
+    def model_post_init(self, context: Any) -> None:
+        if not self.merged:
+            found = [name for name in self.tasks if name in self.experts]
+            object.__setattr__(self, "merged", found)
+        if not self.unseen:
+            left = [name for name in self.tasks if name not in self.merged]
+            object.__setattr__(self, "unseen", left)
+
+    def digest(self) -> str:
+        """Twelve hex digits of everything in the suite that results can depend on."""
+        said = self.model_dump_json(exclude={"title", "about", "licence", "seeds"})
+        return sha256(said.encode()).hexdigest()[:12]
+
+
+def shipped() -> dict[str, Path]:
+    """The suites that come with fusewright, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def find_suite(name: str | Path) -> Path:
+    """The file of a shipped suite's name, or of a path. SuiteError names the nearest."""
+    known = shipped()
+    if str(name) in known:
+        return known[str(name)]
+    path = Path(name)
+    if path.is_file():
+        return path
+    close = nearest(str(name), list(known))
+    raise SuiteError(
+        f"there is no suite {str(name)!r}", expected=f"{', '.join(known)}, or a suite's YAML file",
+        fix=f"did you mean {close!r}?" if close else "see `fusewright suite list`",
+    )  # fmt: skip
+
+
+def read_suite(path: Path) -> SuiteSpec:
+    """A suite from its file. YAML anchors, tags and repeated keys are refused, as in recipes.
+
+    Raises SuiteError for a file that is not one, a newer schema, unknown keys (naming the
+    nearest), and names that do not go together.
+    """
+    try:
+        fields = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictYAML)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SuiteError("the suite cannot be read", where=path, found=error) from error
+    except yaml.YAMLError as error:
+        raise SuiteError("the suite is not plain YAML", where=path, found=error) from error
+    if not isinstance(fields, dict):
+        raise SuiteError("a suite is a mapping", where=path, found=type(fields).__name__)
+    _check_version(fields, path)
+    try:
+        spec = SuiteSpec(**{str(key): value for key, value in fields.items()})
+    except ValidationError as error:
+        raise _refusal(error, path) from error
+    _check_names(spec, path)
+    return spec
+
+
+def _check_version(fields: Mapping[str, Any], path: Path) -> None:
+    version = fields.get("suite", VERSION)
+    if type(version) is not int or version < 1:
+        raise SuiteError("the suite's schema version is not understood", where=path,
+                         expected=f"suite: {VERSION}", found=f"suite: {version!r}")  # fmt: skip
+    if version > VERSION:
+        raise SuiteError("the suite is of a newer schema", where=path,
+                         expected=f"suite: {VERSION}", found=f"suite: {version}",
+                         fix="pip install --upgrade fusewright")  # fmt: skip
+
+
+_MODELS = {"opens": Opens, "tasks": TaskSpec, "build": Build, "variants": Variant}
+_NAMED = ("tasks", "variants")
+
+
+def _refusal(error: ValidationError, path: Path) -> SuiteError:
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    where, key = ".".join(map(str, first["loc"])), str(first["loc"][-1])
+    model = _MODELS.get(str(first["loc"][0]), SuiteSpec) if len(first["loc"]) > 1 else SuiteSpec
+    if first["type"] == "extra_forbidden":
+        known = list(model.model_fields)
+        close = nearest(key, known)
+        return SuiteError(f"the suite has an unknown key {where!r}", where=path,
+                          expected=", ".join(known),
+                          fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
+    missing = first["type"] == "missing"
+    return SuiteError(
+        f"the suite's {where!r} is {'missing' if missing else 'not valid'}", where=path,
+        expected=None if missing else first["msg"].removeprefix("Value error, "),
+        found=None if missing else repr(first["input"]),
+    )  # fmt: skip
+
+
+def _check_names(spec: SuiteSpec, path: Path) -> None:
+    """Every name that one part of a suite uses of another must be there."""
+    for key, names, known in (
+        ("merged", spec.merged, spec.tasks), ("unseen", spec.unseen, spec.tasks),
+        ("merged", spec.merged, spec.experts),
+        *((f"variants.{n}.experts", v.experts or {}, spec.experts)
+          for n, v in spec.variants.items()),
+    ):  # fmt: skip
+        for name in names:
+            if name not in known:
+                close = nearest(name, list(known))
+                what = "task" if known is spec.tasks else "expert"
+                raise SuiteError(f"{key} names {name!r}, which is no {what} of the suite",
+                                 where=path, expected=", ".join(known) or "none",
+                                 fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
+    both = set(spec.merged) & set(spec.unseen)
+    if both or not spec.merged:
+        raise SuiteError("a task is merged or unseen, not both" if both else "nothing is merged",
+                         where=path, found=", ".join(sorted(both)) or "no task has an expert")  # fmt: skip
