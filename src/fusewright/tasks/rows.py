@@ -1,0 +1,109 @@
+"""Splits: rows by number, whatever they are kept in."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusewright.tasks.errors import DataError
+from fusewright.tasks.task import Split
+
+ROLES = ("image", "text", "text2", "label")
+"""What columns are called here, however a file names them."""
+
+Labels = NDArray[np.int64]
+
+
+class DataSplit(Split):
+    """A split of a data set: it has a name for people, and perhaps labels and class names."""
+
+    name: str
+    classes: tuple[str, ...] | None
+
+    @abstractmethod
+    def labels(self) -> Labels:
+        """The class of every row: (n,) int64. Raises DataError if there is no label."""
+
+
+class Rows(DataSplit):
+    """Columns in memory; columns may have any names.
+
+    Raises ValueError if the columns are of different lengths.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, Sequence[Any]],
+        classes: Sequence[str] | None = None,
+        name: str = "rows",
+    ) -> None:
+        lengths = {len(column) for column in columns.values()}
+        if len(lengths) > 1:
+            raise ValueError(f"columns of one length are expected, found {sorted(lengths)}")
+        self.columns, self.name = dict(columns), name
+        self.classes = None if classes is None else tuple(classes)
+        self._length = lengths.pop() if lengths else 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def rows(self, numbers: Sequence[int]) -> Mapping[str, Sequence[Any]]:
+        return {k: [column[n] for n in numbers] for k, column in self.columns.items()}
+
+    def labels(self) -> Labels:
+        if "label" not in self.columns:
+            raise missing("label", list(self.columns), self.name)
+        return as_labels(self.columns["label"], self.classes, self.name)
+
+
+class Part(DataSplit):
+    """Consecutive rows of another split, numbered from 0."""
+
+    def __init__(self, whole: DataSplit, start: int, stop: int, name: str) -> None:
+        self.whole, self.start, self.stop, self.name = whole, start, stop, name
+        self.classes = whole.classes
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def rows(self, numbers: Sequence[int]) -> Mapping[str, Sequence[Any]]:
+        if len(numbers) and not (min(numbers) >= 0 and max(numbers) < len(self)):
+            raise IndexError(f"{self.name} has rows 0 to {len(self) - 1}")
+        return self.whole.rows([n + self.start for n in numbers])
+
+    def labels(self) -> Labels:
+        return self.whole.labels()[self.start : self.stop]
+
+
+def as_labels(values: Sequence[Any], classes: Sequence[str] | None, where: str) -> Labels:
+    """Labels as class numbers; class names are looked up in ``classes``.
+
+    Raises DataError for a label that is neither a whole number nor a known class.
+    """
+    number = {name: i for i, name in enumerate(classes or ())}
+    found = np.empty(len(values), dtype=np.int64)
+    for row, value in enumerate(values):
+        if isinstance(value, str) and value in number:
+            found[row] = number[value]
+        elif isinstance(value, (bool, int, np.integer)):
+            found[row] = value
+        else:
+            expected = f"one of {', '.join(number)}" if number else "a whole number"
+            raise DataError(
+                f"row {row} has a label that is no class", where=where, expected=expected,
+                found=repr(value), fix="name the classes in the data source: classes: [...]",
+            )  # fmt: skip
+    return found
+
+
+def missing(role: str, found: Sequence[str], where: object) -> DataError:
+    """The refusal of a column that is not there."""
+    return DataError(
+        f"there is no column {role!r}", where=where, expected=role,
+        found=", ".join(found) or "no columns",
+        fix=f"say which column it is in the data source: columns: {{{role}: NAME}}",
+    )  # fmt: skip
