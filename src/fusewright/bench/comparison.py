@@ -1,0 +1,296 @@
+"""Paired comparison of rows: on the same items, of the same pools.
+
+What is compared is a model against another on every item both answered, conditional on the pools
+(seeds, subsets of experts) both were measured on: outcomes are averaged over pools item by item,
+and only items are resampled. How much pools differ is shown elsewhere, pool by pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fusewright.bench.results import CLEAN, Cell, Results
+from fusewright.bench.statistics import (
+    RESAMPLES,
+    Array,
+    Interval,
+    McNemar,
+    effective,
+    holm,
+    mcnemar,
+    resampled,
+    tested,
+    with_disagreements,
+)
+from fusewright.errors import FusewrightError
+from fusewright.tasks.outcomes import Outcomes
+
+LOG_LIKELIHOOD = "log_likelihood"
+OWN = "own expert"
+
+Pool = tuple[int, tuple[tuple[str, str], ...], tuple[str, ...]]
+"""Seed, axes, and the experts if they are not all."""
+
+
+def pool(cell: Cell, results: Results) -> Pool:
+    """Which models a cell was made from; the same for all rows that may be compared."""
+    alone = cell.requirement in ("reference", "expert") or set(cell.experts) >= set(results.merged)
+    experts = () if alone else tuple(sorted(cell.experts))
+    return cell.seed, tuple(sorted(cell.axes.items())), experts
+
+
+def seen(cell: Cell, results: Results) -> tuple[str, ...]:
+    """The tasks whose experts took part, in the order of the suite."""
+    chosen = pool(cell, results)[2]
+    return tuple(task for task in results.merged if not chosen or task in chosen)
+
+
+class Samples:
+    """Scores of cells with their resamples, drawn once for each task: paired by construction.
+
+    ``facts["items"]`` of the results may map tasks that ask about the same items to one name; they
+    are then resampled together.
+    """
+
+    def __init__(
+        self, *many: Results, resamples: int = RESAMPLES, seed: int = 0
+    ) -> None:
+        self.results, self.resamples, self.seed = many, resamples, seed
+        self._found: dict[tuple[str, str], dict[int, Array]] = {}
+
+    def __call__(self, cell: Cell, task: str, condition: str = CLEAN) -> Array:
+        """The weighted mean score of a cell, then of its resamples: (1 + R,)."""
+        key = (task, condition)
+        if key not in self._found:
+            self._found[key] = self._draw(task, condition)
+        return self._found[key][id(cell)]
+
+    def _draw(self, task: str, condition: str) -> dict[int, Array]:
+        cells = [c for r in self.results for c in r.cells if condition in c.outcomes.get(task, {})]
+        outcomes = [cell.outcomes[task][condition] for cell in cells]
+        for cell, one in zip(cells, outcomes, strict=True):
+            same_items(outcomes[0], one, task, cells[0], cell)
+        if len(outcomes[0]) < 2:
+            raise FusewrightError("too few items for an interval", where=f"task {task!r}",
+                                  expected="at least two", found=len(outcomes[0]),
+                                  fix="evaluate more items: raise or drop --limit")  # fmt: skip
+        stratum = self.results[0].facts.get("items", {}).get(task, task)
+        drawn = resampled(
+            np.stack([one.score for one in outcomes]), outcomes[0].weight,
+            stratum=stratum, resamples=self.resamples, seed=self.seed,
+        )  # fmt: skip
+        return {id(cell): row for cell, row in zip(cells, drawn, strict=True)}
+
+
+def same_items(ours: Outcomes, theirs: Outcomes, task: str, a: Cell, b: Cell) -> None:
+    """Nothing, if both answered the same items.
+
+    Raises FusewrightError if their metric, number, weights or labels differ.
+    """
+    fix = "compare results of the same suite, split and --limit; measure one of them again"
+    for what, expected, found in (("metrics", ours.metric, theirs.metric),
+                                  ("numbers of items", len(ours), len(theirs))):  # fmt: skip
+        if expected != found:
+            raise FusewrightError(f"{what} differ", where=f"task {task!r}",
+                                  expected=f"{expected} (row {a.row!r} of {a.suite})",
+                                  found=f"{found} (row {b.row!r} of {b.suite})",
+                                  fix=fix)  # fmt: skip
+    for name in ("weight", "label", "item"):
+        x, y = (o.weight if name == "weight" else o.columns.get(name) for o in (ours, theirs))
+        if x is not None and y is not None and not np.array_equal(x, y):
+            differ = int((np.asarray(x) != np.asarray(y)).sum())
+            raise FusewrightError(f"items differ: {name}s are not the same", where=f"task {task!r}",
+                                  expected=f"those of row {a.row!r} of {a.suite}",
+                                  found=f"row {b.row!r} of {b.suite} has {differ} others",
+                                  fix=fix)  # fmt: skip
+
+
+def metric_of(cell: Cell, task: str) -> str:
+    return cell.outcomes[task][CLEAN].metric
+
+
+def share(metric: str, ours: Array, reference: Array) -> Array:
+    """Score as a share of the reference's, 1 = as good: a ratio of accuracies, or of perplexities
+    (the reference's over ours). A reference of zero has no ratio and gives NaN."""
+    if metric == LOG_LIKELIHOOD:
+        return np.exp(ours - reference)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(reference > 0, ours / reference, np.nan)
+
+
+class Experts:
+    """Each task's own expert, pool by pool: what scores are normalised by."""
+
+    def __init__(self, results: Results) -> None:
+        self._cells: dict[tuple[Pool, str], Cell] = {}
+        for cell in results.cells:
+            for task in cell.outcomes:
+                if cell.row in (OWN, f"expert {task}"):
+                    key = (pool(cell, results), task)
+                    if key not in self._cells or cell.row == OWN:
+                        self._cells[key] = cell
+
+    def of(self, where: Pool, task: str) -> Cell | None:
+        """The cell that holds what the task's expert does on it, if it was measured."""
+        return self._cells.get(((where[0], where[1], ()), task))
+
+    def know(self, pools: Iterable[Pool], tasks: Sequence[str]) -> bool:
+        return all(self.of(where, task) is not None for where in pools for task in tasks)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Ours minus theirs. ``measure`` says in what: "normalised" (share of the task's expert) or
+    "mean" score; ``tasks`` hold scores (accuracy in [0, 1], log-likelihood in nats).
+
+    ``p`` is two-sided and agrees with ``value``'s interval; ``adjusted`` is Holm's over all that
+    were compared with it; ``items`` is McNemar's exact test, task by task and over all of them.
+    """
+
+    ours: str
+    theirs: str
+    measure: str
+    value: Interval
+    p: float
+    tasks: Mapping[str, Interval]
+    items: Mapping[str, McNemar]
+    all_items: McNemar
+    pools: int
+    adjusted: float = 1.0
+
+    def told_apart(self, level: float = 0.95) -> bool:
+        """Whether the difference stands after correction."""
+        return self.adjusted < 1 - level
+
+
+def adjusted(found: Sequence[Difference]) -> list[Difference]:
+    """The same with Holm's correction over all of them."""
+    return [replace(d, adjusted=p) for d, p in zip(found, holm([d.p for d in found]), strict=True)]
+
+
+def difference(
+    pairs: Sequence[tuple[Cell, Cell]],
+    tasks: Sequence[str],
+    samples: Samples,
+    references: Sequence[Mapping[str, Cell]] | None = None,
+    level: float = 0.95,
+) -> Difference:
+    """The paired difference of two rows; ``pairs`` are their cells, pool by pool.
+
+    With ``references`` (for each pair, each task's expert) the value is in shares of them.
+    """
+    moved, gains = [], []
+    for number, (ours, theirs) in enumerate(pairs):
+        gain = _gains(ours, dict.fromkeys(tasks, theirs), tasks, samples)
+        own = references[number] if references else None
+        gains.append(gain)
+        moved.append(gain if own is None
+                     else _difference_of_shares(ours, theirs, own, tasks, samples))  # fmt: skip
+    value, p = tested(np.mean(moved, axis=(0, 1)), level)
+    by_task = [tested(row, level)[0] for row in np.mean(gains, axis=0)]
+    signs = {task: _item_gains(pairs, task) for task in tasks}
+    first, second = pairs[0]
+    return Difference(
+        first.row, second.row, "normalised" if references else "mean", value, p,
+        dict(zip(tasks, by_task, strict=True)), {t: mcnemar(g) for t, g in signs.items()},
+        mcnemar(np.concatenate(list(signs.values()))), len(pairs),
+    )  # fmt: skip
+
+
+def _gains(
+    ours: Cell, theirs: Mapping[str, Cell], tasks: Sequence[str], samples: Samples
+) -> Array:
+    """Differences of scores (tasks, 1 + R), with the disagreements that a few items more add."""
+    found = np.stack([samples(ours, task) - samples(theirs[task], task) for task in tasks])
+    outcomes = [ours.outcomes[task][CLEAN] for task in tasks]
+    bounded = np.array([one.metric != LOG_LIKELIHOOD for one in outcomes])
+    items = [effective(one.weight) for one in outcomes]
+    more = with_disagreements(found, items, samples.seed)
+    return np.where(bounded[:, None], more, found)
+
+
+def shares(
+    cell: Cell, own: Mapping[str, Cell], tasks: Sequence[str], samples: Samples
+) -> Array:
+    """A cell's scores as shares of each task's own expert, resampled with it: (tasks, 1 + R)."""
+    gains = _gains(cell, own, tasks, samples)
+    rows = []
+    for gain, task in zip(gains, tasks, strict=True):
+        expert = samples(own[task], task)
+        if own[task] is cell:
+            rows.append(np.ones_like(gain))
+        elif metric_of(cell, task) == LOG_LIKELIHOOD:
+            rows.append(share(LOG_LIKELIHOOD, samples(cell, task), expert))
+        else:
+            rows.append(1 + share("accuracy", gain, expert))
+    return np.stack(rows)
+
+
+def _difference_of_shares(
+    ours: Cell, theirs: Cell, own: Mapping[str, Cell], tasks: Sequence[str], samples: Samples
+) -> Array:
+    gains = _gains(ours, dict.fromkeys(tasks, theirs), tasks, samples)
+    rows = []
+    for gain, task in zip(gains, tasks, strict=True):
+        metric, expert = metric_of(ours, task), samples(own[task], task)
+        if metric == LOG_LIKELIHOOD:
+            a, b = (share(metric, samples(cell, task), expert) for cell in (ours, theirs))
+            rows.append(a - b)
+        else:
+            rows.append(share(metric, gain, expert))
+    return np.stack(rows)
+
+
+def _item_gains(pairs: Sequence[tuple[Cell, Cell]], task: str) -> Array:
+    """For each item ours minus theirs, the mean over pools: (items,)."""
+    each = [a.outcomes[task][CLEAN].score - b.outcomes[task][CLEAN].score for a, b in pairs]
+    return np.mean(each, axis=0)
+
+
+def compare(
+    ours: Results, theirs: Results, *, level: float = 0.95, resamples: int = RESAMPLES
+) -> list[Difference]:
+    """Every row that both results have, ours minus theirs, Holm-corrected over all of them.
+
+    Scores are normalised by our experts where every pool has them measured; the tasks are those
+    that both results merged and measured.
+
+    Raises FusewrightError if suite, items, or all rows differ.
+    """
+    if ours.suite != theirs.suite:
+        raise FusewrightError("results of different suites cannot be compared",
+                              expected=ours.suite, found=theirs.suite,
+                              fix="compare two runs of one suite")  # fmt: skip
+    samples, experts = Samples(ours, theirs, resamples=resamples), Experts(ours)
+    others = {(c.row, pool(c, theirs)): c for c in theirs.cells}
+    found = []
+    for row, cells in ours.rows().items():
+        groups: dict[tuple[str, ...], list[tuple[Cell, Cell]]] = {}
+        for cell in cells:
+            other = others.get((row, pool(cell, ours)))
+            if other is not None:
+                both = tuple(t for t in seen(cell, ours) if t in cell.outcomes
+                             and t in other.outcomes)  # fmt: skip
+                groups.setdefault(both, []).append((cell, other))
+        for tasks, pairs in groups.items():
+            if tasks:
+                references = references_of(pairs, tasks, ours, experts)
+                found.append(difference(pairs, tasks, samples, references, level))
+    if not found:
+        raise FusewrightError("nothing to compare: no row was measured on the same pools in both",
+                              expected=", ".join(ours.rows()), found=", ".join(theirs.rows()),
+                              fix="run both with the same methods, seeds and axes")  # fmt: skip
+    return adjusted(found)
+
+
+def references_of(
+    pairs: Sequence[tuple[Cell, Cell]], tasks: Sequence[str], results: Results, experts: Experts
+) -> list[Mapping[str, Cell]] | None:
+    """Each task's expert for each pair; None if any was not measured."""
+    pools = [pool(cell, results) for cell, _ in pairs]
+    if not experts.know(pools, tasks):
+        return None
+    return [{t: own for t in tasks if (own := experts.of(where, t))} for where in pools]
