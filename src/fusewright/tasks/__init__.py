@@ -1,6 +1,33 @@
 """What models are for: data, heads, metrics and evaluation, one outcome for every item.
 
-A :class:`Task` asks one question of one data set and knows how a model answers it; ``evaluate``
-gives :class:`Outcomes`, a score for each item, from which every statistic is made later. Data come
-from a folder of parquet files or from the Hugging Face Hub, in the same layout.
+A :class:`Task` asks one question of one data set and knows how a model answers it;
+:func:`evaluate` gives :class:`Outcomes`, a score for each item, from which every statistic is made
+later. Data come from a folder of parquet files or from the Hugging Face Hub, in the same layout:
+:func:`open_split` of a :class:`DataSource`.
+
+    source = DataSource(folder="vision/mnist")
+    task = ImageClassification("mnist", classes, head=head, preparation=ImagePreparation(size=32))
+    evaluate(model, task, open_split(source, "test")).shown
+
+Importing this room brings neither torch nor any library that reads data.
 """
+
+from __future__ import annotations
+
+from fusewright.tasks.classification import Classification
+from fusewright.tasks.corruptions import CORRUPTIONS, Corruption
+from fusewright.tasks.data import DataSource, open_split
+from fusewright.tasks.errors import DataError
+from fusewright.tasks.evaluate import evaluate, evaluating
+from fusewright.tasks.heads import clip_head, image_features
+from fusewright.tasks.image_classification import ImageClassification
+from fusewright.tasks.images import ImagePreparation
+from fusewright.tasks.outcomes import Outcomes
+from fusewright.tasks.rows import DataSplit, Rows
+from fusewright.tasks.task import Batch, Progress, Split, Task
+
+__all__ = [
+    "CORRUPTIONS", "Batch", "Classification", "Corruption", "DataError", "DataSource", "DataSplit",
+    "ImageClassification", "ImagePreparation", "Outcomes", "Progress", "Rows", "Split", "Task",
+    "clip_head", "evaluate", "evaluating", "image_features", "open_split",
+]  # fmt: skip

@@ -40,6 +40,10 @@ class Task(ABC):
 
     name: str
 
+    def ready(self, split: Split) -> Split:
+        """A split whose rows are this task's items: itself, unless items are cut from rows."""
+        return split
+
     @abstractmethod
     def batches(
         self, split: Split, size: int, *, seed: int | None = None, limit: int | None = None

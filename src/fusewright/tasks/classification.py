@@ -1,0 +1,81 @@
+"""What all classifiers share: labels, cross-entropy, and what is recorded of each item."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fusewright.tasks.batching import BatchedTask, check_classes, column
+from fusewright.tasks.errors import DataError
+from fusewright.tasks.outcomes import Outcomes
+from fusewright.tasks.rows import as_labels
+from fusewright.tasks.task import Batch, Split
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Classification(BatchedTask):
+    """Which of some classes an item belongs to.
+
+    ``classes`` are their names, in the order of labels. A split that names other classes is
+    refused, as is a label outside them.
+    """
+
+    classes: tuple[str, ...] = field(default=())
+
+    def check(self, split: Split) -> None:
+        check_classes(split, self.classes)
+
+    def labels(self, rows: Mapping[str, Any], numbers: Sequence[int], place: str) -> list[int]:
+        """The rows' labels. Raises DataError for one outside the classes."""
+        found: list[int] = as_labels(column(rows, "label", place), self.classes, place).tolist()
+        for number, label in zip(numbers, found, strict=True):
+            if not 0 <= label < len(self.classes):
+                raise DataError(
+                    "a label is outside the head's classes", where=f"{place}, row {number}",
+                    expected=f"0 to {len(self.classes) - 1}", found=label,
+                    fix="use a labelled split and the head of this data set",
+                )  # fmt: skip
+        return found
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy of a batch, in nats."""
+        import torch.nn.functional as F
+
+        return F.cross_entropy(self.logits(model, batch), batch["labels"])
+
+    def outcomes(self, model: nn.Module, batches: Iterator[Batch]) -> Outcomes:
+        """Accuracy of each item; columns label, prediction, loss, confidence, entropy."""
+        return classified((self.logits(model, batch), batch["labels"]) for batch in batches)
+
+
+COLUMNS = ("label", "prediction", "loss", "confidence", "entropy")
+
+
+def classified(answers: Iterator[tuple[Tensor, Tensor]]) -> Outcomes:
+    """Outcomes from batches of logits (items, classes) and labels (items,).
+
+    Five numbers are kept of each item, never its logits; on an accelerator nothing waits for it
+    until the end. Of equal logits the first class is predicted.
+    """
+    import numpy as np
+    import torch
+
+    seen = [[*_of_batch(logits, labels)] for logits, labels in answers]
+    joined = [torch.cat(parts).cpu().numpy() for parts in zip(*seen, strict=True)]
+    columns = dict(zip(COLUMNS, joined, strict=True))
+    score = (columns["label"] == columns["prediction"]).astype(np.float64)
+    return Outcomes("accuracy", score, np.ones_like(score), columns)
+
+
+def _of_batch(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    logs = logits.log_softmax(dim=1)
+    shares = logs.exp()
+    confidence, _ = shares.max(dim=1)
+    loss = -logs.gather(1, labels[:, None])[:, 0]
+    # 0 log 0 is 0, also where the logarithm is -inf.
+    entropy = -(shares * logs.masked_fill(shares == 0, 0)).sum(dim=1)
+    return labels, logits.argmax(dim=1), loss, confidence, entropy
