@@ -37,9 +37,10 @@ class Card:
     """What a method is and asks for: the source of tables, documentation and refusals.
 
     ``base``: whether a base is "required", "optional" or "unused". ``experts``: (fewest, most) or
-    None for no bound. ``data``: "none", "unlabelled" or "labelled". ``output``: "weights" or
-    "parts". ``cost``: passes over the inputs and the dominant operation, in words. ``exempt``
-    names identities of the contract suite that do not hold, each with its reason.
+    None for no bound. ``data``: "none", "unlabelled" or "labelled". ``output``: "weights",
+    "parts", or "answers" of models that stay apart. ``cost``: passes over the inputs and the
+    dominant operation, in words. ``exempt`` names identities of the contract suite that do not
+    hold, each with its reason.
     """
 
     title: str
@@ -48,7 +49,7 @@ class Card:
     base: Literal["required", "optional", "unused"] = "required"
     experts: tuple[int, int | None] = (1, None)
     data: Literal["none", "unlabelled", "labelled"] = "none"
-    output: Literal["weights", "parts"] = "weights"
+    output: Literal["weights", "parts", "answers"] = "weights"
     cost: str = "one pass"
     exempt: Mapping[str, str] = field(default_factory=dict)
 
@@ -115,13 +116,27 @@ class Round:
     plain JSON (numbers, lists, dicts): it is journaled, reported, and given to later rounds and
     to combine as ``at.solved[name]``. Parameters in ``uniform`` must not vary over tensors when
     the scope is the model.
+
+    A round may be a sample: of units that can be cut anywhere, it sees one canonical block in
+    ``every``, from a tensor's first on; what is exact must not depend on it. And it may be
+    ``needed`` only where earlier rounds did not suffice; where it is not, nothing is measured, and
+    ``solve`` gets None.
     """
 
     name: str
     scope: Literal["tensor", "model"]
     measure: Callable[[Seen, At], Partial]
-    solve: Callable[[Partial, At], Any]
+    solve: Callable[[Any, At], Any]
     uniform: tuple[str, ...] = ()
+    every: int = 1
+    needed: Callable[[At], bool] = lambda at: True
+    seldom: bool = False
+    """Whether it is hardly ever needed: plans leave it out of their costs."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it sees every element, as a rule."""
+        return self.every == 1 and not self.seldom
 
 
 class Method(BaseModel, ABC):

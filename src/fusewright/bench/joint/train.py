@@ -1,0 +1,135 @@
+"""The training loop of all joint baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from hashlib import sha256
+from math import ceil, isfinite
+
+import torch
+from torch import Tensor, nn
+
+from fusewright.bench.joint.combine import Combination, combination
+from fusewright.errors import FusewrightError, NumericError, RecipeError
+from fusewright.tasks.task import Batch, Progress, Split, Task
+
+COMBINATION_RATE = 1e-2
+"""Of what a combination learns (log-variances start at 0 and move by units, which fine-tuning's
+rates would not let them)."""
+
+
+def train_joint(
+    base_module: nn.Module,
+    tasks: Sequence[Task],
+    splits: Mapping[str, Split],
+    *,
+    how: str = "sum",
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    weight_decay: float = 0.0,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """A copy of the base, fine-tuned on all tasks at once; the base is not changed.
+
+    ``splits``: each task's training rows, by its name. ``how``: a key of ``COMBINATIONS``.
+    ``steps`` of ``batch_size`` items, which the tasks share equally: with the steps of all experts
+    together and their batch size, as many steps are made and items seen as all experts' training
+    took. ``lr``: the peak, AdamW under a one-cycle schedule with a tenth of warm-up, gradients
+    clipped at norm 1, as the experts are trained. Only parameters that require gradients are
+    trained. Everything follows from ``seed``; the global random state is given back untouched.
+    ``progress`` is called with (steps done, steps in all).
+
+    Raises RecipeError for an unknown ``how``, fewer items than tasks in a batch, or nothing to
+    train; FusewrightError for a missing or empty split; NumericError when a loss is no longer
+    finite.
+    """
+    _check(tasks, splits, steps, batch_size)
+    model = deepcopy(base_module).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise RecipeError("the model has no parameter that requires gradients")
+    plan, share = combination(how, len(tasks)), batch_size // len(tasks)
+    epoch = min(ceil(sum(len(splits[t.name]) for t in tasks) / batch_size), max(1, steps // 5))
+    with _seeded(seed, parameters[0].device):
+        streams = [_stream(task, splits[task.name], share, seed) for task in tasks]
+        optimiser, schedule = _descent(parameters, plan, steps, lr, weight_decay)
+        for step in range(1, steps + 1):
+            optimiser.zero_grad()
+            losses = [task.loss(model, next(s)) for task, s in zip(tasks, streams, strict=True)]
+            _check_finite(tasks, losses, step)
+            plan.backward(losses, parameters)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            schedule.step()
+            if step % epoch == 0:
+                plan.end_epoch()
+            if progress:
+                progress(step, steps)
+    return model.eval()
+
+
+def _descent(
+    parameters: list[nn.Parameter], plan: Combination, steps: int, lr: float, decay: float
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    groups = [{"params": parameters, "weight_decay": decay}]
+    rates = [lr]
+    if learned := plan.parameters():
+        groups.append({"params": learned, "weight_decay": 0.0})
+        rates.append(COMBINATION_RATE)
+    optimiser = torch.optim.AdamW(groups, lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, rates, total_steps=steps + 1, pct_start=0.1
+    )
+    return optimiser, schedule
+
+
+def _stream(task: Task, split: Split, size: int, seed: int) -> Iterator[Batch]:
+    """Batches without end, every epoch in an order of its own; an epoch's rest is left out, so
+    that every step weighs the tasks alike."""
+    size, epoch = min(size, len(split)), 0
+    while True:
+        digest = sha256(f"{seed} joint {task.name} {epoch}".encode()).digest()
+        order, any_full = int.from_bytes(digest[:4], "little"), False
+        for batch in task.batches(split, size, seed=order):
+            if len(batch["items"]) == size:
+                any_full = True
+                yield batch
+        if not any_full:
+            raise FusewrightError("a task gives no full batch", where=task.name,
+                                  expected=f"batches of {size} items")  # fmt: skip
+        epoch += 1
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global random numbers (dropout, PCGrad's order) from the seed."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _check(
+    tasks: Sequence[Task], splits: Mapping[str, Split], steps: int, batch_size: int
+) -> None:
+    if not tasks or batch_size < len(tasks) or steps < 1:
+        raise RecipeError(
+            "joint training needs a task, a step, and an item of every task in each batch",
+            expected=f"batch_size ≥ {len(tasks)} and steps ≥ 1",
+            found=f"{len(tasks)} tasks, batch_size {batch_size}, {steps} steps",
+        )
+    for task in tasks:
+        if not splits.get(task.name):
+            raise FusewrightError("a task has no training rows", where=task.name,
+                                  expected="a split with rows under the task's name",
+                                  found=f"splits of {', '.join(splits) or 'no task'}")  # fmt: skip
+
+
+def _check_finite(tasks: Sequence[Task], losses: Sequence[Tensor], step: int) -> None:
+    for task, loss in zip(tasks, losses, strict=True):
+        if not isfinite(loss.item()):
+            raise NumericError("a loss is not finite", where=f"{task.name}, step {step}",
+                               found=loss.item(), fix="lower the learning rate")  # fmt: skip

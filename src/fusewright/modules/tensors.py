@@ -1,0 +1,27 @@
+"""The tensors of a live model, under every name that they have."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer under every name it has."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def same_tensor(model: nn.Module) -> list[list[str]]:
+    """All names, in groups of those that are one parameter or buffer of the model."""
+    groups: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in named_tensors(model):
+        groups[id(tensor)].append(name)
+    return list(groups.values())
+
+
+def tied_names(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Groups of two names or more for one tensor, the first that is met leading."""
+    return tuple(tuple(names) for names in same_tensor(model) if len(names) > 1)
