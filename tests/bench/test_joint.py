@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -129,6 +130,62 @@ def test_a_parameter_that_no_task_reaches_stays_in_spite_of_weight_decay(how: st
     base.spare = nn.Parameter(torch.ones(2))
     model = train_joint(base, TASKS, SPLITS, how=how, **RECIPE | {"steps": 3}, weight_decay=0.5)
     assert torch.equal(model.spare, torch.ones(2))
+
+
+@pytest.mark.parametrize("how", ["sum", "pcgrad"])
+def test_lower_precision_still_trains(how: str) -> None:
+    base = small()
+    model = train_joint(base, TASKS, SPLITS, how=how, autocast=torch.bfloat16, **RECIPE)
+    assert total(model) < 0.35 * total(base)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+class Probe:
+    """A plug-in that only watches."""
+
+    def __init__(self, tasks: int) -> None:
+        self.tasks, self.losses, self.epochs = tasks, 0, []
+
+    def parameters(self) -> list[Tensor]:
+        return []
+
+    def backward(self, losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        assert len(losses) == self.tasks
+        self.losses += 1
+        sum(losses).backward()
+
+    def end_epoch(self) -> None:
+        self.epochs.append(self.losses)
+
+
+@pytest.mark.parametrize(("steps", "ends"), [(60, [6, 12, 18]), (10, [2, 4, 6]), (2, [1, 2])])
+def test_an_epoch_shows_as_many_items_as_all_splits_hold_or_a_fifth_of_training(
+    steps: int, ends: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Probe] = []
+    monkeypatch.setitem(COMBINATIONS, "probe", lambda tasks: made.append(Probe(tasks)) or made[-1])
+    train_joint(small(), TASKS, SPLITS, how="probe", **RECIPE | {"steps": steps})
+    assert made[0].epochs[:3] == ends  # 83 items, 16 a step
+
+
+@dataclass(frozen=True)
+class Watched(Regression):
+    seen: list[list[int]] = field(default_factory=list)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        self.seen.append(batch["items"].tolist())
+        return super().loss(model, batch)
+
+
+def test_tasks_share_a_batch_equally_and_epochs_have_orders_of_their_own() -> None:
+    tasks = (Watched("a"), Watched("b"))
+    train_joint(small(), tasks, SPLITS, **RECIPE | {"steps": 12})
+    for task, whole in zip(tasks, (6, 4), strict=True):  # full batches of 8 in 50 and 33 items
+        assert {len(items) for items in task.seen} == {8}
+        first, second = task.seen[:whole], task.seen[whole : 2 * whole]
+        assert len({item for items in first for item in items}) == 8 * whole
+        assert first[0] != second[0]
+    assert tasks[0].seen[0] != tasks[1].seen[0]
 
 
 # --- Directions ---------------------------------------------------------------------------------
@@ -261,3 +318,31 @@ def test_a_loss_that_explodes_is_named_by_task_and_step() -> None:
 
 def test_a_split_smaller_than_its_share_is_shown_whole() -> None:
     train_joint(small(), TASKS, {"a": Points(3), "b": Points(50)}, **RECIPE | {"steps": 5})
+
+
+def test_a_task_without_full_batches_is_named() -> None:
+    class Short(Regression):
+        def batches(self, split: Split, size: int, **rest: Any) -> Iterator[Batch]:
+            return super().batches(split, 1, **rest)
+
+    with pytest.raises(FusewrightError, match="no full batch"):
+        train_joint(small(), (Short("a"), TASKS[1]), SPLITS, **RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("how", "library"),
+    [("sum", "torchjd"), ("cagrad", "cvxpy"), ("cagrad", "clarabel"), ("upgrad", "quadprog")],
+)
+def test_a_missing_library_names_the_extra(
+    how: str, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [n for n in sys.modules if n.split(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(FusewrightError, match=r"fusewright\[bench\]"):
+        combination(how, 2)
+
+
+def test_nothing_to_train_is_refused() -> None:
+    with pytest.raises(RecipeError, match="requires gradients"):
+        train_joint(small().requires_grad_(False), TASKS, SPLITS, **RECIPE)

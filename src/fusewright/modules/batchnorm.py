@@ -41,9 +41,7 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
-def reestimate(
-    model: nn.Module, batches: Iterable[Any], *, forward: Forward = call
-) -> Reestimated:
+def reestimate(model: nn.Module, batches: Iterable[Any], *, forward: Forward = call) -> Reestimated:
     """Replace BatchNorm's running statistics by those of unlabelled inputs, in place.
 
     A merge averages weights, not activations, so the merged statistics fit neither (*REPAIR*,

@@ -31,6 +31,7 @@ def train_joint(
     lr: float,
     seed: int,
     weight_decay: float = 0.0,
+    autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """A copy of the base, fine-tuned on all tasks at once; the base is not changed.
@@ -39,9 +40,11 @@ def train_joint(
     ``steps`` of ``batch_size`` items, which the tasks share equally: with the steps of all experts
     together and their batch size, as many steps are made and items seen as all experts' training
     took. ``lr``: the peak, AdamW under a one-cycle schedule with a tenth of warm-up, gradients
-    clipped at norm 1, as the experts are trained. Only parameters that require gradients are
-    trained. Everything follows from ``seed``; the global random state is given back untouched.
-    ``progress`` is called with (steps done, steps in all).
+    clipped at norm 1, as the experts are trained. ``autocast``: the dtype of the losses' forward
+    passes, None for the model's own; not to be wrapped around this function, because torch keeps
+    cast weights until such a region ends. Only parameters that require gradients are trained.
+    Everything follows from ``seed``; the global random state is given back untouched. ``progress``
+    is called with (steps done, steps in all).
 
     Raises RecipeError for an unknown ``how``, fewer items than tasks in a batch, or nothing to
     train; FusewrightError for a missing or empty split; NumericError when a loss is no longer
@@ -59,8 +62,10 @@ def train_joint(
         optimiser, schedule = _descent(parameters, plan, steps, lr, weight_decay)
         for step in range(1, steps + 1):
             optimiser.zero_grad()
-            losses = [task.loss(model, next(s)) for task, s in zip(tasks, streams, strict=True)]
-            _check_finite(tasks, losses, step)
+            losses = [
+                _loss(task, model, next(stream), step, autocast)
+                for task, stream in zip(tasks, streams, strict=True)
+            ]
             plan.backward(losses, parameters)
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
@@ -112,9 +117,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _check(
-    tasks: Sequence[Task], splits: Mapping[str, Split], steps: int, batch_size: int
-) -> None:
+def _check(tasks: Sequence[Task], splits: Mapping[str, Split], steps: int, batch_size: int) -> None:
     if not tasks or batch_size < len(tasks) or steps < 1:
         raise RecipeError(
             "joint training needs a task, a step, and an item of every task in each batch",
@@ -128,8 +131,14 @@ def _check(
                                   found=f"splits of {', '.join(splits) or 'no task'}")  # fmt: skip
 
 
-def _check_finite(tasks: Sequence[Task], losses: Sequence[Tensor], step: int) -> None:
-    for task, loss in zip(tasks, losses, strict=True):
-        if not isfinite(loss.item()):
-            raise NumericError("a loss is not finite", where=f"{task.name}, step {step}",
-                               found=loss.item(), fix="lower the learning rate")  # fmt: skip
+def _loss(
+    task: Task, model: nn.Module, batch: Batch, step: int, autocast: torch.dtype | None
+) -> Tensor:
+    """One task's loss; a region of its own, so that no two losses share a cast weight."""
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, autocast, enabled=autocast is not None):
+        loss = task.loss(model, batch)
+    if not isfinite(loss.item()):
+        raise NumericError("a loss is not finite", where=f"{task.name}, step {step}",
+                           found=loss.item(), fix="lower the learning rate")  # fmt: skip
+    return loss

@@ -26,9 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def combine(
-    logits: Sequence[Tensor], how: str, weights: Sequence[float] | None = None
-) -> Tensor:
+def combine(logits: Sequence[Tensor], how: str, weights: Sequence[float] | None = None) -> Tensor:
     """The ensemble's logits, by the name of the ensemble with its defaults.
 
     ``logits``: each model's, all (…, classes) of one shape. ``how``: "simple", "weighted", "max".
