@@ -14,20 +14,27 @@ Importing this room brings neither torch nor any library that reads data.
 
 from __future__ import annotations
 
+from fusewright.tasks.batching import Prepared
 from fusewright.tasks.classification import Classification
 from fusewright.tasks.corruptions import CORRUPTIONS, Corruption
 from fusewright.tasks.data import DataSource, open_split
 from fusewright.tasks.errors import DataError
 from fusewright.tasks.evaluate import evaluate, evaluating
+from fusewright.tasks.generation import Generation
 from fusewright.tasks.heads import clip_head, image_features
 from fusewright.tasks.image_classification import ImageClassification
 from fusewright.tasks.images import ImagePreparation
+from fusewright.tasks.language_modelling import LanguageModelling
 from fusewright.tasks.outcomes import Outcomes
 from fusewright.tasks.rows import DataSplit, Rows
 from fusewright.tasks.task import Batch, Progress, Split, Task
+from fusewright.tasks.text_classification import DecoderClassification, EncoderClassification
+from fusewright.tasks.verbalisers import VerbaliserClassification
 
 __all__ = [
     "CORRUPTIONS", "Batch", "Classification", "Corruption", "DataError", "DataSource", "DataSplit",
-    "ImageClassification", "ImagePreparation", "Outcomes", "Progress", "Rows", "Split", "Task",
-    "clip_head", "evaluate", "evaluating", "image_features", "open_split",
+    "DecoderClassification", "EncoderClassification", "Generation", "ImageClassification",
+    "ImagePreparation", "LanguageModelling", "Outcomes", "Prepared", "Progress", "Rows", "Split",
+    "Task", "VerbaliserClassification", "clip_head", "evaluate", "evaluating", "image_features",
+    "open_split",
 ]  # fmt: skip

@@ -1,0 +1,178 @@
+"""Texts that a model writes, against references: exact match, extracted answers, ROUGE-L."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from fusewright.errors import RecipeError
+from fusewright.tasks.batching import BatchedTask, column
+from fusewright.tasks.errors import DataError, library
+from fusewright.tasks.outcomes import Outcomes
+from fusewright.tasks.task import Batch
+from fusewright.tasks.tokens import (
+    IGNORED,
+    filled,
+    pad_id,
+    padded,
+    positions,
+    tokenised,
+    with_end,
+)
+from fusewright.tasks.verbalisers import decoder_start, shifted
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Generation(BatchedTask):
+    """What a model continues a prompt with, greedily, against a row's reference.
+
+    ``template`` makes the prompt of a row's columns; ``reference`` is the column of the expected
+    text. ``metric`` is "exact_match" (after white space and case are evened out) or "rouge_l" (the
+    F-measure of ``rouge_score``, stemmed). ``extract`` is a regular expression that finds the
+    answer in what was written: its first group, or all of it, of the last match; without a match
+    the item scores 0 and counts as unparsed. ``extract_reference`` does the same to references.
+    Commas in extracted numbers are dropped.
+
+    Columns: prediction (text), reference (text), truncated (1: no end of text within
+    ``max_new_tokens``), unparsed (1). Batches: input_ids, attention_mask (n, tokens; decoders are
+    padded on the left), targets (n, tokens) with -100 after the end, references, items.
+    Raises RecipeError for a metric or expression that is not understood.
+    """
+
+    kind: ClassVar[str] = "generation"
+
+    tokenizer: Any = field(kw_only=True, repr=False, compare=False)
+    template: str = field(default="{text}", kw_only=True)
+    reference: str = field(default="text2", kw_only=True)
+    metric: Literal["exact_match", "rouge_l"] = field(default="exact_match", kw_only=True)
+    extract: str | None = field(default=None, kw_only=True)
+    extract_reference: str | None = field(default=None, kw_only=True)
+    length: int = field(default=512, kw_only=True)
+    max_new_tokens: int = field(default=128, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.metric not in ("exact_match", "rouge_l"):
+            raise RecipeError(
+                f"no metric {self.metric!r}", where=f"task {self.name}",
+                expected="exact_match, rouge_l",
+            )  # fmt: skip
+        for pattern in (self.extract, self.extract_reference):
+            try:
+                re.compile(pattern or "")
+            except re.error as error:
+                raise RecipeError(
+                    "a regular expression is not understood", where=f"task {self.name}",
+                    found=f"{pattern}: {error}",
+                ) from error  # fmt: skip
+
+    def encode(
+        self, rows: Mapping[str, Sequence[Any]], numbers: Sequence[int], where: str
+    ) -> list[Any]:
+        prompts = filled(self.template, rows, where)
+        references = [str(r) for r in column(rows, self.reference, where)]
+        found = tokenised(self.tokenizer, prompts, None, self.length, where, numbers)
+        wanted = [self.extracted(r, self.extract_reference) for r in references]
+        if None in wanted:
+            raise DataError(
+                "a reference has no answer", where=f"{where}, row {numbers[wanted.index(None)]}",
+                expected=self.extract_reference, found=references[wanted.index(None)][-80:],
+            )  # fmt: skip
+        targets = with_end(self.tokenizer, references)
+        return list(zip(found["input_ids"], targets, wanted, strict=True))
+
+    def collate(self, examples: Sequence[Any]) -> dict[str, Any]:
+        prompts, targets, references = zip(*examples, strict=True)
+        ids, mask = padded(prompts, pad_id(self.tokenizer), left=True)
+        return {
+            "input_ids": ids, "attention_mask": mask, "targets": padded(targets, IGNORED)[0],
+            "references": references,
+        }  # fmt: skip
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of the reference's tokens, each given those before: (n, tokens, vocabulary)."""
+        import torch
+
+        ids, mask, targets = batch["input_ids"], batch["attention_mask"], batch["targets"]
+        pad = pad_id(self.tokenizer)
+        if is_encoder_decoder(model):
+            start = decoder_start(model)
+            return model(
+                input_ids=ids, attention_mask=mask, decoder_input_ids=shifted(targets, start, pad)
+            ).logits
+        joined = torch.cat([ids, targets.masked_fill(targets == IGNORED, pad)], dim=1)
+        seen = torch.cat([mask, (targets != IGNORED).to(mask)], dim=1)
+        found = model(input_ids=joined, attention_mask=seen, position_ids=positions(seen)).logits
+        return found[:, ids.shape[1] - 1 : -1]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the references' tokens, in nats."""
+        import torch.nn.functional as F
+
+        return F.cross_entropy(
+            self.logits(model, batch).flatten(0, 1).float(), batch["targets"].flatten(),
+            ignore_index=IGNORED,
+        )  # fmt: skip
+
+    def outcomes(self, model: nn.Module, batches: Iterator[Batch]) -> Outcomes:
+        items = [item for batch in batches for item in self._items(model, batch)]
+        texts, wanted, cut = zip(*items, strict=True)
+        answers = [self.extracted(text, self.extract) for text in texts]
+        score = np.array(
+            [0.0 if a is None else self._score(a, w) for a, w in zip(answers, wanted, strict=True)]
+        )
+        columns = {
+            "prediction": np.array(texts), "reference": np.array(wanted),
+            "truncated": np.array(cut, dtype=np.int64),
+            "unparsed": np.array([a is None for a in answers], dtype=np.int64),
+        }  # fmt: skip
+        return Outcomes(self.metric, score, np.ones_like(score), columns)
+
+    def extracted(self, text: str, pattern: str | None) -> str | None:
+        """The answer in a text; the text where no pattern is given, None without a match."""
+        if pattern is None:
+            return text.strip()
+        found = list(re.finditer(pattern, text))
+        if not found:
+            return None
+        answer = found[-1][1] if found[-1].re.groups else found[-1][0]
+        return re.sub(r"(?<=\d),(?=\d)", "", answer).strip().rstrip(".")
+
+    def _items(self, model: Any, batch: Batch) -> Iterator[tuple[str, str, bool]]:
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        written = model.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+            max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1,
+            pad_token_id=pad_id(self.tokenizer), eos_token_id=end,
+        )  # fmt: skip
+        skipped = 1 if is_encoder_decoder(model) else batch["input_ids"].shape[1]
+        for ids, wanted in zip(written[:, skipped:].tolist(), batch["references"], strict=True):
+            ended = end is not None and end in ids
+            kept = ids[: ids.index(end)] if ended else ids
+            yield self.tokenizer.decode(kept, skip_special_tokens=True), wanted, not ended
+
+    def _score(self, answer: str, wanted: str) -> float:
+        if self.metric == "rouge_l":
+            return float(_rouge().score(wanted, answer)["rougeL"].fmeasure)
+        return float(_even(answer) == _even(wanted))
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether a model reads its prompt with an encoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _even(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+@cache
+def _rouge() -> Any:
+    return library("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
