@@ -16,6 +16,7 @@ from fusewright.layout import Role, TensorLayout
 from fusewright.methods.contract import Unit
 from fusewright.methods.door import CHUNK, spans
 from fusewright.methods.kernels import Kernel
+from fusewright.methods.partials import BLOCK
 from fusewright.methods.pipeline import Pipeline
 from fusewright.weights import DType, TensorInfo
 
@@ -54,6 +55,18 @@ class Job:
     """Whether the plan's kernel combines it."""
     kept: bool
     """Whether its inputs stay in memory between rounds of its own."""
+
+    def sampled(self, every: int) -> tuple[tuple[int, int], ...]:
+        """One canonical block in ``every``, or all units where they cannot be cut anywhere."""
+        if self.unit is not Unit.CHUNK:
+            return self.spans
+        size = self.info.numel
+        return tuple((at, min(at + BLOCK, size)) for at in range(0, size, every * BLOCK))
+
+    def sampled_bytes(self, every: int) -> int:
+        """What a sample of it reads."""
+        seen = sum(stop - start for start, stop in self.sampled(every))
+        return self.nbytes * seen // max(self.info.numel, 1)
 
 
 @dataclass(frozen=True)

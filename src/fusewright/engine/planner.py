@@ -230,16 +230,18 @@ def _notes(inputs: Inputs, jobs: Mapping[str, Job]) -> tuple[str, ...]:
 
 
 def _costs(plan: Plan) -> dict[str, int]:
-    """What the run moves."""
-    steps = plan.method.steps(plan.dtype)
-    passes = 1 + sum(step.round.scope == "model" for step in steps)
+    """What the run moves, if no round is needed that seldom is."""
+    steps = [step.round for step in plan.method.steps(plan.dtype)]
+    whole = [r for r in steps if r.whole]
+    of_model = sum(r.scope == "model" for r in whole)
     jobs = plan.jobs.values()
     merged = [job for job in jobs if job.action is Action.MERGE]
-    again = sum(job.nbytes * ((passes if job.kept else 1 + len(steps)) - 1) for job in merged)
+    again = sum(job.nbytes * (of_model if job.kept else len(whole)) for job in merged)
+    sampled = sum(job.sampled_bytes(r.every) for job in merged for r in steps if r.every > 1)
     largest = max((job.memory for job in jobs), default=0)
     return {
-        "passes": 1 + len(steps),
-        "bytes_read": sum(job.nbytes for job in jobs) + again,
+        "passes": 1 + len(whole),
+        "bytes_read": sum(job.nbytes for job in jobs) + again + sampled,
         "bytes_written": sum(job.info.nbytes for job in jobs),
         "tasks": sum(len(job.spans) for job in jobs),
         "memory": min(plan.options.memory, largest * plan.options.workers),

@@ -63,10 +63,14 @@ class Schedule:
     def run(self) -> None:
         """All passes in order; raises the first failure of any thread."""
         self._restore()
-        steps = self.plan.method.steps(self.plan.dtype)
+        merged = any(j.spans for j in self.plan.jobs.values() if j.action is Action.MERGE)
+        steps = self.plan.method.steps(self.plan.dtype) if merged else ()
         for step in steps:
             if step.round.scope == "model" and step.key not in self.model_solved:
-                self._pass(step, self._before(steps, step))
+                if step.round.needed(self._model_at(step)):
+                    self._pass(step, self._before(steps, step))
+                else:
+                    self._solve_model(step, None)
         self._pass(None, [s for s in steps if s.round.scope == "tensor"])
 
     def _before(self, steps: Sequence[Step], goal: Step) -> list[Step]:
@@ -87,12 +91,14 @@ class Schedule:
         self._of_model.clear()
         _Pool(self, self._states(goal, own)).run()
         if goal is not None and self._of_model:
-            partial = sum_partials(self._of_model)
-            value = goal.round.solve(partial, self._model_at(goal))
-            self.model_solved[goal.key] = ensure_finite_solution(
-                goal.round.name, value, "the whole model"
-            )
-            self.worker.sink.note(f"model:{goal.index}.{goal.round.name}", value)
+            self._solve_model(goal, sum_partials(self._of_model))
+
+    def _solve_model(self, step: Step, partial: Partial | None) -> None:
+        value = step.round.solve(partial, self._model_at(step))
+        self.model_solved[step.key] = ensure_finite_solution(
+            step.round.name, value, "the whole model"
+        )
+        self.worker.sink.note(f"model:{step.index}.{step.round.name}", value)
 
     def _states(self, goal: Step | None, own: Sequence[Step]) -> Iterable[_TensorState]:
         for name, job in self.plan.jobs.items():
@@ -129,8 +135,9 @@ class Schedule:
             self.worker.combine(unit, state.solved)
         else:
             partial = self.worker.measure(wave, unit, state.solved)
-        size = (unit.stop - unit.start) * unit.job.info.dtype.itemsize
-        self.tick("merge" if wave is None else wave.round.name, unit.name, size)
+        if wave is None or wave.round.whole:
+            size = (unit.stop - unit.start) * unit.job.info.dtype.itemsize
+            self.tick("merge" if wave is None else wave.round.name, unit.name, size)
         return partial
 
     def close_wave(self, state: _TensorState, wave: Step | None) -> None:
@@ -140,10 +147,22 @@ class Schedule:
         partial, state.partial = state.partial.rounded(), None
         if wave.round.scope == "model":
             self._of_model.append(partial)
-            return
+        else:
+            self._solve_tensor(state, wave, partial)
+
+    def skips(self, state: _TensorState, wave: Step | None) -> bool:
+        """Solve a round of a tensor that is not needed, without a look at it."""
+        if wave is None or wave.round.scope == "model" or wave.round.needed(self._at(state, wave)):
+            return False
+        self._solve_tensor(state, wave, None)
+        return True
+
+    def _at(self, state: _TensorState, wave: Step) -> At:
         whole = Unit(state.job, 0, state.job.info.numel)
-        at = self.worker.place(whole, state.solved).at(wave.index)
-        name = state.job.info.name
+        return self.worker.place(whole, state.solved).at(wave.index)
+
+    def _solve_tensor(self, state: _TensorState, wave: Step, partial: Partial | None) -> None:
+        at, name = self._at(state, wave), state.job.info.name
         value = ensure_finite_solution(wave.round.name, wave.round.solve(partial, at), name)
         state.solved[wave.key] = value
         self.tensor_solved.setdefault(name, {})[wave.key] = value
@@ -251,8 +270,13 @@ class _Pool:
 
     def _queue(self, state: _TensorState) -> None:
         wave = state.waves.popleft()
-        state.pending = len(state.units)
-        self.ready.extend((state, wave, unit) for unit in state.units)
+        while self.schedule.skips(state, wave):
+            wave = state.waves.popleft()
+        units = state.units
+        if wave is not None and wave.round.every > 1:
+            units = [Unit(state.job, *span) for span in state.job.sampled(wave.round.every)]
+        state.pending = len(units)
+        self.ready.extend((state, wave, unit) for unit in units)
 
     def _give(
         self,

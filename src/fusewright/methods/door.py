@@ -90,14 +90,17 @@ def _run(
 ) -> Tensor:
     solved: dict[Key, Any] = {}
     units = list(_units(pipeline, base, experts, place))
-    for step in pipeline.steps(place.where.dtype):
+    for step in pipeline.steps(place.where.dtype) if units else ():
+        where = with_solved(place, solved).at(step.index)
+        if not step.round.needed(where):
+            solved[step.key] = step.round.solve(None, where)
+            continue
         partial: Partial | None = None
-        for b, vectors, spot in units:
+        for b, vectors, spot in units[:: step.round.every]:
             part = pipeline.measure(step, vectors, b, with_solved(spot, solved))
             partial = part if partial is None else partial + part
         if partial is not None:
-            at = with_solved(place, solved).at(step.index)
-            solved[step.key] = step.round.solve(partial.rounded(), at)
+            solved[step.key] = step.round.solve(partial.rounded(), where)
     done = [
         pipeline.combine(vectors, b, with_solved(spot, solved)).reshape(-1)
         for b, vectors, spot in units

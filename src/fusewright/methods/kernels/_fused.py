@@ -11,9 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusewright.methods.contract import Merger, Stage
+from fusewright.methods.contract import At, Merger, Stage
 from fusewright.methods.kernels import _tiles
-from fusewright.methods.order import DIGIT
+from fusewright.methods.order import (
+    DIGIT,
+    measure_bracket,
+    measure_sample,
+    stands_for,
+)
 from fusewright.methods.partials import BLOCK, Partial
 from fusewright.methods.pipeline import Pipeline, Place, Step
 from fusewright.methods.random import Stream, threshold
@@ -133,7 +138,7 @@ class TiesTwin:
 
     def measure(self, step: Step, raws: Raws, place: Place) -> Partial | None:
         if step.index == 0:
-            return self._histograms(raws, place)
+            return self._magnitudes(step, raws, place.at(0))
         net = np.zeros(1, np.int64)
         weights = np.array(place.at(1).params.weight, np.float32)
         if _tiles.net_sign(
@@ -146,16 +151,30 @@ class TiesTwin:
         found = place.at(0).solved.get("threshold", [0.0] * len(raws.vectors))
         return np.array(found, np.float32)
 
-    def _histograms(self, raws: Raws, place: Place) -> Partial | None:
-        solved = place.at(0).solved
-        first = not solved
+    def _magnitudes(self, step: Step, raws: Raws, at: At) -> Partial | None:
+        how: Any = step.round.measure
+        if how.func is measure_bracket:
+            return self._bracket(raws, at.solved[how.keywords["sample"]]["bins"])
+        sampled = how.func is measure_sample
+        previous = None if sampled else how.keywords["previous"]
+        prefixes = at.solved[previous]["prefix"] if previous else [-1] * len(raws.vectors)
         counts = np.zeros((len(raws.vectors), 2**DIGIT), np.int32)
-        digit = DIGIT if first else 0
-        found = [-1] * len(counts) if first else next(iter(solved.values()))["prefix"]
-        prefixes = np.array(found, np.int64)
-        if _tiles.histograms(raws.base, raws.vectors, raws.shift, digit, prefixes, counts):
+        if _tiles.histograms(
+            raws.base, raws.vectors, raws.shift, how.keywords["shift"],
+            np.array(prefixes, np.int64), counts,
+        ):  # fmt: skip
             return None
-        return Partial(counts={"histogram": torch.from_numpy(counts)})
+        weight = stands_for(at) if sampled else 1
+        return Partial(counts={"histogram": torch.from_numpy(counts) * weight})
+
+    def _bracket(self, raws: Raws, bins: Sequence[Sequence[int]]) -> Partial | None:
+        places = np.array(bins, np.int64)
+        above = np.zeros(places.shape, np.int64)
+        inside = np.zeros((*places.shape, 2**DIGIT), np.int32)
+        if _tiles.bracket(raws.base, raws.vectors, raws.shift, places, above, inside):
+            return None
+        counts = {"above": torch.from_numpy(above), "inside": torch.from_numpy(inside)}
+        return Partial(counts=counts)
 
     def combine(self, raws: Raws, out: Raw, out_shift: int, place: Place) -> int:
         at = place.at(1)

@@ -237,6 +237,45 @@ def histograms(base: Any, vectors: Any, shift: int, digit: int, prefixes: Any, c
 
 
 @_jit
+def bracket(base: Any, vectors: Any, shift: int, bins: Any, above: Any, inside: Any) -> int:
+    """For each vector's bins (ascending) of the higher 16 bits of |vector - base|: add to
+    ``above`` how many lie beyond, to ``inside`` the lower bits of those within; nonzero if not
+    finite."""
+    count = len(base)
+    low, x = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    found, bits, bad = np.empty(TILE, np.uint32), x.view(np.uint32), uint32(0)
+    for at in range(0, count, TILE):
+        n = min(TILE, count - at)
+        bad |= widen(base[at : at + n], shift, low[:n].view(np.uint32))
+        for t in range(len(vectors)):
+            bad |= widen(vectors[t][at : at + n], shift, bits[:n])
+            for i in range(n):
+                x[i] = abs(x[i] - low[i])
+            for place in range(len(bins[t])):
+                start, more = uint32((bins[t, place] + 1) << 16), uint32(0)
+                for i in range(n):
+                    more = uint32(more + uint32(bits[i] >= start))
+                above[t, place] += more
+            _count_inside(bits[:n], bins[t], found, inside[t])
+    return bad
+
+
+@_jit
+def _count_inside(bits: Any, bins: Any, found: Any, counts: Any) -> None:
+    # Collected without a branch first: few lie inside, at places that no processor can foresee.
+    many: Any = 0
+    lowest, highest = uint32(bins[0] << 16), uint32((bins[-1] + 1) << 16)
+    for i in range(len(bits)):
+        found[many] = bits[i]
+        many += np.int64((bits[i] >= lowest) & (bits[i] < highest))
+    for i in range(many):
+        digit = np.int64(found[i] >> uint32(16))
+        for place in range(len(bins)):
+            if digit == bins[place]:
+                counts[place, np.int64(found[i] & uint32(0xFFFF))] += 1
+
+
+@_jit
 def _count_matching(bits: Any, wanted: int, found: Any, counts: Any) -> None:
     # Collected without a branch first: few match, at places that no processor can foresee.
     many: Any = 0

@@ -26,7 +26,7 @@ class Ties(Composite):
 
     name: ClassVar[str] = "ties"
     card: ClassVar[Card] = Card(
-        "TIES-Merging", TIES_PAPER, "2306.01708", cost="four passes; histograms"
+        "TIES-Merging", TIES_PAPER, "2306.01708", cost="three passes and a sample"
     )
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "fusionbench": {"normalize": False, "scale": 0.3},

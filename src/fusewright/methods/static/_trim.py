@@ -28,7 +28,7 @@ class Trim(Transform):
 
     name: ClassVar[str] = "trim"
     card: ClassVar[Card] = Card(
-        "Trim by magnitude", TIES_PAPER, "2306.01708", cost="three passes; histograms"
+        "Trim by magnitude", TIES_PAPER, "2306.01708", cost="two passes and a sample"
     )
 
     density: PerExpert[Density] = 0.2
