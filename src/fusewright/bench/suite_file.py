@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -46,7 +46,7 @@ class TaskSpec(_Part):
     config: str | None = Field(None, description="its configuration, if it has several")
     revision: str | None = Field(None, description="its revision on the Hub")
     columns: dict[str, str] = Field({}, description="role: column (image, text, text2, label)")
-    splits: dict[Literal["train", "validation", "test"], str] = Field({})
+    splits: dict[str, str] = Field({})
     head: str | None = Field(None, description="its tensor among the suite's heads; its own name")
     classes: list[str] | int | None = Field(None, description="names or number of classes")
     options: dict[str, Any] = Field({}, description="what else tasks of its kind take")
@@ -78,7 +78,7 @@ class SuiteSpec(_Part):
     title: str
     about: str = ""
     licence: str = Field("", description="notes on the licences of models and data")
-    opens: Opens = Opens()
+    opens: Opens = Field(default_factory=lambda: Opens.model_validate({}))
     base: str
     experts: dict[str, str]
     heads: str | None = Field(None, description="safetensors with a head (classes, width) by task")
@@ -159,8 +159,9 @@ def _check_version(fields: Mapping[str, Any], path: Path) -> None:
                          fix="pip install --upgrade fusewright")  # fmt: skip
 
 
-_MODELS = {"opens": Opens, "tasks": TaskSpec, "build": Build, "variants": Variant}
-_NAMED = ("tasks", "variants")
+_MODELS: dict[str, type[BaseModel]] = {
+    "opens": Opens, "tasks": TaskSpec, "build": Build, "variants": Variant,
+}  # fmt: skip
 
 
 def _refusal(error: ValidationError, path: Path) -> SuiteError:
@@ -183,20 +184,21 @@ def _refusal(error: ValidationError, path: Path) -> SuiteError:
 
 def _check_names(spec: SuiteSpec, path: Path) -> None:
     """Every name that one part of a suite uses of another must be there."""
-    for key, names, known in (
-        ("merged", spec.merged, spec.tasks), ("unseen", spec.unseen, spec.tasks),
-        ("merged", spec.merged, spec.experts),
-        *((f"variants.{n}.experts", v.experts or {}, spec.experts)
-          for n, v in spec.variants.items()),
-    ):  # fmt: skip
+    experts = list(spec.experts)
+    uses = [("merged", spec.merged, list(spec.tasks)), ("unseen", spec.unseen, list(spec.tasks))]
+    uses += [("merged", spec.merged, experts)]
+    uses += [(f"variants.{n}", list(v.experts or ()), experts) for n, v in spec.variants.items()]
+    for key, names, known in uses:
         for name in names:
             if name not in known:
-                close = nearest(name, list(known))
-                what = "task" if known is spec.tasks else "expert"
+                close = nearest(name, known)
+                what = "expert" if known is experts else "task"
                 raise SuiteError(f"{key} names {name!r}, which is no {what} of the suite",
                                  where=path, expected=", ".join(known) or "none",
                                  fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
     both = set(spec.merged) & set(spec.unseen)
     if both or not spec.merged:
-        raise SuiteError("a task is merged or unseen, not both" if both else "nothing is merged",
-                         where=path, found=", ".join(sorted(both)) or "no task has an expert")  # fmt: skip
+        raise SuiteError(
+            "a task is merged or unseen, not both" if both else "nothing is merged", where=path,
+            found=", ".join(sorted(both)) or "no task has an expert",
+        )  # fmt: skip

@@ -1,0 +1,290 @@
+"""A suite opened: its models, heads, tasks and splits, from a notebook as from the command."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusewright.bench.suite_file import (
+    SuiteError,
+    SuiteSpec,
+    TaskSpec,
+    find_suite,
+    read_suite,
+)
+from fusewright.errors import nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fusewright.tasks.outcomes import Outcomes
+    from fusewright.tasks.task import Batch, Split, Task
+
+BATCH = 256
+"""Items an evaluation sees at once; it changes no score beyond rounding."""
+CACHED_BYTES = 2 * 2**30
+"""Prepared inputs of all tasks that stay in memory; larger splits are prepared anew each time."""
+LABELS = ("label", "labels")
+
+
+def suite(
+    name: str | Path,
+    *,
+    pool: str | Path | None = None,
+    data: str | Path | None = None,
+    seed: int | None = None,
+    variant: str | None = None,
+) -> Suite:
+    """Open a suite by its name or file.
+
+    ``pool`` is the folder of its models (by default in the cache, see ``fusewright suite build``),
+    ``data`` that of its data sets (FUSEWRIGHT_DATA, else the Hub). ``seed`` chooses among the
+    pool's trainings (the suite's first), ``variant`` among its kinds of models.
+
+    Raises SuiteError if there is no such suite, seed or variant, or it is not understood.
+    """
+    path = find_suite(name)
+    return Suite(
+        path.stem, read_suite(path), None if pool is None else Path(pool), data, seed, variant
+    )
+
+
+class Suite:
+    """Models and tasks; nothing is opened before it is asked for."""
+
+    def __init__(
+        self, name: str, spec: SuiteSpec, pool: Path | None = None, data: str | Path | None = None,
+        seed: int | None = None, variant: str | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.spec = name, spec
+        self.seed = spec.seeds[0] if seed is None else seed
+        self.variant = variant
+        self.pool = pool or default_pool(name, spec)
+        given = data or os.environ.get("FUSEWRIGHT_DATA")
+        self.data = Path(given) if given else None
+        if variant is not None and variant not in spec.variants:
+            raise self._unknown("variant", variant, spec.variants)
+        self._inputs = _Inputs()
+
+    def __repr__(self) -> str:
+        return f"<suite {self.name}, seed {self.seed}: {len(self.spec.merged)} tasks merged>"
+
+    @property
+    def root(self) -> Path:
+        """The folder of this seed's models."""
+        return self.pool / f"seed-{self.seed}"
+
+    def at(self, seed: int, variant: str | None = None) -> Suite:
+        """The same suite, of another training of the pool; prepared inputs are shared."""
+        other = Suite(self.name, self.spec, self.pool, self.data, seed, variant)
+        other._inputs = self._inputs
+        return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        said = self.name, self.spec, self.pool, self.data, self.seed, self.variant
+        return Suite, said
+
+    @property
+    def _models(self) -> dict[str, Any]:
+        said: dict[str, Any] = {
+            key: getattr(self.spec, key) for key in ("base", "experts", "heads")
+        }
+        if self.variant is not None:
+            own = self.spec.variants[self.variant]
+            said |= {k: v for k in said if (v := getattr(own, k)) is not None}
+        return said
+
+    @property
+    def axes(self) -> dict[str, str]:
+        """What cells say of these models: {"size": "small", "tuning": "LoRA"}."""
+        own = self.spec.variants[self.variant].axes if self.variant is not None else {}
+        return {**self.spec.axes, **own}
+
+    @cached_property
+    def base(self) -> Path:
+        return self._model(self._models["base"])
+
+    @cached_property
+    def experts(self) -> dict[str, Path]:
+        return {name: self._model(ref) for name, ref in self._models["experts"].items()}
+
+    @cached_property
+    def extras(self) -> dict[str, Path]:
+        """More models by row (joint training); those that the pool has."""
+        found = {row: self.root / ref for row, ref in self.spec.extras.items()}
+        return {row: path for row, path in found.items() if path.is_dir()}
+
+    def _model(self, ref: str) -> Path:
+        if self.spec.build is None:
+            return _from_hub(ref, self.pool)
+        path = self.root / ref
+        if not path.exists():
+            raise SuiteError(
+                f"a model of the suite {self.name!r} is missing", where=path,
+                expected="a model's folder", found="nothing",
+                fix=f"fusewright suite build {self.name} --pool '{self.pool}'"
+                    f"{'' if self.seed == self.spec.seeds[0] else f' --seeds {self.seed}'}",
+            )  # fmt: skip
+        return path
+
+    @cached_property
+    def heads(self) -> dict[str, Tensor]:
+        """The frozen head (classes, width) of each task that has one."""
+        if self._models["heads"] is None:
+            return {}
+        from fusewright.engine.state import read_state
+
+        stored = read_state(self._model(self._models["heads"]))
+        found = {}
+        for name, task in self.spec.tasks.items():
+            head = stored.get(task.head or name)
+            if head is None:
+                raise SuiteError(f"the task {name!r} has no head", where=self._models["heads"],
+                                 expected=task.head or name, found=", ".join(stored))  # fmt: skip
+            classes = task.classes if isinstance(task.classes, int) else len(task.classes or ())
+            if classes and classes != len(head):
+                raise SuiteError(f"the head of {name!r} is for other classes",
+                                 where=self._models["heads"], expected=f"{classes} classes",
+                                 found=f"shape {tuple(head.shape)}")  # fmt: skip
+            found[name] = head
+        return found
+
+    @cached_property
+    def tasks(self) -> dict[str, Task]:
+        """Every task, ready to ask a model."""
+        from fusewright.bench.suite_tasks import make_task
+
+        return {name: make_task(self, name) for name in self.spec.tasks}
+
+    def task_spec(self, task: str) -> TaskSpec:
+        if task not in self.spec.tasks:
+            raise self._unknown("task", task, self.spec.tasks)
+        return self.spec.tasks[task]
+
+    def split(self, task: str, part: str = "test") -> Split:
+        """A task's ``train``, ``validation`` or ``test`` rows. Raises SuiteError if it is empty."""
+        from fusewright.bench.suite_tasks import open_split
+
+        found = open_split(task, self.task_spec(task), part, self.data)
+        if not len(found):
+            raise SuiteError(f"the {part} split of {task!r} is empty", where=self.name,
+                             expected="at least one row",
+                             found=self.task_spec(task).splits.get(part))  # fmt: skip
+        return found
+
+    def ready(self, task: str, part: str = "test", limit: int | None = None) -> Split:
+        """A split whose rows are decoded, resized or tokenised already, as long as they fit in
+        memory; seeds of the pool share them."""
+        return self._inputs.of((task, part, limit), self.tasks[task], self.split(task, part))
+
+    def unlabelled(
+        self, size: int = 32, *, part: str = "validation", seed: int = 0, limit: int | None = None
+    ) -> Iterator[Batch]:
+        """Shuffled batches of the merged tasks in turn, without labels; "task" says whose."""
+        streams = {
+            name: self.tasks[name].batches(self.ready(name, part), size, seed=seed, limit=limit)
+            for name in self.spec.merged
+        }
+        while streams:
+            for name in list(streams):
+                batch = next(streams[name], None)
+                if batch is None:
+                    del streams[name]
+                    continue
+                yield {"task": name, **{k: v for k, v in batch.items() if k not in LABELS}}
+
+    def open(self, path: str | Path) -> nn.Module:
+        """A model as a module in evaluation mode, read by transformers alone; an adapter is
+        added to its base."""
+        from fusewright.bench.suite_tasks import open_model
+
+        if not (Path(path) / "adapter_config.json").is_file():
+            return open_model(Path(path), self.spec.opens)
+        from fusewright.engine import merge
+        from fusewright.engine.state import fill
+
+        whole = merge({"task_arithmetic": {"scale": 1.0}}, base=self.base, experts=[path])
+        return fill(self.open(self.base), whole.state_dict())
+
+    def evaluate(
+        self, model: nn.Module | str | Path, task: str, split: str = "test",
+        limit: int | None = None,
+    ) -> Outcomes:  # fmt: skip
+        """What a module, or the model of a folder, does on each item of a task."""
+        self.task_spec(task)
+        from fusewright.tasks.evaluate import evaluate
+
+        module = self.open(model) if isinstance(model, str | Path) else model
+        ready = self.ready(task, split, limit)
+        return evaluate(module, self.tasks[task], ready, batch_size=BATCH, limit=limit)
+
+    def build(self, progress: bool = True) -> None:
+        """Train this seed's models, if they are not there yet. SuiteError if nothing builds it."""
+        from fusewright.bench.suite_tasks import build_pool
+
+        build_pool(self, progress)
+
+    def check(self) -> None:
+        """Everything that can be refused before anything runs: models, heads, tasks."""
+        _ = self.base, self.experts, self.tasks
+
+    def _unknown(self, what: str, name: str, known: Mapping[str, Any]) -> SuiteError:
+        close = nearest(name, list(known))
+        return SuiteError(f"the suite {self.name!r} has no {what} {name!r}",
+                          expected=", ".join(known) or f"no {what}",
+                          fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
+
+
+def default_pool(name: str, spec: SuiteSpec) -> Path:
+    """Where a suite's models lie if nobody says: FUSEWRIGHT_POOLS/NAME, or the user's cache."""
+    given = os.environ.get("FUSEWRIGHT_POOLS")
+    if given:
+        return Path(given) / name
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "fusewright" / "pools" / f"{name}-{spec.digest()}"
+
+
+def _from_hub(ref: str, pool: Path) -> Path:
+    """A copy in the pool's folder (by its last name), a local path, or a snapshot of the Hub."""
+    for path in (pool / ref.split("@")[0].rsplit("/", 1)[-1], Path(ref)):
+        if path.exists():
+            return path
+    from fusewright.weights.hub import fetch
+
+    return fetch(ref)
+
+
+class _Inputs:
+    """Prepared splits that stay in memory, as long as they fit into CACHED_BYTES."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, Split] = {}
+        self._free = CACHED_BYTES
+
+    def of(self, key: tuple[str, str, int | None], task: Task, split: Split) -> Split:
+        if key not in self._kept:
+            prepare = getattr(task, "prepared", None)
+            if prepare is None:
+                return split
+            limit, rows = key[2], len(task.ready(split))
+            first = sum(_sizes(prepare(split, 1).rows([0])["example"][0]))
+            needed = first * (rows if limit is None else min(limit, rows))
+            if needed > self._free:
+                return split
+            self._kept[key], self._free = prepare(split, limit), self._free - needed
+        return self._kept[key]
+
+
+def _sizes(example: Any) -> Iterator[int]:
+    """Bytes of the arrays and lists in an example, about."""
+    if hasattr(example, "nbytes"):
+        yield example.nbytes
+    elif isinstance(example, Mapping):
+        yield from (size for value in example.values() for size in _sizes(value))
+    elif isinstance(example, list | tuple):
+        yield from (size for value in example for size in _sizes(value))
+    else:
+        yield 32

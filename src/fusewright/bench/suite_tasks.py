@@ -1,0 +1,144 @@
+"""From a suite's words to things: tasks by kind, splits, modules, and pools that are built."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusewright.bench.extras import needs
+from fusewright.bench.suite_file import Opens, SuiteError, TaskSpec
+from fusewright.errors import nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fusewright.bench.suite import Suite
+    from fusewright.tasks.task import Split, Task
+
+DIGITS = "digits"
+KINDS = {
+    DIGITS: ("fusewright.bench.digits.task", "DigitsTask"),
+    "image-classification": ("fusewright.tasks.image_classification", "ImageClassification"),
+}
+"""Where the class of each kind of task lives."""
+
+
+def make_task(suite: Suite, name: str) -> Task:
+    """A task of its kind, given its head, the classes of its data and the suite's ``options``.
+
+    Raises SuiteError for a kind that is not known, or options that its kind does not take.
+    """
+    spec = suite.spec.tasks[name]
+    if spec.kind not in KINDS:
+        close = nearest(spec.kind, list(KINDS))
+        raise SuiteError(f"the task {name!r} is of no known kind", found=spec.kind,
+                         expected=", ".join(KINDS),
+                         fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
+    module, attribute = KINDS[spec.kind]
+    cls = getattr(import_module(module), attribute)
+    given: dict[str, Any] = dict(spec.options)
+    asked = {field.name for field in fields(cls)}
+    if "head" in asked and name in suite.heads:
+        given["head"] = suite.heads[name]
+    if "classes" in asked:
+        given["classes"] = _classes(suite, name)
+    if "preparation" in asked:
+        given["preparation"] = _preparation(suite, given.get("preparation"))
+    try:
+        task: Task = cls(name=name, **given)
+    except TypeError as error:
+        raise SuiteError(f"the task {name!r} cannot be made", where=f"tasks.{name}.options",
+                         expected=", ".join(sorted(asked - {"name"})),
+                         found=error) from error  # fmt: skip
+    return task
+
+
+def _classes(suite: Suite, name: str) -> tuple[str, ...]:
+    """The class names that the suite gives, else those of the test data, else numbers."""
+    said = suite.spec.tasks[name].classes
+    if isinstance(said, list):
+        return tuple(said)
+    named = getattr(suite.split(name, "test"), "classes", None)
+    if named is not None:
+        return tuple(named)
+    count = said or len(suite.heads.get(name, ()))
+    if not count:
+        raise SuiteError(f"nothing names the classes of {name!r}",
+                         fix=f"tasks: {{{name}: {{classes: [...]}}}}")  # fmt: skip
+    return tuple(map(str, range(count)))
+
+
+def _preparation(suite: Suite, said: Any) -> Any:
+    """How pictures are prepared: as the suite says, else as the base's folder does."""
+    from fusewright.tasks.images import ImagePreparation
+
+    if said is not None:
+        given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in said.items()
+        }
+        return ImagePreparation(**given)
+    path = suite.base / "preprocessor_config.json"
+    if not path.is_file():
+        raise SuiteError(
+            "nothing says how pictures are prepared", where=path,
+            fix="tasks: {NAME: {options: {preparation: {size: 32, ...}}}}",
+        )  # fmt: skip
+    return ImagePreparation.read(json.loads(path.read_text("utf-8")))
+
+
+def open_split(name: str, spec: TaskSpec, part: str, data: Path | None) -> Split:
+    """One part of a task's data. Raises SuiteError if the suite does not have it, DataError if it
+    cannot be read."""
+    if spec.kind == DIGITS:
+        from fusewright.bench.digits.task import DigitsSplit
+
+        return DigitsSplit.of(part)
+    if part not in spec.splits:
+        raise SuiteError(f"the task {name!r} has no {part} split",
+                         expected=", ".join(spec.splits) or "splits: {test: ...}",
+                         found=part)  # fmt: skip
+    from fusewright.tasks.data import DataSource
+    from fusewright.tasks.data import open_split as open_data
+
+    classes = tuple(spec.classes) if isinstance(spec.classes, list) else None
+    source = DataSource.model_validate({
+        "folder": spec.data, "hub": spec.hub and _pinned(spec), "config": spec.config,
+        "columns": spec.columns, "classes": classes,
+    })  # fmt: skip
+    return open_data(source, spec.splits[part], data)
+
+
+def _pinned(spec: TaskSpec) -> str:
+    return f"{spec.hub}@{spec.revision}" if spec.revision else str(spec.hub)
+
+
+def open_model(path: Path, opens: Opens) -> nn.Module:
+    """The module of a folder, as the suite says."""
+    transformers: Any = needs("transformers")
+    cls = getattr(transformers, opens.model, None)
+    if cls is None:
+        raise SuiteError(f"transformers has no class {opens.model!r}", where="opens.model",
+                         fix="pip install --upgrade transformers, or name another")  # fmt: skip
+    transformers.utils.logging.disable_progress_bar()
+    module: nn.Module = cls.from_pretrained(path, **opens.arguments).eval()
+    return module
+
+
+
+
+def build_pool(suite: Suite, progress: bool) -> None:
+    """Train the models of one seed into the pool's folder."""
+    if suite.spec.build is None:
+        raise SuiteError(f"the suite {suite.name!r} uses public models: there is nothing to build",
+                         fix=f"fusewright bench {suite.name} -o results/")  # fmt: skip
+    if suite.spec.build.builder == DIGITS:
+        from fusewright.bench.digits.pool import build_digits
+
+        build_digits(suite, progress)
+        return
+    from fusewright.bench.pools import build
+
+    build(suite.spec, suite.root, data=suite.data, seed=suite.seed, progress=progress)

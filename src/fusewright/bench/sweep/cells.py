@@ -1,0 +1,153 @@
+"""What a sweep consists of: jobs that each make one cell, in groups that share their work."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import fusewright
+from fusewright.bench.entries import Entry
+from fusewright.bench.sweep.identity import code_digest, digest, files_digest
+from fusewright.bench.sweep.space import space
+from fusewright.methods.outputs import ENSEMBLES
+from fusewright.methods.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fusewright.bench.suite import Suite
+    from fusewright.methods.contract import Method
+
+FORMAT = 1
+"""Raised when what a cell means changes, so that older cells are not taken for it."""
+
+BASE, OWN, BEST = "base", "own expert", "best expert"
+TUNED = ", tuned"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Which models a cell is about: a training of the pool, and the experts that are merged."""
+
+    seed: int
+    variant: str | None
+    experts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell to make. ``how`` says what is evaluated: a "model" of the pool (``what``: its
+    name), "own expert", "best expert", an "ensemble" (``what``: which), a "merge" or a "tuned"
+    one (``what``: the method)."""
+
+    how: str
+    row: str
+    title: str
+    requirement: str
+    pool: Pool
+    what: Any = None
+    trials: int = 0
+    key: str = ""
+
+
+Group = tuple[Job, ...]
+"""Jobs that one worker does after another, because later ones use what earlier ones found."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a sweep is asked for, beyond its suite and methods. ``subsets`` are numbers of merged
+    experts, each drawn ``draws`` times; all of them are merged anyway."""
+
+    tune: int = 0
+    limit: int | None = None
+    subsets: tuple[int, ...] = ()
+    draws: int = 3
+
+
+def groups(suites: Sequence[Suite], entries: Sequence[Entry], asked: Asked) -> list[Group]:
+    """Every group of a sweep, each job with its key."""
+    found = []
+    for suite in suites:
+        models = _digests(suite)
+        for number, experts in enumerate(_subsets(suite, asked)):
+            pool = Pool(suite.seed, suite.variant, experts)
+            parts = [tuple(_references(suite, pool, whole=number == 0))]
+            parts += [tuple(_merges(entry, pool, asked)) for entry in entries]
+            found += [tuple(_keyed(j, suite, models, asked) for j in part) for part in parts]
+    return found
+
+
+def _subsets(suite: Suite, asked: Asked) -> Iterator[tuple[str, ...]]:
+    """All merged experts, then the draws; the same for every seed of the pool."""
+    merged = tuple(suite.spec.merged)
+    yield merged
+    seen = {merged}
+    for size in asked.subsets:
+        for draw in range(asked.draws):
+            chosen = set(random.Random(f"{size} {draw}").sample(merged, size))
+            subset = tuple(name for name in merged if name in chosen)
+            if subset not in seen:
+                seen.add(subset)
+                yield subset
+
+
+def _references(suite: Suite, pool: Pool, whole: bool) -> Iterator[Job]:
+    yield Job("model", BASE, "Base", "reference", pool, BASE)
+    for name in suite.spec.experts if whole else pool.experts:
+        yield Job("model", f"expert {name}", f"Expert on {name}", "expert", pool, name)
+    yield Job(OWN, OWN, "Each task's own expert", "task id", pool)
+    yield Job(BEST, BEST, "Best single expert", "expert", pool)
+    for name, ensemble in ENSEMBLES.items():
+        yield Job("ensemble", f"ensemble, {name}", ensemble.card.title, "reference", pool, name)
+    for row in suite.extras if whole else ():
+        yield Job("model", row, row.capitalize(), "reference", pool, row)
+
+
+def _merges(entry: Entry, pool: Pool, asked: Asked) -> Iterator[Job]:
+    requirement = requirement_of(entry.method)
+    yield Job("merge", entry.key, entry.title, requirement, pool, entry.method)
+    if asked.tune and space(entry.method):
+        row = entry.key + TUNED
+        yield Job("tuned", row, entry.title + TUNED, "labelled", pool, entry.method, asked.tune)
+
+
+def requirement_of(method: Method) -> str:
+    """The class of a method as it comes: what the most demanding of its stages asks for."""
+    stages = method.chain if isinstance(method, Pipeline) else (method,)
+    asked = {getattr(stage.card, "data", "none") for stage in stages}
+    return next((data for data in ("labelled", "unlabelled") if data in asked), "none")
+
+
+def _keyed(job: Job, suite: Suite, models: Mapping[str, str], asked: Asked) -> Job:
+    said = {
+        "format": FORMAT, "fusewright": fusewright.__version__, "suite": suite.spec.digest(),
+        "how": job.how, "row": job.row, "trials": job.trials, "limit": asked.limit,
+        "seed": job.pool.seed, "variant": job.pool.variant, "experts": job.pool.experts,
+        "models": _used(job, models), "data": models["data"],
+    }  # fmt: skip
+    if job.how in ("merge", "tuned"):
+        stages = job.what.chain if isinstance(job.what, Pipeline) else (job.what,)
+        parts = [part for s in stages for part in (s, *getattr(s, "stages", tuple)())]
+        said |= {"method": job.what.spec(), "code": code_digest([type(part) for part in parts])}
+    elif job.how == "ensemble":
+        said["code"] = code_digest([ENSEMBLES[job.what]])
+    return Job(**{**vars(job), "key": digest(said)})
+
+
+def _used(job: Job, models: Mapping[str, str]) -> list[str]:
+    names = [job.what] if job.how == "model" else [BASE, *job.pool.experts]
+    return [models[name] for name in names] + [models["heads"]]
+
+
+def _digests(suite: Suite) -> dict[str, str]:
+    """The bytes of every model, of the heads, and of the data where they are local files."""
+    paths: dict[str, Path] = {BASE: suite.base, **suite.experts, **suite.extras}
+    found = {name: files_digest(path) for name, path in paths.items()}
+    found["heads"] = digest({name: digest(head.tolist()) for name, head in suite.heads.items()})
+    folders = [suite.data / t.data for t in suite.spec.tasks.values() if suite.data and t.data]
+    files = sorted(f for folder in folders if folder.is_dir() for f in folder.glob("*.parquet"))
+    found["data"] = digest([files_digest(path) for path in files])
+    return found

@@ -1,0 +1,45 @@
+"""Output ensembles on a task: every expert sees every input, their answers are combined."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fusewright.methods.outputs import combine
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fusewright.bench.suite import Suite
+    from fusewright.tasks.outcomes import Outcomes
+    from fusewright.tasks.task import Batch
+
+
+def ensembles(
+    suite: Suite, models: Sequence[nn.Module], task: str, how: str,
+    weights: Sequence[float] | None, limit: int | None = None,
+) -> Outcomes:  # fmt: skip
+    """Outcomes of the combined logits on a task's test rows. No logits are kept."""
+    import torch
+
+    from fusewright.bench.suite import BATCH
+
+    asked = suite.tasks[task]
+
+    def combined(model: Any, batch: Batch) -> Tensor:
+        return combine([asked.logits(each, batch) for each in models], how, weights)
+
+    asking = copy.copy(asked)
+    object.__setattr__(asking, "logits", combined)  # the same task, answered by all of them
+    rows = asking.ready(suite.ready(task, "test", limit))
+    with torch.inference_mode():
+        return asking.outcomes(models[0], asking.batches(rows, BATCH, limit=limit))
+
+
+def accuracy_weights(scores: Sequence[float]) -> list[float]:
+    """Each model's share of the summed validation scores, which must be positive to be shares;
+    where they are not (log-likelihoods), all models have the same."""
+    if min(scores) < 0 or sum(scores) == 0:
+        return [1 / len(scores)] * len(scores)
+    return [score / sum(scores) for score in scores]

@@ -1,0 +1,105 @@
+"""Groups on one process or several; each cell is on disk before the next begins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import TYPE_CHECKING
+
+from fusewright.bench.sweep.cells import Group, Pool
+from fusewright.bench.sweep.store import Store
+from fusewright.bench.sweep.worker import Worker
+from fusewright.errors import FusewrightError
+
+if TYPE_CHECKING:
+    from fusewright.bench.suite import Suite
+
+Failed = dict[str, str]
+"""What went wrong, by row."""
+
+
+def execute(
+    store: Store, suites: Sequence[Suite], work: Sequence[Group], limit: int | None, jobs: int,
+    step: Callable[[str], None],
+) -> Failed:  # fmt: skip
+    """Make the cells of all groups; what a method refuses is told, and the others go on.
+
+    Raises FusewrightError if a worker process dies: its finished cells are kept.
+    """
+    if jobs <= 1 or len(work) <= 1:
+        hands = _Hands(store, suites, limit, None)
+        failed: Failed = {}
+        for group in work:
+            failed |= hands.make(group, step)
+        return failed
+    return _in_processes(store, suites, work, limit, jobs, step)
+
+
+class _Hands:
+    """The workers of one process, by training of the pool."""
+
+    def __init__(
+        self, store: Store, suites: Sequence[Suite], limit: int | None, threads: int | None
+    ) -> None:
+        self._suites = {(s.seed, s.variant): s for s in suites}
+        self._store, self._limit, self._threads = store, limit, threads
+        self._worker: Worker | None = None
+
+    def make(self, group: Group, step: Callable[[str], None] = lambda row: None) -> Failed:
+        pool: Pool = group[0].pool
+        suite = self._suites[pool.seed, pool.variant]
+        if self._worker is None or self._worker.suite is not suite:
+            self._worker = Worker(suite, self._store, self._limit, self._threads)
+        try:
+            self._worker.make(group, step)
+        except FusewrightError as error:
+            if group[0].how not in ("merge", "tuned"):  # a reference: nothing can be compared
+                raise
+            return {group[0].row: str(error)}
+        return {}
+
+
+_hands: _Hands | None = None
+
+
+def _begin(store: Store, suites: Sequence[Suite], limit: int | None, threads: int) -> None:
+    global _hands
+    import torch
+
+    torch.set_num_threads(threads)
+    inputs = suites[0]._inputs
+    for suite in suites:
+        suite._inputs = inputs
+    _hands = _Hands(store, suites, limit, threads)
+
+
+def _make(group: Group) -> Failed:
+    assert _hands is not None
+    return _hands.make(group)
+
+
+def _in_processes(
+    store: Store, suites: Sequence[Suite], work: Sequence[Group], limit: int | None, jobs: int,
+    step: Callable[[str], None],
+) -> Failed:  # fmt: skip
+    failed: Failed = {}
+    threads = max((os.cpu_count() or 1) // jobs, 1)
+    given = store, list(suites), limit, threads
+    # Not fork: torch's threads do not survive it.
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, given) as executor:
+        waiting = {executor.submit(_make, group): group for group in work}
+        try:
+            for future in as_completed(waiting):
+                failed |= future.result()
+                for job in waiting[future]:
+                    step(job.row)
+        except BrokenProcessPool as error:
+            raise FusewrightError(
+                "a worker of the sweep was killed", where=store.folder,
+                expected="enough memory for each of the workers", found=error,
+                fix="run the same command again (finished cells are kept), with fewer --jobs",
+            ) from error
+    return failed

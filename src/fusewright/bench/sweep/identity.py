@@ -1,0 +1,82 @@
+"""What a cell depends on, as digests: the files of models and data, the code of methods."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import xxhash
+
+_CHUNK = 2**22
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.json")
+
+
+def digest(value: Any) -> str:
+    """Twenty hex digits of anything that JSON can say."""
+    said = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return sha256(said.encode()).hexdigest()[:20]
+
+
+def files_digest(path: Path) -> str:
+    """The bytes of a model (weights and JSON of a folder) or of a file; the name is no part."""
+    files = [path] if path.is_file() else [f for p in _MODEL_FILES for f in path.glob(p)]
+    return digest([(f.name if f != path else "", _file_digest(f)) for f in sorted(files)])
+
+
+def _file_digest(path: Path) -> str:
+    stat = path.stat()
+    return _bytes_digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _bytes_digest(path: Path, size: int, mtime_ns: int) -> str:
+    found = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def code_digest(classes: Iterable[type]) -> str:
+    """The source of classes: their modules and, of the packages that these live in,
+    every module that they import. So a changed file re-runs what it is part of, and nothing else.
+    """
+    seen: dict[str, str] = {}
+    for cls in classes:
+        for part in cls.__mro__:
+            _visit(sys.modules.get(part.__module__), _home(cls.__module__), seen)
+    return digest(sorted(seen.items()))
+
+
+def _visit(module: ModuleType | None, home: str, seen: dict[str, str]) -> None:
+    if module is None or module.__name__ in seen or not _inside(module.__name__, home):
+        return
+    try:
+        seen[module.__name__] = inspect.getsource(module)
+    except (OSError, TypeError):  # defined in a notebook, or without source
+        seen[module.__name__] = getattr(module, "__version__", "")
+    for name in _imported(module):
+        _visit(sys.modules.get(name), home, seen)
+
+
+def _imported(module: ModuleType) -> Iterator[str]:
+    for value in vars(module).values():
+        name = value.__name__ if isinstance(value, ModuleType) else getattr(
+            value, "__module__", None)  # fmt: skip
+        if isinstance(name, str):
+            yield name
+
+
+def _home(module: str) -> str:
+    return module.rpartition(".")[0] or module
+
+
+def _inside(name: str, home: str) -> bool:
+    return name == home or name.startswith(f"{home}.")

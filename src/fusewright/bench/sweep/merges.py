@@ -1,0 +1,102 @@
+"""Merges in memory, and other scales of a merge that was made already."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusewright.bench.sweep.costs import measured
+from fusewright.bench.sweep.space import current, linear, with_values
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fusewright.methods.contract import Method
+
+State = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A merged state dict and what it cost: "seconds", "peak_memory", "bytes_read"."""
+
+    state: State
+    costs: dict[str, float]
+
+
+@dataclass
+class Merges:
+    """Merges of some experts of one base. Of a linear family, θ = θ0 + λ·v, the last v is kept:
+    another λ then reads nothing and merges nothing."""
+
+    base: Path
+    experts: Mapping[str, Path]
+    threads: int | None = None
+    _kept: tuple[Method, float, Made] | None = field(default=None, repr=False)
+    _base: State | None = field(default=None, repr=False)
+
+    def make(self, method: Method) -> Made:
+        """The merge, made anew or re-scaled; the same bytes as on disk where it is made anew."""
+        name = linear(method)
+        scale = 0.0 if name is None else current(method)[name]
+        if name is None or scale == 0.0:
+            return self._merged(method, None)
+        unit = with_values(method, {name: 1.0})
+        if self._kept is None or self._kept[0] != unit:
+            self._kept = unit, scale, self._merged(method, self._arithmetic())
+        _, at, made = self._kept
+        return Made(self._moved(made.state, scale / at), made.costs)
+
+    def _merged(self, method: Method, dtype: str | None) -> Made:
+        from fusewright.engine import merge
+
+        needs_base = {} if method.card.base == "unused" else {"base": self.base}
+        options: dict[str, Any] = {} if self.threads is None else {"threads": self.threads}
+        _warm(method, len(self.experts))
+        with measured() as cost:
+            merged = merge(method, experts=dict(self.experts), dtype=dtype, **needs_base, **options)
+        state = merged.state_dict()
+        return Made(state, cost.plain() | {"bytes_read": float(merged.report["bytes_read"])})
+
+    def _start(self) -> State:
+        if self._base is None:
+            from fusewright.engine.state import read_state
+
+            self._base = read_state(self.base)
+        return self._base
+
+    def _arithmetic(self) -> str:
+        import torch
+
+        wide = any(t.dtype == torch.float64 for t in self._start().values())
+        return "float64" if wide else "float32"
+
+    def _moved(self, end: State, times: float) -> State:
+        """θ0 + times·(θ - θ0), rounded once to the base's dtypes."""
+        start, moved = self._start(), {}
+        for name, tensor in end.items():
+            if name in start and tensor.is_floating_point():
+                if times != 1.0:
+                    origin = start[name].to(tensor.dtype)
+                    tensor = origin.add(tensor - origin, alpha=times)
+                tensor = tensor.to(start[name].dtype)
+            moved[name] = tensor
+        return moved
+
+
+def _warm(method: Method, experts: int) -> None:
+    """Merge toys first: what is imported and compiled once is no cost of this merge."""
+    import torch
+
+    from fusewright.engine import merge
+    from fusewright.errors import FusewrightError
+
+    toys: list[State] = [{"layers.0.weight": torch.eye(8) * (i + 1)} for i in range(experts + 1)]
+    base = {} if method.card.base == "unused" else {"base": toys[0]}
+    with suppress(FusewrightError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merge(method, experts={str(i): toy for i, toy in enumerate(toys[1:])}, **base)

@@ -1,0 +1,166 @@
+"""A sweep from its suite to its results: what is finished stays, what is missing is made."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import fusewright
+from fusewright.bench.entries import Entry, entries
+from fusewright.bench.progress import Stages
+from fusewright.bench.results import Results
+from fusewright.bench.suite import Suite
+from fusewright.bench.suite import suite as open_suite
+from fusewright.bench.suite_file import SuiteError
+from fusewright.bench.sweep.cells import Asked, Group, groups
+from fusewright.bench.sweep.execute import execute
+from fusewright.bench.sweep.store import Store, save_results
+from fusewright.methods.registry import parse_method
+
+ALWAYS = ("average", "task_arithmetic")
+"""Merges that every sweep holds: what others are compared with."""
+
+
+def bench(
+    suite: Suite | str | Path,
+    methods: Sequence[Any] | None = None,
+    *,
+    out: str | Path | None = None,
+    tune: int = 0,
+    seeds: int | Sequence[int] | None = None,
+    limit: int | None = None,
+    pool: str | Path | None = None,
+    data: str | Path | None = None,
+    variants: Sequence[str | None] | None = None,
+    subsets: Sequence[int] = (),
+    draws: int = 3,
+    jobs: int = 1,
+    progress: bool = True,
+) -> Results:
+    """Merge a suite's experts with every method and measure all of them on all tasks.
+
+    ``methods`` are written as in recipes (all registered ones that fit, if not given); base,
+    experts, ensembles, average and task arithmetic are always there. ``out`` keeps finished cells:
+    the same call again makes only what is missing, and a changed method only itself. ``tune``
+    spends so many trials on validation rows for each method with something to tune. ``seeds``:
+    how many of the pool's trainings, or which (the first). ``limit``: the most rows of each split.
+    ``variants``: which kinds of the suite's models (None is the plain one). ``subsets``: numbers
+    of experts to merge besides all, each drawn ``draws`` times. ``jobs``: worker processes.
+
+    Raises SuiteError, RecipeError, and OutputError if another sweep writes to ``out``; a method
+    that fails is left out, and ``facts["failed"]`` says why.
+    """
+    first = suite if isinstance(suite, Suite) else open_suite(suite, pool=pool, data=data)
+    asked = Asked(tune, limit, tuple(subsets), draws)
+    _check(asked, first)
+    suites = _suites(first, seeds, variants)
+    chosen, left_out = _entries(first, methods)
+    for one in suites:
+        if one.spec.build is not None:
+            one.build(progress)
+        one.check()
+    work = groups(suites, chosen, asked)
+    with _folder(out) as folder:
+        return _swept(folder, suites, work, asked, left_out, jobs, progress)
+
+
+def _swept(
+    folder: Path, suites: Sequence[Suite], work: list[Group], asked: Asked,
+    left_out: Mapping[str, str], jobs: int, progress: bool,
+) -> Results:  # fmt: skip
+    store = Store(folder)
+    lock = store.lock()
+    try:
+        began = perf_counter()
+        pending = [g for g in work if not all(store.is_finished(job.key) for job in g)]
+        with Stages(progress).stage("sweep", sum(map(len, pending))) as step:
+            failed = execute(store, suites, pending, asked.limit, jobs, step)
+        keys = list(dict.fromkeys(
+            job.key for group in work for job in group if store.is_finished(job.key)
+        ))  # fmt: skip
+        facts = _facts(suites, asked) | {
+            "left out": dict(left_out), "failed": failed, "seconds": perf_counter() - began,
+        }  # fmt: skip
+        results = _results(suites[0], tuple(store.load(key) for key in keys), facts)
+        save_results(folder, results, keys)
+        return results
+    finally:
+        lock.release()
+
+
+def _results(suite: Suite, cells: tuple[Any, ...], facts: Mapping[str, Any]) -> Results:
+    spec = suite.spec
+    questions = {name: task.question for name, task in spec.tasks.items()}
+    return Results(
+        suite.name, spec.title, questions, tuple(spec.merged), tuple(spec.unseen), cells, facts
+    )
+
+
+def _check(asked: Asked, suite: Suite) -> None:
+    count = len(suite.spec.merged)
+    if asked.tune < 0 or (asked.limit is not None and asked.limit < 1):
+        raise SuiteError("a number is too small", expected="tune >= 0, limit >= 1",
+                         found=f"tune={asked.tune}, limit={asked.limit}")  # fmt: skip
+    odd = [size for size in asked.subsets if not 2 <= size < count]
+    if odd:
+        raise SuiteError("a subset has at least two experts, and fewer than all",
+                         expected=f"2 to {count - 1}", found=odd)  # fmt: skip
+
+
+def _suites(
+    first: Suite, seeds: int | Sequence[int] | None, variants: Sequence[str | None] | None
+) -> list[Suite]:
+    """The suite at every seed and variant asked for; prepared inputs are shared."""
+    known = first.spec.seeds
+    if isinstance(seeds, int) and not 1 <= seeds <= len(known):
+        raise SuiteError(f"the suite {first.name!r} has other numbers of seeds",
+                         expected=f"1 to {len(known)}", found=seeds)  # fmt: skip
+    chosen = [first.seed] if seeds is None else known[:seeds] if isinstance(seeds, int) else seeds
+    return [first.at(seed, v) for v in variants or [first.variant] for seed in chosen]
+
+
+def _entries(suite: Suite, methods: Sequence[Any] | None) -> tuple[list[Entry], dict[str, str]]:
+    asked = methods
+    if methods is not None:
+        named = {parse_method(spec).name for spec in methods}
+        asked = [*(name for name in ALWAYS if name not in named), *methods]
+    return entries(len(suite.spec.merged), asked)
+
+
+@contextmanager
+def _folder(out: str | Path | None) -> Iterator[Path]:
+    if out is not None:
+        yield Path(out)
+        return
+    with TemporaryDirectory(prefix="fusewright-bench-") as folder:
+        yield Path(folder)
+
+
+def _facts(suites: Sequence[Suite], asked: Asked) -> dict[str, Any]:
+    packages = {}
+    for package in ("torch", "transformers", "numpy", "optuna"):
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "command": " ".join(["fusewright", *sys.argv[1:]])
+        if Path(sys.argv[0]).name == "fusewright" else None,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "suite digest": suites[0].spec.digest(),
+        "seeds": [one.seed for one in suites], "variants": [one.variant for one in suites],
+        "trials": asked.tune, "limit": asked.limit, "subsets": list(asked.subsets),
+        "licence": suites[0].spec.licence,
+        "versions": {"fusewright": fusewright.__version__, **packages,
+                     "python": platform.python_version()},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }  # fmt: skip

@@ -1,0 +1,177 @@
+"""One worker: makes the cells of a group, one module open, its weights exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from fusewright.bench.exchange import Exchange
+from fusewright.bench.results import CLEAN, Cell
+from fusewright.bench.sweep.cells import BASE, OWN, Group, Job
+from fusewright.bench.sweep.ensembles import accuracy_weights, ensembles
+from fusewright.bench.sweep.merges import Made, Merges
+from fusewright.bench.sweep.space import current, space, with_values
+from fusewright.bench.sweep.store import Store
+from fusewright.bench.sweep.tuning import tune
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fusewright.bench.suite import Suite
+    from fusewright.methods.contract import Method
+    from fusewright.tasks.outcomes import Outcomes
+
+Found = dict[str, dict[str, "Outcomes"]]
+
+
+@dataclass
+class Worker:
+    """Makes cells of one training of the pool. ``limit`` is the most items of each split."""
+
+    suite: Suite
+    store: Store
+    limit: int | None = None
+    threads: int | None = None
+    _merges: dict[tuple[str, ...], Merges] = field(default_factory=dict, repr=False)
+    _seconds: dict[tuple[str, ...], float] = field(default_factory=dict, repr=False)
+
+    def make(self, group: Group, step: Callable[[str], None] = lambda row: None) -> None:
+        """Every job of a group that is not finished; each is kept as soon as it is."""
+        for job in group:
+            if not self.store.is_finished(job.key):
+                cell, trials = self._cell(job, group)
+                self.store.save(job.key, cell, trials)
+            step(job.row)
+
+    def _cell(self, job: Job, group: Group) -> tuple[Cell, Any]:
+        if job.how == "merge":
+            return self._merged(job), None
+        if job.how == "tuned":
+            return self._tuned(job)
+        if job.how == "model":
+            return self._model(job), None
+        if job.how == "ensemble":
+            return self._ensemble(job), None
+        experts = {j.what: self.store.load(j.key) for j in group
+                   if j.how == "model" and j.what in self.suite.experts}  # fmt: skip
+        return (self._own if job.how == OWN else self._best)(job, experts), None
+
+    @cached_property
+    def exchange(self) -> Exchange:
+        """The module that all merges are put into."""
+        base = self.suite.base
+        return Exchange(self.suite.open(base), base, self.suite.spec.opens)
+
+    def _tasks(self, job: Job) -> list[str]:
+        """Those that this cell is about: of its experts, and those that no expert learned."""
+        spec = self.suite.spec
+        asked = {*job.pool.experts, *spec.unseen}
+        return [name for name in spec.tasks if name in asked]
+
+    def _evaluated(self, module: nn.Module, job: Job) -> Found:
+        found: Found = {}
+        for task in self._tasks(job):
+            found[task] = {CLEAN: self.suite.evaluate(module, task, "test", self.limit)}
+        return found
+
+    def _validated(self, module: nn.Module, tasks: tuple[str, ...]) -> float:
+        """What choices are made by: the mean score on validation rows over the merged tasks."""
+        said = [self.suite.evaluate(module, t, "validation", self.limit).value for t in tasks]
+        return sum(said) / len(said)
+
+    def _model(self, job: Job) -> Cell:
+        paths = {BASE: self.suite.base, **self.suite.experts, **self.suite.extras}
+        return self._as_cell(job, self._evaluated(self.suite.open(paths[job.what]), job))
+
+    def _own(self, job: Job, experts: Mapping[str, Cell]) -> Cell:
+        found: Found = {task: {c: o for c, o in experts[task].outcomes[task].items()}
+                        for task in self._tasks(job) if task in experts}  # fmt: skip
+        extra = (len(job.pool.experts) - 1) * self._stored
+        note = "told the task of every input: what routing can reach"
+        return self._as_cell(job, found, {"extra_parameters": extra}, note=note)
+
+    def _best(self, job: Job, experts: Mapping[str, Cell]) -> Cell:
+        scores = {name: self._validated(self.suite.open(self.suite.experts[name]), job.pool.experts)
+                  for name in job.pool.experts}  # fmt: skip
+        best = max(scores, key=lambda name: scores[name])
+        found = {t: {**each} for t, each in experts[best].outcomes.items() if t in self._tasks(job)}
+        return self._as_cell(job, found, note=f"{best}, by validation")
+
+    def _ensemble(self, job: Job) -> Cell:
+        experts = [self.suite.open(self.suite.experts[name]) for name in job.pool.experts]
+        weights = None
+        if job.what == "weighted":
+            weights = accuracy_weights([self._validated(e, job.pool.experts) for e in experts])
+        began = perf_counter()
+        found: Found = {}
+        for task in self._tasks(job):
+            said = ensembles(self.suite, experts, task, job.what, weights, self.limit)
+            found[task] = {CLEAN: said}
+        seconds = perf_counter() - began
+        costs = {
+            "slowdown": seconds / self._base_seconds(job),
+            "extra_parameters": (len(experts) - 1) * self._stored,
+        }
+        shown = [round(w, 3) for w in weights] if weights else None
+        note = f"weights by validation accuracy: {shown}" if shown else ""
+        return self._as_cell(job, found, costs, note=note)
+
+    def _base_seconds(self, job: Job) -> float:
+        """How long one model takes for the same items; what slowdowns are relative to."""
+        tasks = tuple(self._tasks(job))
+        if tasks not in self._seconds:
+            base = self.suite.open(self.suite.base)
+            began = perf_counter()
+            self._evaluated(base, job)
+            self._seconds[tasks] = perf_counter() - began
+        return self._seconds[tasks]
+
+    def _of(self, job: Job) -> Merges:
+        names = job.pool.experts
+        if names not in self._merges:
+            experts = {name: self.suite.experts[name] for name in names}
+            self._merges[names] = Merges(self.suite.base, experts, self.threads)
+        return self._merges[names]
+
+    def _merged(self, job: Job) -> Cell:
+        made = self._of(job).make(job.what)
+        return self._merge_cell(job, job.what, made)
+
+    def _tuned(self, job: Job) -> tuple[Cell, Any]:
+        method: Method = job.what
+
+        def score(values: Mapping[str, float]) -> float:
+            module = self.exchange.filled(self._of(job).make(with_values(method, values)).state)
+            return self._validated(module, job.pool.experts)
+
+        found = tune(space(method), current(method), score, job.trials, self.suite.seed)
+        chosen = with_values(method, found.best)
+        said = ", ".join(f"{name} = {value:.3g}" for name, value in found.best.items())
+        cell = self._merge_cell(job, chosen, self._of(job).make(chosen), note=said)
+        return cell, found.trials
+
+    def _merge_cell(self, job: Job, method: Method, made: Made, note: str = "") -> Cell:
+        found = self._evaluated(self.exchange.filled(made.state), job)
+        merged = sum(t.numel() for t in made.state.values())
+        costs = made.costs | {"extra_parameters": merged - self._stored}
+        return self._as_cell(job, found, costs, method.spec(), note)
+
+    @cached_property
+    def _stored(self) -> int:
+        """Numbers in the base's checkpoint."""
+        from fusewright.weights import open_weights
+
+        with open_weights(self.suite.base) as weights:
+            return sum(info.numel for info in weights.values())
+
+    def _as_cell(
+        self, job: Job, outcomes: Found, costs: Mapping[str, float] | None = None,
+        method: Any = None, note: str = "",
+    ) -> Cell:  # fmt: skip
+        return Cell(
+            job.row, job.title, job.requirement, self.suite.name, self.suite.seed,
+            job.pool.experts, outcomes, self.suite.axes, method, dict(costs or {}), note,
+        )  # fmt: skip
