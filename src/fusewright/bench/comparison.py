@@ -21,8 +21,8 @@ from fusewright.bench.statistics import (
     effective,
     holm,
     mcnemar,
+    normal_interval,
     resampled,
-    tested,
     with_disagreements,
 )
 from fusewright.errors import FusewrightError
@@ -30,6 +30,7 @@ from fusewright.tasks.outcomes import Outcomes
 
 LOG_LIKELIHOOD = "log_likelihood"
 OWN = "own expert"
+POINTS = 100.0
 
 Pool = tuple[int, tuple[tuple[str, str], ...], tuple[str, ...]]
 """Seed, axes, and the experts if they are not all."""
@@ -143,8 +144,9 @@ class Experts:
 
 @dataclass(frozen=True)
 class Difference:
-    """Ours minus theirs. ``measure`` says in what: "normalised" (share of the task's expert) or
-    "mean" score; ``tasks`` hold scores (accuracy in [0, 1], log-likelihood in nats).
+    """Ours minus theirs. ``measure`` says in what: "normalised" (points of each task's expert),
+    "mean" (points of the mean score) or "log-likelihood" (nats); ``value`` and ``tasks`` are in
+    points, a log-likelihood's in nats.
 
     ``p`` is two-sided and agrees with ``value``'s interval; ``adjusted`` is Holm's over all that
     were compared with it; ``items`` is McNemar's exact test, task by task and over all of them.
@@ -189,13 +191,18 @@ def difference(
         gains.append(gain)
         moved.append(gain if own is None
                      else _difference_of_shares(ours, theirs, own, tasks, samples))  # fmt: skip
-    value, p = tested(np.mean(moved, axis=(0, 1)), level)
-    by_task = [tested(row, level)[0] for row in np.mean(gains, axis=0)]
+    value, p = normal_interval(np.mean(moved, axis=(0, 1)), level)
+    by_task = [normal_interval(row, level)[0] for row in np.mean(gains, axis=0)]
     signs = {task: _item_gains(pairs, task) for task in tasks}
     first, second = pairs[0]
+    nats = {task: metric_of(first, task) == LOG_LIKELIHOOD for task in tasks}
+    measure = "normalised" if references else "log-likelihood" if all(nats.values()) else "mean"
+    units = {task: 1.0 if nats[task] else POINTS for task in tasks}
     return Difference(
-        first.row, second.row, "normalised" if references else "mean", value, p,
-        dict(zip(tasks, by_task, strict=True)), {t: mcnemar(g) for t, g in signs.items()},
+        first.row, second.row, measure,
+        value.scaled(1.0 if measure == "log-likelihood" else POINTS), p,
+        {t: one.scaled(units[t]) for t, one in zip(tasks, by_task, strict=True)},
+        {t: mcnemar(gain) for t, gain in signs.items()},
         mcnemar(np.concatenate(list(signs.values()))), len(pairs),
     )  # fmt: skip
 

@@ -214,10 +214,13 @@ def with_disagreements(differences: Array, items: Sequence[float], seed: int = 0
 
 
 def _extra(means: Array, total: float, seed: int) -> tuple[Array, Array]:
-    tasks, columns = means.shape
-    rng = np.random.default_rng([seed, 1, tasks])
-    first, second = rng.poisson(total / tasks, (2, tasks, columns - 1))
+    first, second = _poisson(total / len(means), len(means), means.shape[1] - 1, seed)
     return first, second
+
+
+@lru_cache(maxsize=16)
+def _poisson(mean: float, tasks: int, resamples: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, 1, tasks]).poisson(mean, (2, tasks, resamples))
 
 
 def percentiles(samples: Array, level: float = 0.95) -> Interval:
@@ -227,7 +230,7 @@ def percentiles(samples: Array, level: float = 0.95) -> Interval:
     return Interval(float(samples[0]), float(low), float(high))
 
 
-def tested(samples: Array, level: float = 0.95) -> tuple[Interval, float]:
+def normal_interval(samples: Array, level: float = 0.95) -> tuple[Interval, float]:
     """The interval of a difference and the two-sided p value that it is zero, which agree.
 
     Both take the bootstrap's mean and standard error as those of a normal distribution: corrected
@@ -260,7 +263,7 @@ def paired_tasks_difference(
         rows.append(resampled(gain, np.ones(len(a)), stratum=str(number), resamples=resamples,
                               seed=seed))  # fmt: skip
     moved = with_disagreements(np.concatenate(rows), [len(a) for a in ours], seed)
-    return tested(moved.mean(axis=0), level)[0]
+    return normal_interval(moved.mean(axis=0), level)[0]
 
 
 @dataclass(frozen=True)
