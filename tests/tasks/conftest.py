@@ -18,8 +18,8 @@ transformers = pytest.importorskip("transformers")
 import pyarrow.parquet as pq  # noqa: E402
 from PIL import Image  # noqa: E402
 
-WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "dog", "run", "good", "bad", "yes", "no",
-         "maybe", "so")  # fmt: skip
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "dog", "run", "good", "bad", "yes",
+         "no", "maybe", "so")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
