@@ -49,8 +49,7 @@ bench-merge: $(STAMP)
 	$(BIN)/python benchmarks/merge.py $(ARGS)
 
 mutants: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/mutmut run $(ARGS)
-	$(BIN)/mutmut results
+	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) out build dist mutants .pytest_cache .ruff_cache .mypy_cache .hypothesis
