@@ -82,10 +82,10 @@ def test_every_combination_trains_and_leaves_the_base_alone(how: str) -> None:
     before = {k: v.clone() for k, v in base.state_dict().items()}
     model = train_joint(base, TASKS, SPLITS, how=how, **RECIPE,
                         progress=lambda done, of: seen.append((done, of)))  # fmt: skip
+    assert not any(part.training for part in model.modules())
     assert total(model) < 0.35 * total(base)
     assert all(torch.equal(base.state_dict()[k], v) for k, v in before.items())
     assert seen == [(n, 60) for n in range(1, 61)]
-    assert not any(part.training for part in model.modules())
 
 
 @pytest.mark.parametrize("how", ["sum", "pcgrad", "gradnorm"])
@@ -173,14 +173,16 @@ class Watched(Regression):
     seen: list[list[int]] = field(default_factory=list)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        assert model.training
         self.seen.append(batch["items"].tolist())
         return super().loss(model, batch)
 
 
 def test_tasks_share_a_batch_equally_and_epochs_have_orders_of_their_own() -> None:
     tasks = (Watched("a"), Watched("b"))
-    train_joint(small(), tasks, SPLITS, **RECIPE | {"steps": 12})
-    for task, whole in zip(tasks, (6, 4), strict=True):  # full batches of 8 in 50 and 33 items
+    train_joint(small().eval(), tasks, {"a": Points(50), "b": Points(50)}, **RECIPE)
+    whole = 6  # full batches of 8 in 50 items
+    for task in tasks:
         assert {len(items) for items in task.seen} == {8}
         first, second = task.seen[:whole], task.seen[whole : 2 * whole]
         assert len({item for items in first for item in items}) == 8 * whole
@@ -268,20 +270,50 @@ def test_dwa_weighs_by_how_slowly_losses_fall() -> None:
     torch.testing.assert_close(slope(1.0, 1.0), torch.tensor([first + 10 * second]))
 
 
-def test_gradnorm_by_hand() -> None:
-    """Norms 3 and 1, weights 1: Ḡ = 2. Ratios ½ and 1: r = 2/3, 4/3; with α = 1 targets are 4/3
-    and 8/3, so G_1 = 3 lies above and G_2 = 1 below: slopes 3 and -1."""
-    plan = GradNorm(2, alpha=1.0, lr=0.1)
-    slope = plan.slope(torch.tensor([0.5, 1.0]).double(), torch.tensor([3.0, 1.0]).double())
-    assert slope.tolist() == [3.0, -1.0]
+@pytest.mark.parametrize(("alpha", "expected"), [(0.5, [3.0, -1.0]), (2.0, [-3.0, 1.0])])
+def test_gradnorm_by_hand(alpha: float, expected: list[float]) -> None:
+    """Norms 3 and 1, weights 1: Ḡ = 2. Ratios 3 and 1: r = 3/2, 1/2. Targets 2 r^α are 2.4 and 1.4
+    for α = ½ (G_1 = 3 above, G_2 = 1 below), 4.5 and 0.5 for α = 2 (the other way round)."""
+    plan = GradNorm(2, alpha=alpha)
+    slope = plan.slope(torch.tensor([3.0, 1.0]).double(), torch.tensor([3.0, 1.0]).double())
+    assert slope.tolist() == expected
+
+
+def linear_losses(values: Sequence[float], slopes: Sequence[float], at: Tensor) -> list[Tensor]:
+    return [v + s * at[i] for i, (v, s) in enumerate(zip(values, slopes, strict=True))]
 
 
 def test_gradnorm_steps_by_its_old_weights_then_renews_them() -> None:
-    plan, at = GradNorm(2, lr=0.1), torch.zeros(2, requires_grad=True)
-    plan.backward([1 + 3 * at[0], 1 + at[1]], [at])
-    torch.testing.assert_close(at.grad, torch.tensor([3.0, 1.0]))
-    # At the first step all ratios are 1 and targets Ḡ = 2; Adam's first step is lr · sign.
-    torch.testing.assert_close(plan.weights.detach(), torch.tensor([0.9, 1.1]).double())
+    plan, at = GradNorm(3, lr=0.1), torch.zeros(3, requires_grad=True)
+    plan.backward(linear_losses([1, 1, 1], [3, 1, 1], at), [at])
+    torch.testing.assert_close(at.grad, torch.tensor([3.0, 1.0, 1.0]))
+    # At the first step all ratios are 1 and targets Ḡ = 5/3; Adam's first step is lr · sign.
+    expected = torch.tensor([0.9, 1.1, 1.1]).double() * 3 / 3.1
+    torch.testing.assert_close(plan.weights.detach(), expected)
+
+
+def test_gradnorm_compares_losses_with_the_first_ones() -> None:
+    """Like norms; the second task's loss fell to a tenth, so the first is given more weight."""
+    plan, at = GradNorm(2), torch.zeros(2, requires_grad=True)
+    for values in ([1.0, 10.0], [1.0, 1.0], [1.0, 1.0]):
+        plan.backward(linear_losses(values, [1, 1], at), [at])
+    assert plan.weights[0] > 1 > plan.weights[1]
+
+
+def test_gradnorm_never_trains_backwards() -> None:
+    plan, at = GradNorm(2, lr=0.5), torch.zeros(2, requires_grad=True)
+    for _ in range(10):
+        plan.backward(linear_losses([1, 1], [1e4, 1e-4], at), [at])
+        assert (plan.weights > 0).all()
+        assert plan.weights.sum().item() == pytest.approx(2)
+
+
+def test_log_variances_are_learned_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, make = [], COMBINATIONS["uncertainty"]
+    monkeypatch.setitem(COMBINATIONS, "watched", lambda n: made.append(make(n)) or made[-1])
+    train_joint(small(), TASKS, SPLITS, how="watched", **RECIPE)
+    (log_variance,) = made[0].parameters()
+    assert (log_variance < -0.05).all()  # the losses end below 1
 
 
 def test_inner_products_count_each_parameter_that_a_loss_reaches() -> None:

@@ -11,8 +11,10 @@ import torch
 import transformers as hf
 from torch import nn
 
-from fusewright.layout import Role
+from fusewright.layout import Role, describe
 from fusewright.modules import Architecture, describe_module
+from fusewright.modules.architecture import config_of
+from fusewright.modules.blocks import find_blocks
 
 _LLM = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
             vocab_size=50)  # fmt: skip
@@ -286,8 +288,11 @@ def test_down_sampling_counts_with_the_block_after_it() -> None:
 
 def test_stages_without_a_number_of_their_own() -> None:
     """torchvision writes layer1.0.conv1."""
-    net = nn.ModuleDict({f"layer{s}": nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(2)))
-                         for s in (1, 2)})  # fmt: skip
+
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3))
+
+    net = nn.ModuleDict({f"layer{s}": nn.Sequential(block(), block()) for s in (1, 2)})
     paths = [block.path for block in describe_module(net).blocks]
     assert paths == ["layer1.0", "layer1.1", "layer2.0", "layer2.1"]
 
@@ -301,6 +306,45 @@ def test_a_wrapper_passes_on_its_models_config() -> None:
     assert found.linears["backbone.layers.0.self_attn.qkv_proj.weight"].packed == (16, 8, 8)
     assert found.heads == ("head",)
     assert found.layout["head.weight"].role is Role.HEAD
+
+
+def test_the_outermost_config_counts() -> None:
+    assert config_of(model("clip")) == model("clip").config.to_dict()
+    assert config_of(nn.Linear(2, 2)) == {}
+
+
+def test_a_module_at_two_places_is_known_at_both() -> None:
+    one = hf.pytorch_utils.Conv1D(6, 6)
+    found = describe_module(nn.ModuleDict({"a": one, "b": one})).linears
+    assert found["a.weight"].in_first and found["b.weight"].in_first
+
+
+def test_experts_stacked_in_one_tensor() -> None:
+    with torch.device("meta"):
+        net = hf.MixtralModel(hf.MixtralConfig(**_GQA, num_local_experts=5))
+    found = describe_module(net).linears
+    up = found["layers.0.mlp.experts.gate_up_proj"]
+    assert (up.outputs, up.inputs, up.packed, up.packed_axis) == (48, 16, (24, 24), 1)
+    assert found["layers.0.mlp.experts.down_proj"].kernel == ()
+
+
+def test_blocks_of_a_unet_are_one_order_and_may_have_modules_beside_them() -> None:
+    names = [
+        "down_blocks.0.resnets.0.conv1", "down_blocks.0.attentions.0.proj_in",
+        "down_blocks.0.downsamplers.0.conv", "mid_block.resnets.0.conv1",
+        "mid_block.resnets.1.conv1", "up_blocks.0.resnets.0.conv1",
+    ]  # fmt: skip
+    found = find_blocks(describe({f"{name}.weight": (4, 4, 3, 3) for name in names}))
+    assert [block.path for block in found] == [
+        "down_blocks.0.resnets.0", "mid_block", "up_blocks.0.resnets.0",
+    ]  # fmt: skip
+    assert found[0].beside == ("down_blocks.0.attentions.0", "down_blocks.0.downsamplers")
+
+
+def test_a_stages_own_parameter_belongs_to_the_stage() -> None:
+    shapes = {f"stages.{s}.layers.{b}.fc.weight": (4, 4) for s in (0, 1) for b in (0, 1)}
+    found = find_blocks(describe({**shapes, "stages.1.scale": (4,)}))
+    assert found[2].beside == ("stages.1",)
 
 
 def test_a_model_without_tensors_has_nothing() -> None:

@@ -39,6 +39,7 @@ def test_statistics_are_the_plain_average_over_batches() -> None:
 def test_old_statistics_leave_no_trace() -> None:
     one, two = network(), network()
     two[1].running_mean.fill_(100)
+    two[1].num_batches_tracked.fill_(9)
     two[5].running_var.fill_(1e6)
     reestimate(one, images())
     reestimate(two, images())

@@ -91,7 +91,7 @@ def _corrected(guess: TensorLayout, shape: tuple[int, ...], kind: Kind | None) -
     packed, axis = guess.packed, guess.packed_axis
     if kind.parts > 1:
         packed, axis = (shape[0] // kind.parts,) * kind.parts, 0
-    elif not kind.linear or kind.in_first != guess.in_first:
+    elif not kind.linear:
         packed, axis = (), 0
     return replace(
         guess, matrix=kind.linear, in_first=kind.in_first, packed=packed, packed_axis=axis
