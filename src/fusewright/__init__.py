@@ -1,9 +1,10 @@
 """Fusewright makes one model that knows what many know.
 
 The front door: ``fw.merge``, ``fw.plan``, ``fw.load``, ``fw.inspect``, ``fw.check`` and
-``fw.verify``, the values :class:`Expert` and :class:`Merged`, and every method by its class name
-(``fw.Ties(density=0.2)``), those of other packages too. Nothing is imported until it is used:
-``import fusewright`` costs no torch.
+``fw.verify``; ``fw.suite`` and ``fw.bench``, which measure what a merge gained; the values
+:class:`Expert` and :class:`Merged`; and every method by its class name (``fw.Ties(density=0.2)``),
+those of other packages too. Nothing is imported until it is used: ``import fusewright`` costs no
+torch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fusewright.bench.suite import suite as suite
+    from fusewright.bench.sweep.run import bench as bench
     from fusewright.engine import Expert as Expert
     from fusewright.engine import Merged as Merged
     from fusewright.engine import check_models, inspect_models
@@ -30,11 +33,13 @@ _DOORS = {
     "Expert": ("fusewright.engine", "Expert"),
     "FusewrightError": ("fusewright.errors", "FusewrightError"),
     "Merged": ("fusewright.engine", "Merged"),
+    "bench": ("fusewright.bench", ""),  # the package itself: it can be called
     "check": ("fusewright.engine", "check_models"),
     "inspect": ("fusewright.engine", "inspect_models"),
     "load": ("fusewright.engine", "load"),
     "merge": ("fusewright.engine", "merge"),
     "plan": ("fusewright.engine", "plan"),
+    "suite": ("fusewright.bench.suite", "suite"),
     "verify": ("fusewright.engine", "verify"),
 }
 
@@ -42,7 +47,7 @@ _DOORS = {
 def __getattr__(name: str) -> Any:
     if name in _DOORS:
         module, attribute = _DOORS[name]
-        found = getattr(import_module(module), attribute)
+        found = getattr(import_module(module), attribute) if attribute else import_module(module)
     elif name[:1].isupper():
         found = _method_classes().get(name)
     else:

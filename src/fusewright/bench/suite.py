@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusewright.bench.results import CLEAN
 from fusewright.bench.suite_file import (
     SuiteError,
     SuiteSpec,
@@ -175,10 +177,23 @@ class Suite:
                              found=self.task_spec(task).splits.get(part))  # fmt: skip
         return found
 
-    def ready(self, task: str, part: str = "test", limit: int | None = None) -> Split:
+    def asked(self, task: str, condition: str = CLEAN) -> Task:
+        """A task, of clean inputs or under a corruption by name."""
+        self.task_spec(task)
+        if condition == CLEAN:
+            return self.tasks[task]
+        from fusewright.tasks.corruptions import Corruption
+
+        change: Any = {"corruption": Corruption(condition)}
+        return replace(self.tasks[task], **change)
+
+    def ready(
+        self, task: str, part: str = "test", limit: int | None = None, condition: str = CLEAN
+    ) -> Split:
         """A split whose rows are decoded, resized or tokenised already, as long as they fit in
         memory; seeds of the pool share them."""
-        return self._inputs.of((task, part, limit), self.tasks[task], self.split(task, part))
+        asked, split = self.asked(task, condition), self.split(task, part)
+        return self._inputs.of((task, part, limit, condition), asked, split, limit)
 
     def unlabelled(
         self, size: int = 32, *, part: str = "validation", seed: int = 0, limit: int | None = None
@@ -211,15 +226,15 @@ class Suite:
 
     def evaluate(
         self, model: nn.Module | str | Path, task: str, split: str = "test",
-        limit: int | None = None,
+        limit: int | None = None, condition: str = CLEAN,
     ) -> Outcomes:  # fmt: skip
         """What a module, or the model of a folder, does on each item of a task."""
-        self.task_spec(task)
+        asked = self.asked(task, condition)
         from fusewright.tasks.evaluate import evaluate
 
         module = self.open(model) if isinstance(model, str | Path) else model
-        ready = self.ready(task, split, limit)
-        return evaluate(module, self.tasks[task], ready, batch_size=BATCH, limit=limit)
+        ready = self.ready(task, split, limit, condition)
+        return evaluate(module, asked, ready, batch_size=BATCH, limit=limit)
 
     def build(self, progress: bool = True) -> None:
         """Train this seed's models, if they are not there yet. SuiteError if nothing builds it."""
@@ -264,12 +279,12 @@ class _Inputs:
         self._kept: dict[Any, Split] = {}
         self._free = CACHED_BYTES
 
-    def of(self, key: tuple[str, str, int | None], task: Task, split: Split) -> Split:
+    def of(self, key: Any, task: Task, split: Split, limit: int | None) -> Split:
         if key not in self._kept:
             prepare = getattr(task, "prepared", None)
             if prepare is None:
                 return split
-            limit, rows = key[2], len(task.ready(split))
+            rows = len(task.ready(split))
             first = sum(_sizes(prepare(split, 1).rows([0])["example"][0]))
             needed = first * (rows if limit is None else min(limit, rows))
             if needed > self._free:

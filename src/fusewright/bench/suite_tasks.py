@@ -22,6 +22,11 @@ DIGITS = "digits"
 KINDS = {
     DIGITS: ("fusewright.bench.digits.task", "DigitsTask"),
     "image-classification": ("fusewright.tasks.image_classification", "ImageClassification"),
+    "text-classification": ("fusewright.tasks.text_classification", "EncoderClassification"),
+    "decoder-classification": ("fusewright.tasks.text_classification", "DecoderClassification"),
+    "text-to-text-classification": ("fusewright.tasks.verbalisers", "VerbaliserClassification"),
+    "generation": ("fusewright.tasks.generation", "Generation"),
+    "language-modelling": ("fusewright.tasks.language_modelling", "LanguageModelling"),
 }
 """Where the class of each kind of task lives."""
 
@@ -45,6 +50,8 @@ def make_task(suite: Suite, name: str) -> Task:
         given["head"] = suite.heads[name]
     if "classes" in asked:
         given["classes"] = _classes(suite, name)
+    if "tokenizer" in asked:
+        given["tokenizer"] = needs("transformers").AutoTokenizer.from_pretrained(suite.base)
     if "preparation" in asked:
         given["preparation"] = _preparation(suite, given.get("preparation"))
     try:

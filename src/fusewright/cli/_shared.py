@@ -13,12 +13,14 @@ DEVICES = ("cpu", "cuda", "mps")
 DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
 
-def add(app: typer.Typer, command: Callable[..., None], *examples: str) -> None:
+def add(
+    app: typer.Typer, command: Callable[..., None], *examples: str, name: str | None = None
+) -> None:
     """Register a command: its docstring, paragraphs re-flowed, is its help; examples follow."""
     paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
     help_ = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
     epilog = "\n\n".join(["Examples:", *(f"$ {escape(example)}" for example in examples)])
-    app.command(help=help_, epilog=epilog)(command)
+    app.command(name, help=help_, epilog=epilog)(command)
 
 
 def escape(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import fusewright
 from fusewright.bench.entries import Entry
+from fusewright.bench.results import CLEAN
 from fusewright.bench.sweep.identity import code_digest, digest, files_digest
 from fusewright.bench.sweep.space import space
 from fusewright.methods.outputs import ENSEMBLES
@@ -59,12 +60,14 @@ Group = tuple[Job, ...]
 @dataclass(frozen=True)
 class Asked:
     """What a sweep is asked for, beyond its suite and methods. ``subsets`` are numbers of merged
-    experts, each drawn ``draws`` times; all of them are merged anyway."""
+    experts, each drawn ``draws`` times; all of them are merged anyway. ``conditions`` are
+    CLEAN and names of corruptions."""
 
     tune: int = 0
     limit: int | None = None
     subsets: tuple[int, ...] = ()
     draws: int = 3
+    conditions: tuple[str, ...] = (CLEAN,)
 
 
 def groups(suites: Sequence[Suite], entries: Sequence[Entry], asked: Asked) -> list[Group]:
@@ -126,7 +129,7 @@ def _keyed(job: Job, suite: Suite, models: Mapping[str, str], asked: Asked) -> J
         "format": FORMAT, "fusewright": fusewright.__version__, "suite": suite.spec.digest(),
         "how": job.how, "row": job.row, "trials": job.trials, "limit": asked.limit,
         "seed": job.pool.seed, "variant": job.pool.variant, "experts": job.pool.experts,
-        "models": _used(job, models), "data": models["data"],
+        "conditions": asked.conditions, "models": _used(job, models), "data": models["data"],
     }  # fmt: skip
     if job.how in ("merge", "tuned"):
         stages = job.what.chain if isinstance(job.what, Pipeline) else (job.what,)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fusewright.bench.results import CLEAN
 from fusewright.methods.outputs import combine
 
 if TYPE_CHECKING:
@@ -18,21 +19,21 @@ if TYPE_CHECKING:
 
 def ensembles(
     suite: Suite, models: Sequence[nn.Module], task: str, how: str,
-    weights: Sequence[float] | None, limit: int | None = None,
+    weights: Sequence[float] | None, limit: int | None = None, condition: str = CLEAN,
 ) -> Outcomes:  # fmt: skip
     """Outcomes of the combined logits on a task's test rows. No logits are kept."""
     import torch
 
     from fusewright.bench.suite import BATCH
 
-    asked = suite.tasks[task]
+    asked = suite.asked(task, condition)
 
     def combined(model: Any, batch: Batch) -> Tensor:
         return combine([asked.logits(each, batch) for each in models], how, weights)
 
     asking = copy.copy(asked)
     object.__setattr__(asking, "logits", combined)  # the same task, answered by all of them
-    rows = asking.ready(suite.ready(task, "test", limit))
+    rows = asking.ready(suite.ready(task, "test", limit, condition))
     with torch.inference_mode():
         return asking.outcomes(models[0], asking.batches(rows, BATCH, limit=limit))
 

@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
-from fusewright.bench.sweep.cells import Group, Pool
+from fusewright.bench.sweep.cells import Asked, Group, Pool
 from fusewright.bench.sweep.store import Store
 from fusewright.bench.sweep.worker import Worker
 from fusewright.errors import FusewrightError
@@ -22,7 +22,7 @@ Failed = dict[str, str]
 
 
 def execute(
-    store: Store, suites: Sequence[Suite], work: Sequence[Group], limit: int | None, jobs: int,
+    store: Store, suites: Sequence[Suite], work: Sequence[Group], asked: Asked, jobs: int,
     step: Callable[[str], None],
 ) -> Failed:  # fmt: skip
     """Make the cells of all groups; what a method refuses is told, and the others go on.
@@ -30,29 +30,29 @@ def execute(
     Raises FusewrightError if a worker process dies: its finished cells are kept.
     """
     if jobs <= 1 or len(work) <= 1:
-        hands = _Hands(store, suites, limit, None)
+        hands = _Hands(store, suites, asked, None)
         failed: Failed = {}
         for group in work:
             failed |= hands.make(group, step)
         return failed
-    return _in_processes(store, suites, work, limit, jobs, step)
+    return _in_processes(store, suites, work, asked, jobs, step)
 
 
 class _Hands:
     """The workers of one process, by training of the pool."""
 
     def __init__(
-        self, store: Store, suites: Sequence[Suite], limit: int | None, threads: int | None
+        self, store: Store, suites: Sequence[Suite], asked: Asked, threads: int | None
     ) -> None:
         self._suites = {(s.seed, s.variant): s for s in suites}
-        self._store, self._limit, self._threads = store, limit, threads
+        self._store, self._asked, self._threads = store, asked, threads
         self._worker: Worker | None = None
 
     def make(self, group: Group, step: Callable[[str], None] = lambda row: None) -> Failed:
         pool: Pool = group[0].pool
         suite = self._suites[pool.seed, pool.variant]
         if self._worker is None or self._worker.suite is not suite:
-            self._worker = Worker(suite, self._store, self._limit, self._threads)
+            self._worker = Worker(suite, self._store, self._asked, self._threads)
         try:
             self._worker.make(group, step)
         except FusewrightError as error:
@@ -65,7 +65,7 @@ class _Hands:
 _hands: _Hands | None = None
 
 
-def _begin(store: Store, suites: Sequence[Suite], limit: int | None, threads: int) -> None:
+def _begin(store: Store, suites: Sequence[Suite], asked: Asked, threads: int) -> None:
     global _hands
     import torch
 
@@ -73,7 +73,7 @@ def _begin(store: Store, suites: Sequence[Suite], limit: int | None, threads: in
     inputs = suites[0]._inputs
     for suite in suites:
         suite._inputs = inputs
-    _hands = _Hands(store, suites, limit, threads)
+    _hands = _Hands(store, suites, asked, threads)
 
 
 def _make(group: Group) -> Failed:
@@ -82,12 +82,12 @@ def _make(group: Group) -> Failed:
 
 
 def _in_processes(
-    store: Store, suites: Sequence[Suite], work: Sequence[Group], limit: int | None, jobs: int,
+    store: Store, suites: Sequence[Suite], work: Sequence[Group], asked: Asked, jobs: int,
     step: Callable[[str], None],
 ) -> Failed:  # fmt: skip
     failed: Failed = {}
     threads = max((os.cpu_count() or 1) // jobs, 1)
-    given = store, list(suites), limit, threads
+    given = store, list(suites), asked, threads
     # Not fork: torch's threads do not survive it.
     with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, given) as executor:
         waiting = {executor.submit(_make, group): group for group in work}

@@ -95,7 +95,12 @@ def _warm(method: Method, experts: int) -> None:
     from fusewright.engine import merge
     from fusewright.errors import FusewrightError
 
-    toys: list[State] = [{"layers.0.weight": torch.eye(8) * (i + 1)} for i in range(experts + 1)]
+    draw = torch.Generator().manual_seed(0)
+    # Longer than a canonical block, and with a matrix and a vector as models have them.
+    toys: list[State] = [
+        {"layers.0.weight": torch.randn(300, 300, generator=draw), "norm.weight": torch.ones(8)}
+        for _ in range(experts + 1)
+    ]
     base = {} if method.card.base == "unused" else {"base": toys[0]}
     with suppress(FusewrightError), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -17,7 +17,7 @@ from typing import Any
 import fusewright
 from fusewright.bench.entries import Entry, entries
 from fusewright.bench.progress import Stages
-from fusewright.bench.results import Results
+from fusewright.bench.results import CLEAN, Results
 from fusewright.bench.suite import Suite
 from fusewright.bench.suite import suite as open_suite
 from fusewright.bench.suite_file import SuiteError
@@ -43,6 +43,7 @@ def bench(
     variants: Sequence[str | None] | None = None,
     subsets: Sequence[int] = (),
     draws: int = 3,
+    corruptions: bool | Sequence[str] = False,
     jobs: int = 1,
     progress: bool = True,
 ) -> Results:
@@ -54,13 +55,14 @@ def bench(
     spends so many trials on validation rows for each method with something to tune. ``seeds``:
     how many of the pool's trainings, or which (the first). ``limit``: the most rows of each split.
     ``variants``: which kinds of the suite's models (None is the plain one). ``subsets``: numbers
-    of experts to merge besides all, each drawn ``draws`` times. ``jobs``: worker processes.
+    of experts to merge besides all, each drawn ``draws`` times. ``corruptions``: measure on
+    corrupted pictures too (all kinds, or those named). ``jobs``: worker processes.
 
     Raises SuiteError, RecipeError, and OutputError if another sweep writes to ``out``; a method
     that fails is left out, and ``facts["failed"]`` says why.
     """
     first = suite if isinstance(suite, Suite) else open_suite(suite, pool=pool, data=data)
-    asked = Asked(tune, limit, tuple(subsets), draws)
+    asked = Asked(tune, limit, tuple(subsets), draws, _conditions(corruptions))
     _check(asked, first)
     suites = _suites(first, seeds, variants)
     chosen, left_out = _entries(first, methods)
@@ -83,7 +85,7 @@ def _swept(
         began = perf_counter()
         pending = [g for g in work if not all(store.is_finished(job.key) for job in g)]
         with Stages(progress).stage("sweep", sum(map(len, pending))) as step:
-            failed = execute(store, suites, pending, asked.limit, jobs, step)
+            failed = execute(store, suites, pending, asked, jobs, step)
         keys = list(dict.fromkeys(
             job.key for group in work for job in group if store.is_finished(job.key)
         ))  # fmt: skip
@@ -103,6 +105,14 @@ def _results(suite: Suite, cells: tuple[Any, ...], facts: Mapping[str, Any]) -> 
     return Results(
         suite.name, spec.title, questions, tuple(spec.merged), tuple(spec.unseen), cells, facts
     )
+
+
+def _conditions(corruptions: bool | Sequence[str]) -> tuple[str, ...]:
+    if not corruptions:
+        return (CLEAN,)
+    from fusewright.tasks.corruptions import CORRUPTIONS
+
+    return (CLEAN, *(CORRUPTIONS if corruptions is True else corruptions))
 
 
 def _check(asked: Asked, suite: Suite) -> None:

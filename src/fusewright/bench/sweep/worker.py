@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusewright.bench.exchange import Exchange
 from fusewright.bench.results import CLEAN, Cell
-from fusewright.bench.sweep.cells import BASE, OWN, Group, Job
+from fusewright.bench.sweep.cells import BASE, OWN, Asked, Group, Job
 from fusewright.bench.sweep.ensembles import accuracy_weights, ensembles
 from fusewright.bench.sweep.merges import Made, Merges
 from fusewright.bench.sweep.space import current, space, with_values
@@ -29,11 +29,11 @@ Found = dict[str, dict[str, "Outcomes"]]
 
 @dataclass
 class Worker:
-    """Makes cells of one training of the pool. ``limit`` is the most items of each split."""
+    """Makes cells of one training of the pool."""
 
     suite: Suite
     store: Store
-    limit: int | None = None
+    asked: Asked = field(default_factory=Asked)
     threads: int | None = None
     _merges: dict[tuple[str, ...], Merges] = field(default_factory=dict, repr=False)
     _seconds: dict[tuple[str, ...], float] = field(default_factory=dict, repr=False)
@@ -74,12 +74,20 @@ class Worker:
     def _evaluated(self, module: nn.Module, job: Job) -> Found:
         found: Found = {}
         for task in self._tasks(job):
-            found[task] = {CLEAN: self.suite.evaluate(module, task, "test", self.limit)}
+            found[task] = {
+                condition: self.suite.evaluate(module, task, "test", self.asked.limit, condition)
+                for condition in self._conditions(task)
+            }
         return found
+
+    def _conditions(self, task: str) -> list[str]:
+        """Clean, and the corruptions asked for where the task is about pictures."""
+        pictures = hasattr(self.suite.tasks[task], "corruption")
+        return [c for c in self.asked.conditions if c == CLEAN or pictures]
 
     def _validated(self, module: nn.Module, tasks: tuple[str, ...]) -> float:
         """What choices are made by: the mean score on validation rows over the merged tasks."""
-        said = [self.suite.evaluate(module, t, "validation", self.limit).value for t in tasks]
+        said = [self.suite.evaluate(module, t, "validation", self.asked.limit).value for t in tasks]
         return sum(said) / len(said)
 
     def _model(self, job: Job) -> Cell:
@@ -108,8 +116,11 @@ class Worker:
         began = perf_counter()
         found: Found = {}
         for task in self._tasks(job):
-            said = ensembles(self.suite, experts, task, job.what, weights, self.limit)
-            found[task] = {CLEAN: said}
+            found[task] = {
+                condition: ensembles(self.suite, experts, task, job.what, weights,
+                                     self.asked.limit, condition)
+                for condition in self._conditions(task)
+            }  # fmt: skip
         seconds = perf_counter() - began
         costs = {
             "slowdown": seconds / self._base_seconds(job),

@@ -1,0 +1,114 @@
+"""``fusewright bench``: a sweep, its table, and its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fusewright.cli._print import print_json, print_tables
+from fusewright.cli._shared import Json, add
+from fusewright.cli.suite import Data, Name, Pool, Seeds
+
+if TYPE_CHECKING:
+    from fusewright.bench.results import Results
+
+
+def register(app: typer.Typer) -> None:
+    add(
+        app, bench, "fusewright bench digits -o results/digits",
+        "fusewright bench digits --methods ties,iso_c,'drop >> elect' --tune 20 -o results/digits",
+        "fusewright bench vision-mini --seeds 3 --jobs 2 --data data/ -o results/vision-mini",
+    )  # fmt: skip
+
+
+def bench(
+    suite: Name,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where cells and report go.")],
+    methods: Annotated[
+        str | None, typer.Option(help="Separated by commas; all that need no data, if not given.")
+    ] = None,
+    tune: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Trials on validation rows for each method.")
+    ] = 0,
+    seeds: Seeds = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each split, at most.")] = None,
+    variants: Annotated[
+        str | None, typer.Option(help="Kinds of models, separated by commas; plain is the suite's.")
+    ] = None,
+    subsets: Annotated[
+        str | None, typer.Option(help="Also merge so many experts, separated by commas.")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Subsets of each number, drawn.")] = 3,
+    corruptions: Annotated[
+        bool, typer.Option("--corruptions", help="Also on corrupted pictures (seven kinds).")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
+    pool: Pool = None,
+    data: Data = None,
+    against: Annotated[
+        str | None, typer.Option(help='Add a cited column: "published", or a table\'s name.')
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure every method on a suite, and write the report.
+
+    Each cell (pool, method, parameters) is kept in OUT as soon as it is finished: the same command
+    again makes only what is missing. Base, experts, ensembles, average and task arithmetic are
+    always there. Needs the extra: pip install 'fusewright\\[bench]'.
+    """
+    from fusewright.bench.report import write_results
+    from fusewright.bench.sweep import bench as measure
+
+    results = measure(
+        suite, None if methods is None else _listed(methods), out=out, tune=tune, seeds=seeds,
+        limit=limit, pool=pool, data=data, subsets=_numbers(subsets), draws=draws, jobs=jobs,
+        variants=None if variants is None else [None if v == "plain" else v
+                                                for v in _listed(variants)],
+        corruptions=corruptions, progress=not json,
+    )  # fmt: skip
+    written = write_results(results, out, against=against)
+    if json:
+        print_json(_json(results, written))
+    else:
+        _print(results, written)
+    if results.facts["failed"]:
+        raise typer.Exit(1)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str | None) -> list[int]:
+    parts = _listed(text or "")
+    if not all(part.isdigit() for part in parts):
+        raise typer.BadParameter(f"numbers separated by commas are expected, found {text!r}",
+                                 param_hint="--subsets")  # fmt: skip
+    return [int(part) for part in parts]
+
+
+def _print(results: Results, written: list[Path]) -> None:
+    from fusewright.bench.sweep.tables import tables
+    from fusewright.cli._errors import say
+
+    print_tables(tables(results))
+    for row, problem in results.facts["failed"].items():
+        say(f"failed, {row}", problem)
+    left = results.facts["left out"]
+    if left:
+        print("\nnot run:", "; ".join(f"{name} ({why})" for name, why in left.items()))
+    print("\n" + "\n".join(map(str, written)))
+
+
+def _json(results: Results, written: list[Path]) -> dict[str, object]:
+    rows = [
+        {"row": c.row, "requirement": c.requirement, "seed": c.seed, "experts": c.experts,
+         "axes": c.axes, "method": c.method, "costs": c.costs, "note": c.note,
+         "tasks": {task: {name: o.shown for name, o in each.items()}
+                   for task, each in c.outcomes.items()}}
+        for c in results.cells
+    ]  # fmt: skip
+    return {"suite": results.suite, "cells": rows, "facts": results.facts,
+            "files": [str(path) for path in written]}  # fmt: skip

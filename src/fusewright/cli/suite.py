@@ -1,0 +1,152 @@
+"""``fusewright suite list|show|build|check``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fusewright.cli._print import print_json, print_tables
+from fusewright.cli._shared import Json, add
+
+if TYPE_CHECKING:
+    from fusewright.bench.suite import Suite
+    from fusewright.engine.tables import Table
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(no_args_is_help=True, help="Suites: models and tasks to measure with.")
+    add(group, list_, "fusewright suite list", name="list")
+    add(group, show, "fusewright suite show digits")
+    add(group, build, "fusewright suite build digits --seeds 3",
+        "fusewright suite build vision-mini --data data/ --pool pools/vision-mini")  # fmt: skip
+    add(group, check, "fusewright suite check digits")
+    app.add_typer(group, name="suite")
+
+
+def suite_names(incomplete: str) -> list[str]:
+    """Names of suites that begin so: for the shell's completion."""
+    from fusewright.bench.suite_file import shipped
+
+    return [name for name in shipped() if name.startswith(incomplete)]
+
+
+Name = Annotated[
+    str, typer.Argument(help="A suite's name, or its YAML file.", autocompletion=suite_names)
+]
+Pool = Annotated[
+    Path | None,
+    typer.Option(file_okay=False, help="The folder of the suite's models (in the user's cache)."),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(file_okay=False, envvar="FUSEWRIGHT_DATA", help="The folder of data sets."),
+]
+Seeds = Annotated[
+    int, typer.Option(min=1, metavar="K", help="How many of the pool's trainings, from the first.")
+]
+
+
+def list_(json: Json = False) -> None:
+    """List the suites that come with fusewright."""
+    from fusewright.bench.suite_file import read_suite, shipped
+    from fusewright.engine.tables import Table
+
+    found = {name: read_suite(path) for name, path in shipped().items()}
+    if json:
+        print_json({name: {"title": s.title, "merged": s.merged, "unseen": s.unseen,
+                           "trained here": s.build is not None}
+                    for name, s in found.items()})  # fmt: skip
+        return
+    rows = tuple(
+        (name, s.title, len(s.merged), len(s.unseen),
+         "trained on your machine" if s.build else "public checkpoints")
+        for name, s in found.items()
+    )  # fmt: skip
+    print_tables([Table("Suites", ("suite", "", "merged", "unseen", "models"), rows)])
+
+
+def show(name: Name, pool: Pool = None, data: Data = None, json: Json = False) -> None:
+    """Show a suite: its tasks, models and licences, and whether its models are there."""
+    from fusewright.bench.suite import suite
+
+    found = suite(name, pool=pool, data=data)
+    if json:
+        print_json({"name": found.name, "digest": found.spec.digest(), "pool": str(found.pool),
+                    **found.spec.model_dump()})  # fmt: skip
+        return
+    print(f"{found.spec.title}\n\n{found.spec.about.strip()}\n")
+    print_tables([_tasks(found), _facts(found)])
+
+
+def _tasks(suite: Suite) -> Table:
+    from fusewright.engine.tables import Table
+
+    spec = suite.spec
+    rows = tuple(
+        (task, said.question, "merged" if task in spec.merged else "unseen",
+         said.data or said.hub or said.kind, said.licence)
+        for task, said in spec.tasks.items()
+    )  # fmt: skip
+    return Table("Tasks", ("task", "question", "", "data", "licence"), rows)
+
+
+def _facts(suite: Suite) -> Table:
+    from fusewright.engine.tables import Table
+
+    spec = suite.spec
+    built = [seed for seed in spec.seeds if suite.at(seed).root.is_dir()]
+    models = "public checkpoints" if spec.build is None else (
+        f"{suite.pool}; trained: {', '.join(map(str, built)) or 'none'}"
+        f" of seeds {', '.join(map(str, spec.seeds))}"
+    )  # fmt: skip
+    rows = (("models", models), ("opened as", f"transformers.{spec.opens.model}"),
+            ("data", str(suite.data or "the Hugging Face Hub")),
+            ("variants", ", ".join(spec.variants) or "none"),
+            ("licence", spec.licence), ("digest", spec.digest()))  # fmt: skip
+    return Table("", ("", " "), rows)
+
+
+def build(
+    name: Name, pool: Pool = None, data: Data = None, seeds: Seeds = 1, json: Json = False
+) -> None:
+    """Train a suite's models: a base, experts and heads.
+
+    What is trained already stays; a build that was killed goes on where it was.
+    """
+    from fusewright.bench.suite import suite
+
+    first = suite(name, pool=pool, data=data)
+    built = []
+    for seed in first.spec.seeds[:seeds]:
+        one = first.at(seed)
+        one.build(progress=not json)
+        one.check()
+        built.append(str(one.root))
+    if json:
+        print_json({"pool": str(first.pool), "built": built})
+    else:
+        print("\n".join(built))
+
+
+def check(
+    name: Name, pool: Pool = None, data: Data = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each split, at most.")] = None,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Measure a suite's regime: whether it can tell methods apart.
+
+    The gap between base and experts, cosines and norms of task vectors, the barrier between base
+    and experts, what averaging gains, and whether low entropy means low loss.
+    """
+    from fusewright.bench.regime import check as measure
+    from fusewright.bench.suite import suite
+
+    found = suite(name, pool=pool, data=data)
+    found.check()
+    regime = measure(found, limit=limit, progress=not json)
+    if json:
+        print_json(regime.to_json())
+    else:
+        print_tables(regime.tables())
