@@ -65,6 +65,7 @@ def match(base: Weights, experts: Mapping[str, Weights]) -> Matched:
 
 
 def described(weights: Weights) -> ModelLayout:
+    """The layout that a model's names, shapes and config tell."""
     shapes = {name: info.shape for name, info in weights.items()}
     kinds = {name: info.dtype.kind for name, info in weights.items()}
     return describe(shapes, kinds, weights.config)

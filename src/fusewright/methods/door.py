@@ -109,6 +109,7 @@ def _run(
 
 
 def with_solved(place: Place, solved: Mapping[Key, Any]) -> Place:
+    """The same place, knowing what was solved by now."""
     return Place(place.where, place.params, dict(solved))
 
 

@@ -129,6 +129,7 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
 
 
 def append_all(fd: int, data: memoryview) -> None:
+    """Append every byte; short writes are continued."""
     while len(data):
         done = fs.append(fd, data)
         if done <= 0:
@@ -137,6 +138,7 @@ def append_all(fd: int, data: memoryview) -> None:
 
 
 def sync_file(path: Path) -> None:
+    """fsync a file by its path."""
     fd = fs.open(path, os.O_RDWR)
     try:
         fs.fsync(fd)

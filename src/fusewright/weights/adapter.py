@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,15 +77,6 @@ class AdapterWeights(Weights):
         return self._parts
 
     # --- what is known without reading -------------------------------------------------------
-
-    def __getitem__(self, name: str) -> TensorInfo:
-        return self._infos[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._infos)
-
-    def __len__(self) -> int:
-        return len(self._infos)
 
     def identities(self) -> tuple[FileIdentity, ...]:
         return (*self.base.identities(), *self._file.identities())

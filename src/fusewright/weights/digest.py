@@ -69,6 +69,7 @@ def read_into(fd: int, offset: int, out: memoryview) -> int:
 
 
 def count_blocks(nbytes: int, itemsize: int) -> int:
+    """How many canonical blocks so many bytes are."""
     return -(-nbytes // (BLOCK * itemsize))
 
 

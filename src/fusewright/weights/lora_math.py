@@ -34,6 +34,7 @@ def columns(info: TensorInfo) -> int:
 
 
 def rows_per_group(info: TensorInfo) -> int:
+    """How many rows are computed at once, so that a row's bits do not depend on what is read."""
     return -(-GROUP // columns(info))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError
@@ -32,15 +32,6 @@ class MemoryWeights(Weights):
         self._tensors, self.notes = accept_tensors(state, self.label)
         self._infos = {name: _info(name, t, self.label) for name, t in self._tensors.items()}
         self.tied = tied_groups(self._tensors)
-
-    def __getitem__(self, name: str) -> TensorInfo:
-        return self._infos[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._infos)
-
-    def __len__(self) -> int:
-        return len(self._infos)
 
     def read(self, name: str, start: int, stop: int, out: memoryview) -> None:
         import torch

@@ -30,6 +30,7 @@ def seal_manifest(manifest: Mapping[str, Any]) -> bytes:
 
 
 def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without its checksum, as canonical JSON."""
     body = {key: value for key, value in manifest.items() if key != "checksum"}
     return sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -138,15 +138,6 @@ class Fp8View(Weights):
         mended = f"{len(scales)} fp8 tensors are multiplied by their scales (float32)"
         dropped = f"left out, for quantised inference only: {len(runtime)} tensors"
         self.notes = (*weights.notes, mended, *([dropped] if runtime else []))
-
-    def __getitem__(self, name: str) -> TensorInfo:
-        return self._infos[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._infos)
-
-    def __len__(self) -> int:
-        return len(self._infos)
 
     def identities(self) -> tuple[FileIdentity, ...]:
         return self.inner.identities()

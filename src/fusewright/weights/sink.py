@@ -70,6 +70,7 @@ class MemorySink:
 
 
 def check_range(info: TensorInfo, start_byte: int, nbytes: int) -> None:
+    """Refuse bytes outside a tensor. Raises ValueError."""
     if start_byte < 0 or start_byte + nbytes > info.nbytes:
         raise ValueError(
             f"{info.name}: bytes {start_byte}:{start_byte + nbytes} of a tensor of {info.nbytes}"

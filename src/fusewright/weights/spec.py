@@ -120,14 +120,17 @@ class Weights(Mapping[str, TensorInfo], ABC):
     config: Mapping[str, Any] = {}
     notes: tuple[str, ...] = ()
 
-    @abstractmethod
-    def __getitem__(self, name: str) -> TensorInfo: ...
+    _infos: Mapping[str, TensorInfo]
+    """Every tensor by name; a reader that keeps them otherwise overrides the three below."""
 
-    @abstractmethod
-    def __iter__(self) -> Iterator[str]: ...
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._infos[name]
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
 
     @abstractmethod
     def read(self, name: str, start: int, stop: int, out: memoryview) -> None:
