@@ -14,9 +14,9 @@ TASKS = {"mnist": 400, "eurosat": 300, "dtd": 200}
 UNSEEN = {"stl10": 150}
 QUALITY = {
     "base": 0.45, "own expert": 0.93, "average": 0.60, "ties": 0.74, "task_arithmetic": 0.735,
-    "ties, tuned": 0.80, "wemoe": 0.90, "ensemble, mean": 0.75,
+    "ties, tuned": 0.80, "wemoe": 0.90, "ensemble, simple": 0.75,
 }  # fmt: skip
-CLASS = {"base": "reference", "own expert": "reference", "ensemble, mean": "reference",
+CLASS = {"base": "reference", "own expert": "reference", "ensemble, simple": "reference",
          "ties, tuned": "labelled", "wemoe": "routed"}  # fmt: skip
 
 

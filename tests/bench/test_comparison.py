@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -227,3 +229,52 @@ def test_tasks_about_the_same_items_are_resampled_together() -> None:
         samples = Samples(found)
         assert np.array_equal(samples(a, "mnist"), samples(a, "dtd")) is same
     assert difference([(a, b)], ["mnist", "dtd"], Samples(together)).value.value == 0
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    pytest.importorskip("pyarrow")
+    from fusewright.bench.sweep.store import Store, save_results
+
+    found = []
+    for name, rate in (("before", 0.70), ("after", 0.80)):
+        made = results({"own expert": 0.93, "average": 0.6, "ties": rate}, seeds=(0,))
+        store, keys = Store(tmp_path / name), []
+        store.lock().release()
+        for number, one in enumerate(made.cells):
+            store.save(f"{number}", one)
+            keys.append(f"{number}")
+        save_results(tmp_path / name, made, keys)
+        found.append(str(tmp_path / name))
+    return found
+
+
+def command(*arguments: str) -> Any:
+    from typer.testing import CliRunner
+
+    from fusewright.cli.app import app
+
+    return CliRunner().invoke(app, ["compare", *arguments])
+
+
+def test_the_command_shows_what_differs(folders: list[str]) -> None:
+    shown = command(*folders, "--tasks")
+    assert shown.exit_code == 0, shown.output
+    lines = {line.split("  ")[0]: line for line in shown.stdout.splitlines()}
+    assert lines["average"].endswith("not told apart") and lines["ties"].endswith("  differs")
+    assert "eurosat" in lines
+
+
+def test_the_command_gives_every_number_as_json(folders: list[str]) -> None:
+    told = {row["row"]: row for row in json.loads(command(*folders, "--json").stdout)["rows"]}
+    assert told["ties"]["differs"] and told["ties"]["value"]["low"] > 0
+    assert not told["average"]["differs"]
+    back = {row["row"]: row for row in
+            json.loads(command(*reversed(folders), "--json").stdout)["rows"]}  # fmt: skip
+    assert back["ties"]["value"]["value"] < 0
+    assert told["ties"]["items"]["dtd"]["ours"] == back["ties"]["items"]["dtd"]["theirs"]
+
+
+def test_the_command_says_where_results_are_missing(folders: list[str], tmp_path: Path) -> None:
+    failed = command(folders[0], str(tmp_path / "nothing"))
+    assert failed.exit_code == 1 and "holds no results" in failed.stderr

@@ -160,6 +160,11 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     assert "fusewright bench toy" in page and page.count("<table") == page.count("</table>")
 
 
+def test_results_write_their_own_page(tmp_path: Path) -> None:
+    path = results({"ties": 0.7, "own expert": 0.9}).to_html(tmp_path / "one.html")
+    assert "ties" in path.read_text("utf-8") and list(tmp_path.iterdir()) == [path]
+
+
 def test_what_a_sweep_says_cannot_become_markup(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     made = results({"base": 0.4, evil: 0.7, "own expert": 0.9}, facts={"command": evil, "x": evil})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fusewright.tasks.outcomes import Outcomes
@@ -27,7 +28,7 @@ class Cell:
     """One model on all tasks.
 
     ``row`` is the same for every seed and subset ("ties", "ties, tuned", "base", "expert mnist",
-    "own expert", "ensemble, mean", "joint training, sum"). ``pool`` says which models were used:
+    "own expert", "ensemble, simple", "joint training, sum"). ``pool`` says which models were used:
     ``seed`` of the pool's training, ``experts`` merged, ``axes`` such as {"size": "small",
     "tuning": "lora"}. ``method`` is as in recipes, with the parameters used. ``costs`` hold
     "seconds" to merge, "peak_memory" and "bytes_read" in bytes, "extra_parameters", "slowdown" of
@@ -74,3 +75,10 @@ class Results:
     def of(self, row: str) -> Iterator[Cell]:
         """The cells of one row: one for each seed and subset."""
         return (cell for cell in self.cells if cell.row == row)
+
+    def to_html(self, path: str | Path, against: str | None = None) -> Path:
+        """Write the report's page; ``against`` adds a cited column ("published", or a table's
+        name). Needs the extra ``bench``."""
+        from fusewright.bench.report import to_html
+
+        return to_html(self, path, against)

@@ -76,7 +76,7 @@ def _tasks(one: Difference) -> Table:
 
     rows = tuple((task, *_interval(value), one.items[task].ours, one.items[task].theirs,
                   round(one.items[task].p, 4)) for task, value in one.tasks.items())  # fmt: skip
-    return Table(one.ours, ("task", "difference", "interval", "better", "worse", "McNemar p"), rows)
+    return Table(f"{one.ours}, task by task", ("task", "difference", "interval", "better", "worse", "McNemar p"), rows)
 
 
 def _interval(one: Any) -> tuple[str, str]:

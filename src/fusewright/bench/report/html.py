@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusewright.bench.comparison import LOG_LIKELIHOOD
+from fusewright.bench.comparison import LOG_LIKELIHOOD, OWN
 from fusewright.bench.extras import needs
 from fusewright.bench.published import Published
 from fusewright.bench.report.marks import (
@@ -123,24 +123,27 @@ class Shown:
         found = [(name, row, one.value) for name, row in (("base", "base"), ("average", "average"))
                  if (line := self.section.line(row)) and (one := self.main(line))]  # fmt: skip
         for name, lines in self.section.classes().items():
-            one = self.main(lines[0])
-            if name not in ("reference", "expert") and one and lines[0].row != "average":
-                found.append((REQUIREMENTS[name].lower(), lines[0].row, one.value))
-        own = self.section.line("own expert")
+            best = next((line for line in lines if line.row != OWN), None)
+            one = self.main(best) if best else None
+            if name not in ("reference", "expert") and best and one and best.row != "average":
+                found.append((REQUIREMENTS[name].lower(), best.row, one.value))
+        own = self.section.line(OWN)
         if own and (one := self.main(own)):
             found.append(("each task's own expert", own.row, one.value))
         return found
 
 
 def _quality(shown: Shown, name: str) -> str:
-    """Quality against one cost; nothing if fewer than two rows have it, or it never varies."""
+    """Quality against one cost; nothing where rows pile up on a few values of it, or only
+    references have it."""
     points = [
         Point(line.row, line.costs[name] / _UNITS.get(name, 1), one.value,
               COLOURS[line.requirement], (one.low, one.high))
         for line in shown.merging() if name in line.costs and (one := shown.main(line))
     ]  # fmt: skip
     positive = all(point.x > 0 for point in points)
-    if len({point.x for point in points}) < 2:
+    colours = {point.colour for point in points} - {COLOURS["reference"]}
+    if len({point.x for point in points}) < max(2, len(points) / 3) or not colours:
         return ""
     wide = positive and max(p.x for p in points) > 5 * min(p.x for p in points)
     return scatter(points, COSTS[name], _label(shown), log=wide)

@@ -290,7 +290,7 @@ def _versus(
     """Lines with their difference from the baseline, corrected over all of them."""
     if baseline is None:
         return list(lines)
-    others = [line for line in lines if line.row != baseline and line.requirement != "expert"]
+    others = [line for line in lines if line.row != baseline and not line.row.startswith("expert ")]
     found = [_difference(tools, rows[line.row], rows[baseline]) for line in others]
     known = adjusted([one for one in found if one is not None])
     by_row = {one.ours: one for one in known}
