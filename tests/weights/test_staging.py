@@ -477,3 +477,12 @@ def test_where_two_folders_cannot_be_exchanged_two_renames_do(
     toy.run(tmp_path / "out", overwrite=True)
     assert verify(tmp_path / "out").ok and os.listdir(tmp_path) == ["out"]
     assert not staging_folder(tmp_path / "out").exists()
+
+
+def test_verifying_says_how_far_it_is(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    toy.run(out)
+    heard: list[tuple[str, int, int]] = []
+    assert verify(out, 2, lambda *now: heard.append(now)).ok
+    sizes = [done for _, done, _ in heard]
+    assert sizes == sorted(sizes) and sizes[-1] == heard[-1][2] > 0

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fusewright.cli._print import print_json, print_tables, size
+from fusewright.cli._progress import shown
 from fusewright.cli._shared import Folder, Json, Memory, Models, Threads, add
 
 
@@ -43,7 +44,10 @@ def inspect(
     from fusewright.engine import Options, inspect_models, parse_size
 
     workers = Options(threads=threads).workers
-    found = inspect_models(models, threads=workers, memory=parse_size(memory))
+    with shown(json) as progress:
+        found = inspect_models(
+            models, threads=workers, memory=parse_size(memory), progress=progress
+        )
     if png is not None:
         found.save_png(png)
     _show(found, json)
@@ -65,9 +69,11 @@ def check(
     from fusewright.engine import Options, check_models, parse_size
 
     workers = Options(threads=threads).workers
-    found = check_models(
-        base, experts, full=full, threads=workers, memory=parse_size(memory)
-    )
+    with shown(json) as progress:
+        found = check_models(
+            base, experts, full=full, threads=workers, memory=parse_size(memory),
+            progress=progress,
+        )  # fmt: skip
     _show(found, json)
     raise typer.Exit(0 if found.ok else 1)
 
@@ -79,8 +85,15 @@ def verify(folder: Folder, threads: Threads = None, json: Json = False) -> None:
     """
     from fusewright.engine import Options
     from fusewright.engine import verify as verify_output
+    from fusewright.engine.progress import Progress
 
-    found = verify_output(folder, threads=Options(threads=threads).workers)
+    with shown(json) as progress:
+
+        def heard(name: str, done: int, total: int) -> None:
+            if progress is not None:
+                progress(Progress(done, total, "verify", name))
+
+        found = verify_output(folder, Options(threads=threads).workers, heard)
     differences = {
         kind: list(getattr(found, kind)) for kind in ("missing", "changed", "extra", "tensors")
     }

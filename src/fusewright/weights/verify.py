@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -42,7 +43,11 @@ class VerifyReport:
         return not differs and self.content_digest == self.expected_digest
 
 
-def verify(out: Path, threads: int = 1) -> VerifyReport:
+Heard = Callable[[str, int, int], None]
+"""Called with (tensor, bytes hashed by now, bytes of all tensors) after each tensor, in order."""
+
+
+def verify(out: Path, threads: int = 1, heard: Heard | None = None) -> VerifyReport:
     """Hash a published output again and compare it with its manifest.
 
     Raises WeightsError where there is no manifest, or where it is itself damaged.
@@ -62,7 +67,7 @@ def verify(out: Path, threads: int = 1) -> VerifyReport:
         entries = output["tensors"]
         names = list(entries)
         hashed = pool.map(lambda name: _tensor(out, name, entries[name]["file"], shards), names)
-        digests = dict(zip(names, hashed, strict=True))
+        digests = dict(_counted(zip(names, hashed, strict=True), entries, heard))
     wrong = [name for name in names if digests[name] != entries[name]["digest"]]
     changed |= {entries[name]["file"] for name in wrong} & set(found)
     readable = {name: digest for name, digest in digests.items() if digest is not None}
@@ -76,6 +81,20 @@ def verify(out: Path, threads: int = 1) -> VerifyReport:
         tensors=tuple(wrong),
         bytes=sum(found.values()),
     )
+
+
+def _counted(
+    digests: Iterable[tuple[str, str | None]],
+    entries: Mapping[str, Any],
+    heard: Heard | None,
+) -> Iterator[tuple[str, str | None]]:
+    sizes = {n: DType.of(e["dtype"]).itemsize * math.prod(e["shape"]) for n, e in entries.items()}
+    done, total = 0, sum(sizes.values())
+    for name, digest in digests:
+        done += sizes[name]
+        if heard is not None:
+            heard(name, done, total)
+        yield name, digest
 
 
 def read_manifest(out: Path) -> dict[str, Any]:
