@@ -13,12 +13,12 @@ pytest.importorskip("skimage")
 
 
 def scene(size=(32, 32), mode: str = "RGB"):
-    """Something natural: smooth shapes with an edge."""
+    """Something natural: soft shapes, light below and dark above."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    smooth = np.asarray(noise.filter(ImageFilter.GaussianBlur(2))).copy()
-    smooth[: size[1] // 3] //= 3
-    return Image.fromarray(smooth).convert(mode)
+    soft = np.asarray(noise.filter(ImageFilter.GaussianBlur(1)))
+    light = np.linspace(0.2, 1, size[1])[:, None, None]
+    return Image.fromarray((soft * light).astype(np.uint8)).convert(mode)
 
 
 def values(picture):
