@@ -76,13 +76,17 @@ def test_models_are_ordinary_folders(built):
     base = transformers.AutoModel.from_pretrained(built / "base")
     expert = transformers.AutoModel.from_pretrained(built / "experts" / "light")
     assert base.state_dict().keys() == expert.state_dict().keys()
-    assert any(not torch.equal(a, b) for a, b in zip(base.parameters(), expert.parameters()))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(base.parameters(), expert.parameters(), strict=True)
+    )
     transformers.AutoImageProcessor.from_pretrained(built / "base", use_fast=False)
 
 
 def test_every_task_has_a_head_and_only_those_of_the_suite_an_expert(built):
     heads = load_file(built / "heads.safetensors")
-    assert {name: tuple(head.shape) for name, head in heads.items()} == dict.fromkeys(TASKS, (3, 16))
+    assert {name: tuple(head.shape) for name, head in heads.items()} == dict.fromkeys(
+        TASKS, (3, 16)
+    )
     assert all(torch.allclose(h.norm(dim=1), torch.ones(3)) for h in heads.values())
     assert sorted(p.name for p in (built / "experts").iterdir()) == ["dark", "light"]
 

@@ -19,7 +19,10 @@ from fusewright.bench.pools.training import Recipe, generator
 from fusewright.bench.progress import Stages, Step
 from fusewright.bench.suite_file import SuiteError, SuiteSpec
 from fusewright.errors import nearest
+from fusewright.tasks.images import RESAMPLING
 
+ATTENTION = "eager"
+"""In training: on CPUs the fused kernel's backward pass takes more than half of all time."""
 BASE, EXPERTS, LORA, HEADS = "base", "experts", "lora", "heads.safetensors"
 
 
@@ -145,14 +148,14 @@ def new_model(recipe: Recipe, seed: int) -> Any:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return transformers.SegformerModel(config)
+        return transformers.SegformerModel._from_config(config, attn_implementation=ATTENTION)
 
 
 def open_model(path: Path) -> nn.Module:
     """The model of a folder, read by ``transformers`` alone."""
     transformers = needs("transformers")
     transformers.utils.logging.disable_progress_bar()
-    model: nn.Module = transformers.AutoModel.from_pretrained(path)
+    model: nn.Module = transformers.AutoModel.from_pretrained(path, attn_implementation=ATTENTION)
     return model
 
 
@@ -172,10 +175,11 @@ def _save(model: Any, at: Path, recipe: Recipe) -> None:
     model.save_pretrained(at)
     prepared = recipe.prepared
     parts.write_json(at / "preprocessor_config.json", {
-        "image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32},
-        "image_mean": prepared.mean, "image_std": prepared.std, "resample": 2,
-        "do_resize": True, "do_rescale": True, "do_normalize": True,
-    } | {"size": {"height": prepared.size, "width": prepared.size}})  # fmt: skip
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True,
+        "do_normalize": True, "size": {"height": prepared.size, "width": prepared.size},
+        "image_mean": prepared.mean, "image_std": prepared.std,
+        "resample": RESAMPLING.index(prepared.resample),
+    })  # fmt: skip
 
 
 def _sources(spec: SuiteSpec, images: Mapping[str, Images]) -> dict[str, Any]:
