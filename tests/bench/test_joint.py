@@ -190,6 +190,22 @@ def test_tasks_share_a_batch_equally_and_epochs_have_orders_of_their_own() -> No
     assert tasks[0].seen[0] != tasks[1].seen[0]
 
 
+def test_batches_are_augmented_by_draws_from_the_seed() -> None:
+    drawn: list[float] = []
+
+    def noisy(batch: Batch, draw: torch.Generator) -> Batch:
+        noise = torch.randn(batch["x"].shape, generator=draw)
+        drawn.append(noise.sum().item())
+        return {**batch, "x": batch["x"] + noise}
+
+    recipe = RECIPE | {"steps": 3}
+    one, two = (train_joint(small(), TASKS, SPLITS, augment=noisy, **recipe) for _ in range(2))
+    assert drawn[:6] == drawn[6:] and len(set(drawn)) == 6
+    assert torch.equal(one[0].weight, two[0].weight)  # type: ignore[index]
+    plain = train_joint(small(), TASKS, SPLITS, **recipe)
+    assert not torch.equal(one[0].weight, plain[0].weight)  # type: ignore[index]
+
+
 # --- Directions ---------------------------------------------------------------------------------
 
 ONE, TWO = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from hashlib import sha256
@@ -19,6 +19,9 @@ COMBINATION_RATE = 1e-2
 """Of what a combination learns (log-variances start at 0 and move by units, which fine-tuning's
 rates would not let them)."""
 
+Augment = Callable[[Batch, torch.Generator], Batch]
+"""Another version of a batch, drawn with the generator."""
+
 
 def train_joint(
     base_module: nn.Module,
@@ -32,6 +35,7 @@ def train_joint(
     seed: int,
     weight_decay: float = 0.0,
     autocast: torch.dtype | None = None,
+    augment: Augment | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """A copy of the base, fine-tuned on all tasks at once; the base is not changed.
@@ -42,7 +46,8 @@ def train_joint(
     took. ``lr``: the peak, AdamW under a one-cycle schedule with a tenth of warm-up, gradients
     clipped at norm 1, as the experts are trained. ``autocast``: the dtype of the losses' forward
     passes, None for the model's own; not to be wrapped around this function, because torch keeps
-    cast weights until such a region ends. Only parameters that require gradients are trained.
+    cast weights until such a region ends. ``augment``: what the experts' training does to a batch
+    (shifts of pictures …), if anything. Only parameters that require gradients are trained.
     Everything follows from ``seed``; the global random state is given back untouched. ``progress``
     is called with (steps done, steps in all).
 
@@ -58,7 +63,7 @@ def train_joint(
     plan, share = combination(how, len(tasks)), batch_size // len(tasks)
     epoch = min(ceil(sum(len(splits[t.name]) for t in tasks) / batch_size), max(1, steps // 5))
     with _seeded(seed, parameters[0].device):
-        streams = [_stream(task, splits[task.name], share, seed) for task in tasks]
+        streams = [_stream(task, splits[task.name], share, seed, augment) for task in tasks]
         optimiser, schedule = _descent(parameters, plan, steps, lr, weight_decay)
         for step in range(1, steps + 1):
             optimiser.zero_grad()
@@ -92,17 +97,20 @@ def _descent(
     return optimiser, schedule
 
 
-def _stream(task: Task, split: Split, size: int, seed: int) -> Iterator[Batch]:
+def _stream(
+    task: Task, split: Split, size: int, seed: int, augment: Augment | None
+) -> Iterator[Batch]:
     """Batches without end, every epoch in an order of its own; an epoch's rest is left out, so
     that every step weighs the tasks alike."""
     size, epoch = min(size, len(split)), 0
     while True:
         digest = sha256(f"{seed} joint {task.name} {epoch}".encode()).digest()
         order, any_full = int.from_bytes(digest[:4], "little"), False
+        draw = torch.Generator().manual_seed(order)
         for batch in task.batches(split, size, seed=order):
             if len(batch["items"]) == size:
                 any_full = True
-                yield batch
+                yield augment(batch, draw) if augment else batch
         if not any_full:
             raise FusewrightError("a task gives no full batch", where=task.name,
                                   expected=f"batches of {size} items")  # fmt: skip
