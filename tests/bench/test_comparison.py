@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.synthetic_results import TASKS, cell, results
-from fusewright.bench.comparison import Samples, compare, difference, pool, seen
+from fusewright.bench.comparison import Samples, adjusted, compare, difference, pool, seen
 from fusewright.bench.results import Results
 from fusewright.bench.statistics import (
     calibration_error,
@@ -107,10 +107,10 @@ def test_holm_on_a_known_example() -> None:
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_holm_never_lowers_a_p_value_nor_changes_their_order(p: list[float]) -> None:
-    adjusted = holm(p)
-    assert all(a >= b and a <= 1 for a, b in zip(adjusted, p, strict=True))
+    found = holm(p)
+    assert all(a >= b and a <= 1 for a, b in zip(found, p, strict=True))
     order = np.argsort(p, kind="stable")
-    assert np.all(np.diff(np.asarray(adjusted)[order]) >= 0)
+    assert np.all(np.diff(np.asarray(found)[order]) >= 0)
 
 
 def test_calibration_error_of_a_model_as_sure_as_it_is_right() -> None:
@@ -123,6 +123,18 @@ def test_calibration_error_bins_by_equal_width() -> None:
     sure, right = np.array([0.70, 0.99, 0.50]), np.array([1, 1, 0])
     assert calibration_error(sure, right) == pytest.approx((0.3 + 0.01 + 0.5) / 3)
     assert calibration_error(sure, right, bins=1) == pytest.approx(abs(2 - 2.19) / 3)
+
+
+def test_calibration_error_has_fifteen_bins() -> None:
+    sure, right = np.array([0.93, 0.94]), np.array([0, 1])  # on either side of 14 / 15
+    assert calibration_error(sure, right) == pytest.approx((0.93 + 0.06) / 2)
+
+
+def test_what_is_told_apart_is_so_after_correction() -> None:
+    (one,) = compare(results({"ties": 0.8}), results({"ties": 0.7}))
+    each = adjusted([replace(one, p=0.03), replace(one, p=0.04)])
+    assert [d.adjusted for d in each] == pytest.approx([0.06, 0.06])
+    assert not any(d.told_apart() for d in each) and each[0].told_apart(0.9)
 
 
 def test_a_subset_is_another_pool_and_judged_by_its_own_tasks() -> None:

@@ -25,11 +25,11 @@ def _benchmark() -> Any:
 
 
 benchmark = _benchmark()
-SMALL = [case for case in benchmark.CASES if sum(case.items) <= 1000]
+SMALL = [case for case in benchmark.CASES if sum(case.items) <= 300]
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_intervals_hold_the_truth_about_95_percent_of_the_time(case: Any) -> None:
-    share, _ = benchmark.coverage(case, simulations=400, resamples=200)
-    # 400 simulations at 0.95: a standard error of 1.1 points
-    assert 0.92 <= share <= 0.98
+    found = benchmark.coverage(case, simulations=250, resamples=150)
+    # 250 simulations at 0.95: a standard error of 1.4 points
+    assert all(0.91 <= share <= 0.99 for share in found.values()), found

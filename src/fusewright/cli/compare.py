@@ -76,7 +76,8 @@ def _tasks(one: Difference) -> Table:
 
     rows = tuple((task, *_interval(value), one.items[task].ours, one.items[task].theirs,
                   round(one.items[task].p, 4)) for task, value in one.tasks.items())  # fmt: skip
-    return Table(f"{one.ours}, task by task", ("task", "difference", "interval", "better", "worse", "McNemar p"), rows)
+    columns = ("task", "difference", "interval", "better", "worse", "McNemar p")
+    return Table(f"{one.ours}, task by task", columns, rows)
 
 
 def _interval(one: Any) -> tuple[str, str]:
