@@ -41,8 +41,9 @@ def test_stages_out_of_order_do_not_compose(chain: tuple[Any, ...]) -> None:
 
 def test_rounds_run_in_the_order_of_the_stages() -> None:
     steps = as_pipeline(fw.Ties()).steps(torch.float32)
-    assert [s.index for s in steps] == [0, 0, 1]
-    assert [s.round.scope for s in steps] == ["model"] * 3
+    assert [s.index for s in steps] == [0, 0, 0, 0, 1]
+    assert [s.round.scope for s in steps] == ["model"] * 5
+    assert [s.round.whole for s in steps] == [False, True, False, False, True]
 
 
 def test_the_widest_unit_wins() -> None:
