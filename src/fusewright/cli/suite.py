@@ -138,15 +138,21 @@ def check(
     """Measure a suite's regime: whether it can tell methods apart.
 
     The gap between base and experts, cosines and norms of task vectors, the barrier between base
-    and experts, what averaging gains, and whether low entropy means low loss.
+    and experts, what averaging gains, and whether low entropy means low loss. The exit code is 1
+    where the suite's numbers would say little.
     """
-    from fusewright.bench.regime import check as measure
+    from dataclasses import asdict
+
+    from fusewright.bench.regime import check_suite
     from fusewright.bench.suite import suite
 
     found = suite(name, pool=pool, data=data)
     found.check()
-    regime = measure(found, limit=limit, progress=not json)
+    regime = check_suite(found, limit=limit, progress=not json)
     if json:
-        print_json(regime.to_json())
+        cosines = [{"a": a, "b": b, "cosine": c} for (a, b), c in regime.cosines.items()]
+        print_json({**asdict(regime), "cosines": cosines, "doubts": regime.doubts()})
     else:
-        print_tables(regime.tables())
+        print(regime.table())
+    if regime.doubts():
+        raise typer.Exit(1)

@@ -102,4 +102,7 @@ def _in_processes(
                 expected="enough memory for each of the workers", found=error,
                 fix="run the same command again (finished cells are kept), with fewer --jobs",
             ) from error
+        except BaseException:  # a refusal or an interruption: what nobody began is not begun
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
     return failed

@@ -123,7 +123,8 @@ def _sync(path: Path) -> None:
 
 
 def _columns(outcomes: Outcomes) -> dict[str, np.ndarray[Any, Any]]:
-    return {"score": outcomes.score, "weight": outcomes.weight, **outcomes.columns}
+    found = {"score": outcomes.score, "weight": outcomes.weight, **outcomes.columns}
+    return {n: c.astype(np.int64) if c.dtype.kind == "b" else c for n, c in found.items()}
 
 
 def _described(outcomes: Mapping[str, Mapping[str, Outcomes]]) -> Any:
@@ -138,7 +139,7 @@ def _described(outcomes: Mapping[str, Mapping[str, Outcomes]]) -> Any:
 
 
 def _table(outcomes: Mapping[str, Mapping[str, Outcomes]]) -> Any:
-    """One long table; columns that a task lacks are null, those that are text anywhere are text."""
+    """One long table; columns that a task lacks are null, those of several kinds are text."""
     pa = library("pyarrow", "bench")
     blocks = [(task, condition, o) for task, each in outcomes.items()
               for condition, o in each.items()]  # fmt: skip
@@ -148,7 +149,7 @@ def _table(outcomes: Mapping[str, Mapping[str, Outcomes]]) -> Any:
     for _, _, o in blocks:
         for name, column in _columns(o).items():
             kinds.setdefault(name, set()).add(column.dtype.kind)
-    texts = {name for name, found in kinds.items() if len(found - set("f")) > 1 or "U" in found}
+    texts = {name for name, found in kinds.items() if len(found) > 1 or "U" in found}
     tables = []
     for task, condition, o in blocks:
         columns = {"task": [task] * len(o), "condition": [condition] * len(o),
@@ -166,10 +167,15 @@ def _outcomes(table: Any, described: Any) -> dict[str, dict[str, Outcomes]]:
         for condition, said in each.items():
             rows = table.slice(start, said["items"])
             start += said["items"]
-            columns = {name: np.array(rows[name].to_pylist(), dtype=dtype)
+            columns = {name: _column(rows[name], np.dtype(dtype))
                        for name, dtype in said["dtypes"].items()}  # fmt: skip
             score, weight = (rows[name].to_numpy() for name in ("score", "weight"))
             found.setdefault(task, {})[condition] = Outcomes(
                 said["metric"], score, weight, columns
             )
     return found
+
+
+def _column(stored: Any, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    values = stored.to_pylist()
+    return np.array(values, dtype=np.int64 if dtype.kind == "b" else dtype).astype(dtype)

@@ -1,0 +1,67 @@
+"""``fusewright suite`` and ``fusewright bench``, as they are typed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tiny_suite import write_suite
+
+for needed in ("sklearn", "transformers", "pyarrow"):
+    pytest.importorskip(needed)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    return write_suite(folder), "--pool", folder / "pool"
+
+
+def test_suites_are_listed(run):
+    found = run("suite", "list")
+    assert found.exit_code == 0 and "digits" in found.stdout
+    assert "digits" in json.loads(run("suite", "list", "--json").stdout)
+
+
+def test_a_suite_is_shown_before_it_is_built(run, tiny):
+    found = run("suite", "show", *tiny)
+    assert found.exit_code == 0 and "which digit?" in found.stdout and "unseen" in found.stdout
+
+
+def test_an_unknown_suite_is_a_mistake_in_the_command(run):
+    found = run("suite", "show", "digist")
+    assert found.exit_code == 2 and "did you mean 'digits'?" in found.stderr
+
+
+def test_what_is_built_is_named(run, tiny):
+    found = run("suite", "build", *tiny)
+    assert found.exit_code == 0 and found.stdout.strip().endswith("seed-0")
+
+
+def test_the_regime_is_printed_and_doubts_are_an_exit_code(run, tiny):
+    found = run("suite", "check", *tiny, "--limit", 30, "--json")
+    said = json.loads(found.stdout)
+    assert set(said["tasks"]) == {"digit", "parity"} and len(said["cosines"]) == 1
+    assert found.exit_code == bool(said["doubts"])
+
+
+def test_a_sweep_prints_its_table_and_writes_a_report(run, tiny, tmp_path):
+    found = run("bench", *tiny, "--methods", "ties,drop >> elect", "--limit", 20, "-o", tmp_path)
+    assert found.exit_code == 0, found.stderr
+    for row in ("base", "own expert", "ties", "drop-elect", "average", "task_arithmetic"):
+        assert row in found.stdout
+    assert (tmp_path / "report.html").stat().st_size and (tmp_path / "results.json").is_file()
+    again = run("bench", *tiny, "--methods", "ties", "--limit", 20, "-o", tmp_path, "--json")
+    said = json.loads(again.stdout)
+    assert {c["row"] for c in said["cells"]} >= {"ties", "average"} and said["files"]
+
+
+def test_a_method_that_fails_is_told_and_is_an_exit_code(run, tiny, tmp_path):
+    found = run("bench", *tiny, "--methods", "slerpp", "--limit", 5, "-o", tmp_path)
+    assert found.exit_code == 2 and "did you mean 'slerp'?" in found.stderr
+
+
+@pytest.mark.parametrize("option", [("--subsets", "two"), ("--tune", "-1"), ("--limit", "0")])
+def test_numbers_are_checked(run, tiny, tmp_path, option):
+    assert run("bench", *tiny, *option, "-o", tmp_path).exit_code == 2
