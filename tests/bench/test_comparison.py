@@ -142,6 +142,8 @@ def test_a_subset_is_another_pool_and_judged_by_its_own_tasks() -> None:
     found = results({}, more=[part, base])
     assert pool(part, found)[2] == ("dtd", "mnist") and pool(base, found)[2] == ()
     assert seen(part, found) == ("mnist", "dtd") and seen(base, found) == tuple(TASKS)
+    alone = cell("expert dtd", 0.5, experts=("dtd",), requirement="expert")
+    assert pool(alone, found)[2] == ()
 
 
 def test_a_better_run_is_told_from_a_worse_and_equal_ones_are_not() -> None:

@@ -106,6 +106,15 @@ def test_subsets_have_a_place_of_their_own_draw_by_draw() -> None:
     assert ties and len(ties.pools) == 3
 
 
+def test_references_of_a_subset_do_not_touch_those_of_the_whole() -> None:
+    chosen = ("mnist", "dtd")
+    more = [cell(row, rate, 0, experts=chosen) for row, rate in QUALITY.items()]
+    more = [replace(c, outcomes={t: c.outcomes[t] for t in chosen}) for c in more]
+    plain, mixed = (summarise(results(more=m), resamples=100) for m in ((), more))
+    assert mixed.sections == plain.sections
+    assert {subset.row for subset in mixed.subsets} == set(QUALITY) - {"own expert"}
+
+
 def test_each_setting_of_the_axes_is_a_section() -> None:
     cells = [cell(row, rate, axes={"size": size}) for size in ("small", "large")
              for row, rate in QUALITY.items()]  # fmt: skip

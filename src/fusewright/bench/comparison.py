@@ -38,15 +38,17 @@ Pool = tuple[int, tuple[tuple[str, str], ...], tuple[str, ...]]
 
 def pool(cell: Cell, results: Results) -> Pool:
     """Which models a cell was made from; the same for all rows that may be compared."""
-    alone = cell.requirement in ("reference", "expert") or set(cell.experts) >= set(results.merged)
-    experts = () if alone else tuple(sorted(cell.experts))
+    alone = cell.requirement == "expert" and len(cell.experts) == 1
+    whole = alone or not cell.experts or set(cell.experts) >= set(results.merged)
+    experts = () if whole else tuple(sorted(cell.experts))
     return cell.seed, tuple(sorted(cell.axes.items())), experts
 
 
 def seen(cell: Cell, results: Results) -> tuple[str, ...]:
-    """The tasks whose experts took part, in the order of the suite."""
+    """The tasks measured whose experts took part, in the order of the suite."""
     chosen = pool(cell, results)[2]
-    return tuple(task for task in results.merged if not chosen or task in chosen)
+    return tuple(task for task in results.merged
+                 if task in cell.outcomes and (not chosen or task in chosen))  # fmt: skip
 
 
 class Samples:
@@ -135,8 +137,10 @@ class Experts:
                         self._cells[key] = cell
 
     def of(self, where: Pool, task: str) -> Cell | None:
-        """The cell that holds what the task's expert does on it, if it was measured."""
-        return self._cells.get(((where[0], where[1], ()), task))
+        """The cell that holds what the task's expert does on it, if it was measured: in this
+        pool, else among all experts of the same seed and axes."""
+        whole = (where[0], where[1], ())
+        return self._cells.get((where, task)) or self._cells.get((whole, task))
 
     def know(self, pools: Iterable[Pool], tasks: Sequence[str]) -> bool:
         return all(self.of(where, task) is not None for where in pools for task in tasks)
@@ -279,8 +283,7 @@ def compare(
         for cell in cells:
             other = others.get((row, pool(cell, ours)))
             if other is not None:
-                both = tuple(t for t in seen(cell, ours) if t in cell.outcomes
-                             and t in other.outcomes)  # fmt: skip
+                both = tuple(task for task in seen(cell, ours) if task in other.outcomes)
                 groups.setdefault(both, []).append((cell, other))
         for tasks, pairs in groups.items():
             if tasks:

@@ -12,6 +12,7 @@ import numpy as np
 
 from fusewright.bench.comparison import (
     LOG_LIKELIHOOD,
+    OWN,
     Difference,
     Experts,
     Samples,
@@ -339,7 +340,7 @@ def _subsets(tools: _Tools) -> list[Subset]:
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in tools.results.cells:
         where = pool(cell, tools.results)
-        if where[2]:
+        if where[2] and cell.requirement != "expert" and cell.row != OWN:
             groups.setdefault((where[1], cell.row, len(where[2])), []).append(cell)
     found = [
         Subset(dict(axes), row, cells[0].requirement, count,
