@@ -1,5 +1,5 @@
 """The reported interval of a difference holds the truth as often as it says (a small version of
-benchmarks/coverage.py, with fewer simulations and resamples)."""
+benchmarks/interval_coverage.py, with fewer simulations and resamples)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("scipy")
 def _benchmark() -> Any:
     import sys
 
-    path = Path(__file__).parents[2] / "benchmarks" / "coverage.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "interval_coverage.py"
     spec = importlib.util.spec_from_file_location("coverage_benchmark", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

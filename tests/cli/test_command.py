@@ -13,7 +13,9 @@ import pytest
 import fusewright
 from fusewright.errors import FusewrightWarning
 
-COMMANDS = ("merge", "inspect", "check", "verify", "methods", "demo", "schema")
+COMMANDS = (
+    "merge", "inspect", "check", "verify", "methods", "demo", "schema", "bench", "compare",
+)  # fmt: skip
 HEAVY = ("torch", "numpy", "pydantic", "transformers", "yaml", "numba")
 
 

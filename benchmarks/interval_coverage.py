@@ -5,7 +5,7 @@ sizes; what makes an item hard is shared, so their outcomes are correlated. Each
 new items and summarises them as reports do. Prints the share of intervals that hold the truth;
 93-97 % is asked.
 
-    python benchmarks/coverage.py [--simulations 2000] [--resamples 1000]
+    python benchmarks/interval_coverage.py [--simulations 2000] [--resamples 1000]
 """
 
 from __future__ import annotations
