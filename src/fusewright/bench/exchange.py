@@ -7,6 +7,7 @@ is right is proved by the base, whose weights must arrive as transformers itself
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import torch
 
 from fusewright.bench.extras import needs
 from fusewright.bench.suite_file import Opens, SuiteError
+from fusewright.bench.suite_tasks import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,11 +56,12 @@ class Exchange:
     def _found(self, start: Mapping[str, Tensor]) -> dict[str, str]:
         """{the module's name: the checkpoint's}."""
         transformers: Any = needs("transformers")
-        config = transformers.AutoConfig.from_pretrained(self._base)
+        config = copy.deepcopy(self._module.config)
         marked = {n: torch.full(t.shape, float(i)) for i, (n, t) in enumerate(start.items())}
         arguments = {**self._opens.arguments, "config": config, "dtype": torch.float32}
-        cls = getattr(transformers, self._opens.model)
-        loaded = cls.from_pretrained(None, state_dict=marked, **arguments).state_dict()
+        cls: Any = type(self._module)
+        with quiet(transformers.utils.logging):
+            loaded = cls.from_pretrained(None, state_dict=marked, **arguments).state_dict()
         names = list(start)
         found = {}
         for name, tensor in loaded.items():

@@ -107,11 +107,11 @@ class Suite:
 
     @cached_property
     def base(self) -> Path:
-        return self._model(self._models["base"])
+        return self.model(self._models["base"])
 
     @cached_property
     def experts(self) -> dict[str, Path]:
-        return {name: self._model(ref) for name, ref in self._models["experts"].items()}
+        return {name: self.model(ref) for name, ref in self._models["experts"].items()}
 
     @cached_property
     def extras(self) -> dict[str, Path]:
@@ -119,7 +119,8 @@ class Suite:
         found = {row: self.root / ref for row, ref in self.spec.extras.items()}
         return {row: path for row, path in found.items() if path.is_dir()}
 
-    def _model(self, ref: str) -> Path:
+    def model(self, ref: str) -> Path:
+        """Where a model lies that the suite names; fetched if it is on the Hub."""
         if self.spec.build is None:
             return _from_hub(ref, self.pool)
         path = self.root / ref
@@ -135,11 +136,15 @@ class Suite:
     @cached_property
     def heads(self) -> dict[str, Tensor]:
         """The frozen head (classes, width) of each task that has one."""
+        if self.spec.zero_shot is not None:
+            from fusewright.bench.zero_shot import text_heads
+
+            return text_heads(self, self.model(self.spec.zero_shot.model))
         if self._models["heads"] is None:
             return {}
         from fusewright.engine.state import read_state
 
-        stored = read_state(self._model(self._models["heads"]))
+        stored = read_state(self.model(self._models["heads"]))
         found = {}
         for name, task in self.spec.tasks.items():
             head = stored.get(task.head or name)

@@ -54,6 +54,13 @@ class TaskSpec(_Part):
     note: str = ""
 
 
+class ZeroShot(_Part):
+    """Heads from class names, by a CLIP model's text encoder: means over ``templates``."""
+
+    model: str = Field(description="a CLIP model with both encoders")
+    templates: list[str] = Field(["a photo of a {}."], description="unless a task has its own")
+
+
 class Build(_Part):
     """How the pool is made where no public checkpoints are used."""
 
@@ -82,6 +89,8 @@ class SuiteSpec(_Part):
     base: str
     experts: dict[str, str]
     heads: str | None = Field(None, description="safetensors with a head (classes, width) by task")
+    zero_shot: ZeroShot | None = None
+    optional: list[str] = Field([], description="patterns of base tensors that experts lack")
     extras: dict[str, str] = Field({}, description="more models by row, such as joint training")
     tasks: dict[str, TaskSpec]
     merged: list[str] = Field([], description="tasks whose experts are merged; all with experts")
@@ -160,7 +169,7 @@ def _check_version(fields: Mapping[str, Any], path: Path) -> None:
 
 
 _MODELS: dict[str, type[BaseModel]] = {
-    "opens": Opens, "tasks": TaskSpec, "build": Build, "variants": Variant,
+    "opens": Opens, "zero_shot": ZeroShot, "tasks": TaskSpec, "build": Build, "variants": Variant,
 }  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -49,9 +51,14 @@ def make_task(suite: Suite, name: str) -> Task:
     if "head" in asked and name in suite.heads:
         given["head"] = suite.heads[name]
     if "classes" in asked:
-        given["classes"] = _classes(suite, name)
+        given["classes"] = classes_of(suite, name)
     if "tokenizer" in asked:
         given["tokenizer"] = needs("transformers").AutoTokenizer.from_pretrained(suite.base)
+    if suite.spec.zero_shot is not None and "projection" in asked:
+        from fusewright.bench.zero_shot import reading
+
+        given.pop("templates", None)
+        given |= reading(suite.model(suite.spec.zero_shot.model))
     if "preparation" in asked:
         given["preparation"] = _preparation(suite, given.get("preparation"))
     try:
@@ -63,7 +70,7 @@ def make_task(suite: Suite, name: str) -> Task:
     return task
 
 
-def _classes(suite: Suite, name: str) -> tuple[str, ...]:
+def classes_of(suite: Suite, name: str) -> tuple[str, ...]:
     """The class names that the suite gives, else those of the test data, else numbers."""
     said = suite.spec.tasks[name].classes
     if isinstance(said, list):
@@ -71,7 +78,7 @@ def _classes(suite: Suite, name: str) -> tuple[str, ...]:
     named = getattr(suite.split(name, "test"), "classes", None)
     if named is not None:
         return tuple(named)
-    count = said or len(suite.heads.get(name, ()))
+    count = said or (0 if suite.spec.zero_shot else len(suite.heads.get(name, ())))
     if not count:
         raise SuiteError(f"nothing names the classes of {name!r}",
                          fix=f"tasks: {{{name}: {{classes: [...]}}}}")  # fmt: skip
@@ -129,9 +136,30 @@ def open_model(path: Path, opens: Opens) -> nn.Module:
     if cls is None:
         raise SuiteError(f"transformers has no class {opens.model!r}", where="opens.model",
                          fix="pip install --upgrade transformers, or name another")  # fmt: skip
-    transformers.utils.logging.disable_progress_bar()
-    module: nn.Module = cls.from_pretrained(path, **opens.arguments).eval()
-    return module
+    with quiet(transformers.utils.logging):
+        module, loading = cls.from_pretrained(path, output_loading_info=True, **opens.arguments)
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers would fill them with random numbers
+        raise SuiteError("the model lacks tensors of its class", where=path,
+                         expected=f"all of transformers.{opens.model}",
+                         found=f"without {', '.join(missing[:4])}",
+                         fix="another class in the suite's opens: {model: ...}")  # fmt: skip
+    found: nn.Module = module.eval()
+    return found
+
+
+@contextmanager
+def quiet(logging: Any) -> Iterator[None]:
+    """transformers without its bars and reports of what a checkpoint holds besides."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 

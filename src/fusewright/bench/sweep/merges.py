@@ -36,6 +36,7 @@ class Merges:
     base: Path
     experts: Mapping[str, Path]
     threads: int | None = None
+    optional: tuple[str, ...] = ()
     _kept: tuple[Method, float, Made] | None = field(default=None, repr=False)
     _base: State | None = field(default=None, repr=False)
 
@@ -54,11 +55,15 @@ class Merges:
     def _merged(self, method: Method, dtype: str | None) -> Made:
         from fusewright.engine import merge
 
-        needs_base = {} if method.card.base == "unused" else {"base": self.base}
+        unused = method.card.base == "unused" and not self.optional
+        needs_base = {} if unused else {"base": self.base}
         options: dict[str, Any] = {} if self.threads is None else {"threads": self.threads}
         _warm(method, len(self.experts))
         with measured() as cost:
-            merged = merge(method, experts=dict(self.experts), dtype=dtype, **needs_base, **options)
+            merged = merge(
+                method, experts=dict(self.experts), dtype=dtype, optional=self.optional,
+                **needs_base, **options,
+            )  # fmt: skip
         state = merged.state_dict()
         return Made(state, cost.plain() | {"bytes_read": float(merged.report["bytes_read"])})
 

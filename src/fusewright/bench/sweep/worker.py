@@ -144,7 +144,9 @@ class Worker:
         names = job.pool.experts
         if names not in self._merges:
             experts = {name: self.suite.experts[name] for name in names}
-            self._merges[names] = Merges(self.suite.base, experts, self.threads)
+            self._merges[names] = Merges(
+                self.suite.base, experts, self.threads, tuple(self.suite.spec.optional)
+            )
         return self._merges[names]
 
     def _merged(self, job: Job) -> Cell:
