@@ -268,6 +268,7 @@ def test_processes_give_the_same_and_a_killed_one_loses_nothing(
     assert {c.row: scores(c) for c in results.cells} == expected
 
 
-def test_without_a_folder_nothing_is_left(suite):
-    results = bench(suite, ["average"], limit=5, progress=False)
-    assert "average" in results.rows()
+def test_a_notebook_needs_no_folder(suite, tmp_path):
+    results = fw.bench(suite, methods=["average", fw.IsoC()], limit=5, progress=False)
+    assert {"average", "iso_c", "task_arithmetic"} <= set(results.rows())
+    assert "iso_c" in results.to_html(tmp_path / "report.html").read_text("utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from pathlib import Path
 from typing import Any
 
 from fusewright.tasks.outcomes import Outcomes
@@ -71,6 +72,12 @@ class Results:
         for cell in self.cells:
             found.setdefault(cell.row, []).append(cell)
         return found
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the report: one page without other files."""
+        from fusewright.bench.report import to_html
+
+        return to_html(self, path)
 
     def of(self, row: str) -> Iterator[Cell]:
         """The cells of one row: one for each seed and subset."""

@@ -46,7 +46,9 @@ def make_task(suite: Suite, name: str) -> Task:
                          fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
     module, attribute = KINDS[spec.kind]
     cls = getattr(import_module(module), attribute)
-    given: dict[str, Any] = dict(spec.options)
+    given: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in spec.options.items()
+    }
     asked = {field.name for field in fields(cls)}
     if "head" in asked and name in suite.heads:
         given["head"] = suite.heads[name]

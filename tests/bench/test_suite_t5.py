@@ -1,0 +1,87 @@
+"""A suite of public Flan-T5 checkpoints, on tiny models of the same class in the same layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+
+import fusewright as fw
+from fusewright.bench.suite_file import find_suite
+
+transformers = pytest.importorskip("transformers")
+pa = pytest.importorskip("pyarrow")
+tokenizers = pytest.importorskip("tokenizers")
+
+TASKS = {"cola": ("sentence",), "rte": ("sentence1", "sentence2")}
+
+
+def tiny_t5(folder):
+    config = transformers.T5Config(
+        vocab_size=96, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = transformers.T5ForConditionalGeneration(config)
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    for text in ("acceptable", "unacceptable", "yes", "no", "a", "b", "c"):
+        words[text] = len(words)
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    base.save_pretrained(folder / "flan-t5-base")
+    tokenizer.save_pretrained(folder / "flan-t5-base")
+    for number, task in enumerate(TASKS):
+        draw = torch.Generator().manual_seed(number)
+        expert = transformers.T5ForConditionalGeneration.from_pretrained(folder / "flan-t5-base")
+        with torch.no_grad():
+            for parameter in expert.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+        expert.save_pretrained(folder / f"flan-t5-base_glue-{task}")
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("t5")
+    tiny_t5(folder / "pool")
+    fields = yaml.safe_load(find_suite("flan-t5-base-glue").read_text("utf-8"))
+    del fields["variants"]
+    for key in ("tasks", "experts"):
+        fields[key] = {name: fields[key][name] for name in TASKS}
+    for task, columns in TASKS.items():
+        fields["tasks"][task]["splits"]["validation"] = "train"
+        at = folder / "data" / "glue" / task
+        at.mkdir(parents=True)
+        for part in ("train", "validation"):
+            rows = {name: ["a b", "c", "b a c"] * 3 for name in columns}
+            pq.write_table(pa.table(rows | {"label": [0, 1, 1] * 3}), at / f"{part}.parquet")
+        fields["tasks"][task]["classes"] = ["no", "yes"]
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
+    return fw.suite(folder / "tiny.yaml", pool=folder / "pool", data=folder / "data")
+
+
+def test_the_prompt_and_the_words_are_those_of_the_experts(suite):
+    task = suite.tasks["rte"]
+    assert task.words == ("yes", "no")
+    assert task.template.format(text="A", text2="B") == (
+        "Does the text: 'A' entail that 'B' is true? Provide 'yes' or 'no'."
+    )
+
+
+def test_a_sweep_merges_text_to_text_models(suite, tmp_path):
+    results = fw.bench(suite, ["ties"], out=tmp_path, progress=False)
+    assert results.facts["failed"] == {}
+    experts = [suite.open(suite.experts[task]).state_dict() for task in TASKS]
+    module = suite.open(suite.base)
+    module.load_state_dict({n: (experts[0][n] + experts[1][n]) / 2 for n in experts[0]})
+    (found,) = results.of("average")
+    for task in TASKS:
+        expected = suite.evaluate(module, task).columns["loss"]
+        assert found.outcomes[task]["clean"].columns["loss"] == pytest.approx(expected, rel=1e-4)
