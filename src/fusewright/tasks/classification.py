@@ -49,7 +49,8 @@ class Classification(BatchedTask):
 
     def outcomes(self, model: nn.Module, batches: Iterator[Batch]) -> Outcomes:
         """Accuracy of each item; columns label, prediction, loss, confidence, entropy."""
-        return classified((self.logits(model, batch), batch["labels"]) for batch in batches)
+        # map, unlike a loop, holds no batch while the next is made.
+        return classified(map(lambda batch: (self.logits(model, batch), batch["labels"]), batches))
 
 
 COLUMNS = ("label", "prediction", "loss", "confidence", "entropy")

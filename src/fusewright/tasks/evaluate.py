@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fusewright.errors import FusewrightError
+from fusewright.tasks.batching import Prepared
 from fusewright.tasks.outcomes import Outcomes
 from fusewright.tasks.task import Batch, Progress, Split, Task
 
@@ -52,6 +54,8 @@ def evaluate(
             stack.enter_context(_cast(device, dtype))
             own = None
         batches = task.batches(split, batch_size, limit=limit)
+        if not isinstance(split, Prepared):
+            batches = _ahead(batches)
         return task.outcomes(model, _fed(batches, torch.device(device), own, total, progress))
 
 
@@ -96,6 +100,16 @@ def _floating(model: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, each made in another thread while the model is busy with the last."""
+    with ThreadPoolExecutor(1) as pool:
+        later = pool.submit(next, batches, None)
+        while (batch := later.result()) is not None:
+            later = pool.submit(next, batches, None)
+            yield batch
+            del batch
+
+
 def _fed(
     batches: Iterator[Batch],
     device: torch.device,
@@ -105,8 +119,9 @@ def _fed(
 ) -> Iterator[Batch]:
     done = 0
     for batch in batches:
-        yield {name: _moved(value, device, own) for name, value in batch.items()}
         done += len(batch["items"])
+        yield {name: _moved(value, device, own) for name, value in batch.items()}
+        del batch  # before the next is made, which then finds warm memory
         if progress is not None:
             progress(done, total)
 

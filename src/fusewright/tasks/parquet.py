@@ -57,11 +57,11 @@ class ParquetSplit(DataSplit):
     def rows(self, numbers: Sequence[int]) -> Mapping[str, Sequence[Any]]:
         found: dict[str, list[Any]] = {role: [None] * len(numbers) for role in self._columns}
         for group, at in self._by_group(numbers):
-            table = self._group(group)
+            table = self._group(group).take([row for _, row in at])
             for role, column in self._columns.items():
-                values = table.column(column)
-                for place, row in at:
-                    found[role][place] = self._value(role, values[row].as_py(), numbers[place])
+                values = table.column(column).to_pylist()
+                for (place, _), value in zip(at, values, strict=True):
+                    found[role][place] = self._value(role, value, numbers[place])
         return found
 
     def labels(self) -> Labels:
