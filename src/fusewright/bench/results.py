@@ -73,12 +73,6 @@ class Results:
             found.setdefault(cell.row, []).append(cell)
         return found
 
-    def to_html(self, path: str | Path) -> Path:
-        """Write the report: one page without other files."""
-        from fusewright.bench.report import to_html
-
-        return to_html(self, path)
-
     def of(self, row: str) -> Iterator[Cell]:
         """The cells of one row: one for each seed and subset."""
         return (cell for cell in self.cells if cell.row == row)
