@@ -108,3 +108,16 @@ def test_a_sweep_merges_the_image_encoders(suite, tmp_path):
         expected = suite.evaluate(module, task).columns["loss"]
         np.testing.assert_allclose(found.outcomes[task]["clean"].columns["loss"], expected,
                                    rtol=1e-4)  # fmt: skip
+
+
+def test_corrupted_pictures_are_conditions_of_their_own(suite):
+    pytest.importorskip("scipy")
+    pytest.importorskip("skimage")
+    results = fw.bench(suite, ["average"], limit=4, corruptions=["contrast"], progress=False)
+    for cell in results.cells:
+        for each in cell.outcomes.values():
+            assert list(each) == ["clean", "contrast"]
+            losses = [each[name].columns["loss"].tolist() for name in each]
+            assert losses[0] != losses[1]
+    with pytest.raises(fw.FusewrightError, match="contrst"):
+        fw.bench(suite, ["average"], corruptions=["contrst"], progress=False)

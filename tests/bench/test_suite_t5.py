@@ -85,3 +85,16 @@ def test_a_sweep_merges_text_to_text_models(suite, tmp_path):
     for task in TASKS:
         expected = suite.evaluate(module, task).columns["loss"]
         assert found.outcomes[task]["clean"].columns["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_adapter_opens_over_its_base(suite, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = suite.open(suite.base)
+    config = peft.LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False)
+    torch.manual_seed(3)
+    adapted = peft.get_peft_model(base, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = adapted.merge_and_unload().state_dict()
+    found = suite.open(tmp_path / "adapter").state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)

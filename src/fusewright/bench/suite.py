@@ -183,14 +183,17 @@ class Suite:
         return found
 
     def asked(self, task: str, condition: str = CLEAN) -> Task:
-        """A task, of clean inputs or under a corruption by name."""
+        """A task, of clean inputs or under a corruption by name, as strong as the benchmarks of
+        its model's picture size have it (CIFAR-10-C up to 64 pixels, ImageNet-C above)."""
         self.task_spec(task)
         if condition == CLEAN:
             return self.tasks[task]
         from fusewright.tasks.corruptions import Corruption
 
-        change: Any = {"corruption": Corruption(condition)}
-        return replace(self.tasks[task], **change)
+        clean: Any = self.tasks[task]
+        pictures: Any = "small" if clean.preparation.size <= 64 else "large"
+        corrupted: Task = replace(clean, corruption=Corruption(condition, pictures=pictures))
+        return corrupted
 
     def ready(
         self, task: str, part: str = "test", limit: int | None = None, condition: str = CLEAN
@@ -223,11 +226,12 @@ class Suite:
 
         if not (Path(path) / "adapter_config.json").is_file():
             return open_model(Path(path), self.spec.opens)
+        from fusewright.bench.exchange import Exchange
         from fusewright.engine import merge
-        from fusewright.engine.state import fill
 
         whole = merge({"task_arithmetic": {"scale": 1.0}}, base=self.base, experts=[path])
-        return fill(self.open(self.base), whole.state_dict())
+        empty = Exchange(self.open(self.base), self.base, self.spec.opens)
+        return empty.filled(whole.state_dict())
 
     def evaluate(
         self, model: nn.Module | str | Path, task: str, split: str = "test",

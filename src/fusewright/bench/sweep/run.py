@@ -110,9 +110,10 @@ def _results(suite: Suite, cells: tuple[Any, ...], facts: Mapping[str, Any]) -> 
 def _conditions(corruptions: bool | Sequence[str]) -> tuple[str, ...]:
     if not corruptions:
         return (CLEAN,)
-    from fusewright.tasks.corruptions import CORRUPTIONS
+    from fusewright.tasks.corruptions import CORRUPTIONS, Corruption
 
-    return (CLEAN, *(CORRUPTIONS if corruptions is True else corruptions))
+    names = CORRUPTIONS if corruptions is True else corruptions
+    return (CLEAN, *(Corruption(name).name for name in names))  # an unknown one is refused here
 
 
 def _check(asked: Asked, suite: Suite) -> None:
