@@ -78,4 +78,15 @@ def test_the_digest_follows_what_results_depend_on(tmp_path):
     spec = read_suite(write_suite(tmp_path))
     assert read_suite(write_suite(tmp_path, title="other")).digest() == spec.digest()
     assert read_suite(write_suite(tmp_path, seeds=[0, 1, 2])).digest() == spec.digest()
+    words = {n: {"kind": "digits", "question": "?", "licence": "x"} for n in spec.tasks}
+    plain = {n: {"kind": "digits"} for n in spec.tasks}
+    digests = [read_suite(write_suite(tmp_path, tasks=t)).digest() for t in (words, plain)]
+    assert digests[0] == digests[1] != spec.digest()  # classes were said
     assert read_suite(write_suite(tmp_path, merged=["digit"])).digest() != spec.digest()
+
+
+def test_a_pool_is_found_again_when_only_the_questions_change(tmp_path):
+    spec = read_suite(write_suite(tmp_path))
+    assert read_suite(write_suite(tmp_path, merged=["digit"])).pool_digest() == spec.pool_digest()
+    other = {"builder": "digits", "parameters": {"width": 32}}
+    assert read_suite(write_suite(tmp_path, build=other)).pool_digest() != spec.pool_digest()

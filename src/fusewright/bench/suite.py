@@ -268,7 +268,7 @@ def default_pool(name: str, spec: SuiteSpec) -> Path:
     if given:
         return Path(given) / name
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "fusewright" / "pools" / f"{name}-{spec.digest()}"
+    return cache / "fusewright" / "pools" / f"{name}-{spec.pool_digest()}"
 
 
 def _from_hub(ref: str, pool: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -110,7 +111,15 @@ class SuiteSpec(_Part):
 
     def digest(self) -> str:
         """Twelve hex digits of everything in the suite that results can depend on."""
-        said = self.model_dump_json(exclude={"title", "about", "licence", "seeds"})
+        words = {"__all__": {"question", "licence", "note"}}
+        left: Any = {"title": True, "about": True, "licence": True, "seeds": True, "tasks": words}
+        return sha256(self.model_dump_json(exclude=left).encode()).hexdigest()[:12]
+
+    def pool_digest(self) -> str:
+        """Twelve hex digits of what the pool is trained from: a test split is no part of it."""
+        tasks = {n: [t.data, t.hub, t.splits.get("train")] for n, t in self.tasks.items()}
+        build = self.build.model_dump() if self.build is not None else None
+        said = json.dumps([build, self.base, self.experts, tasks], sort_keys=True, default=str)
         return sha256(said.encode()).hexdigest()[:12]
 
 
