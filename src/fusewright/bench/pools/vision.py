@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -75,18 +76,35 @@ class _Builder:
 
     def build(self, experts: list[str], progress: bool) -> dict[str, Any]:
         """Every part's facts, by its path."""
-        recipe, made = self.recipe, {}
-        with Stages(progress).stage("base", recipe.base_epochs) as step:
-            made[BASE] = parts.make_part(self.out / BASE, lambda at: self._base(at, step))
-            step("done")
+        recipe = self.recipe
+        made: dict[str, Any] = {}
+        with Stages(progress).stage(BASE, recipe.base_epochs) as step:
+            made[BASE] = self._part(BASE, recipe.base_epochs, step, self._base)
         parts.make_file(self.out / HEADS, self._heads)
         steps = len(experts) * recipe.expert_epochs
         for tuning, folder in (("full", EXPERTS), ("lora", LORA)):
             if tuning in recipe.tunings:
                 with Stages(progress).stage(folder, steps) as step:
                     for task in experts:
-                        made[f"{folder}/{task}"] = self._expert(task, folder, step)
+                        name = f"{folder}/{task}"
+                        make = partial(self._expert, task, folder)
+                        made[name] = self._part(name, recipe.expert_epochs, step, make)
         return made
+
+    def _part(
+        self, name: str, epochs: int, step: Step, make: Callable[[Path, Step], dict[str, Any]]
+    ) -> Mapping[str, Any]:
+        """A part of an earlier run, or made now; every epoch is a step."""
+
+        def said(what: str) -> None:
+            step(f"{name}, {what}")
+
+        path = self.out / name
+        if path.exists():
+            for _ in range(epochs):
+                said("kept")
+        path.parent.mkdir(exist_ok=True)
+        return parts.make_part(path, lambda at: make(at, said))
 
     def _base(self, at: Path, step: Step) -> dict[str, Any]:
         began, model = perf_counter(), new_model(self.recipe, self.seed)
@@ -105,30 +123,19 @@ class _Builder:
             for task, images in self.images.items()
         }, at)  # fmt: skip
 
-    def _expert(self, task: str, folder: str, step: Step) -> Mapping[str, Any]:
-        def named(said: str) -> None:
-            step(f"{task}, {said}")
+    def _expert(self, task: str, folder: str, at: Path, step: Step) -> dict[str, Any]:
+        from safetensors.torch import load_file
 
-        def make(at: Path) -> dict[str, Any]:
-            from safetensors.torch import load_file
-
-            recipe, began = self.recipe, perf_counter()
-            head: Tensor = load_file(self.out / HEADS)[task]
-            model: Any = open_model(self.out / BASE)
-            rate = recipe.expert_rate
-            if folder == LORA:
-                model, rate = _with_adapter(model, recipe, self.seed), recipe.lora_rate
-            draw = generator(self.seed, f"{folder} {task}")
-            loss = training.fine_tune(model, self.images[task], head, recipe, rate, draw, named)
-            _save(model, at, recipe)
-            return {"seconds": perf_counter() - began, "loss": loss}
-
-        path = self.out / folder / task
-        if path.exists():
-            for _ in range(self.recipe.expert_epochs):
-                named("kept")
-        path.parent.mkdir(exist_ok=True)
-        return parts.make_part(path, make)
+        recipe, began = self.recipe, perf_counter()
+        head: Tensor = load_file(self.out / HEADS)[task]
+        model: Any = open_model(self.out / BASE)
+        rate = recipe.expert_rate
+        if folder == LORA:
+            model, rate = _with_adapter(model, recipe, self.seed), recipe.lora_rate
+        draw = generator(self.seed, f"{folder} {task}")
+        loss = training.fine_tune(model, self.images[task], head, recipe, rate, draw, step)
+        _save(model, at, recipe)
+        return {"seconds": perf_counter() - began, "loss": loss}
 
 
 def new_model(recipe: Recipe, seed: int) -> Any:
