@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
-from fusewright.errors import FusewrightError
+from fusewright.tasks.errors import library
 
 
 def needs(module: str, extra: str = "demo") -> Any:
@@ -13,11 +12,4 @@ def needs(module: str, extra: str = "demo") -> Any:
 
     Raises FusewrightError if it is not installed.
     """
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        raise FusewrightError(
-            f"{error.name} is not installed",
-            where=module,
-            fix=f"pip install 'fusewright[{extra}]'",
-        ) from error
+    return library(module, extra)
