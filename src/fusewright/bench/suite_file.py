@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fusewright.engine.recipe import _Strict as StrictYAML
+from fusewright.engine.recipe import StrictYAML
 from fusewright.errors import FusewrightError, nearest
 
 VERSION = 1

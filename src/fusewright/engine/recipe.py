@@ -199,7 +199,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError("the recipe cannot be read", where=path, found=error) from error
     try:
-        found = yaml.load(text, Loader=_Strict)
+        found = yaml.load(text, Loader=StrictYAML)
     except yaml.YAMLError as error:
         raise RecipeError("the recipe is not plain YAML", where=path, found=error) from error
     if not isinstance(found, dict):
@@ -207,7 +207,7 @@ def _read(path: Path) -> dict[str, Any]:
     return {str(k): v for k, v in found.items()}
 
 
-class _Strict(yaml.SafeLoader):
+class StrictYAML(yaml.SafeLoader):
     """YAML without anchors, aliases, tags and repeated keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -244,7 +244,7 @@ def _override(fields: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             raise RecipeError(f"--set {path}: {key!r} is not a mapping", found=repr(place))
     try:
-        place[last] = yaml.load(text, Loader=_Strict)
+        place[last] = yaml.load(text, Loader=StrictYAML)
     except yaml.YAMLError as error:
         raise RecipeError("the value after --set is not plain YAML", where=override,
                           found=error) from error  # fmt: skip

@@ -156,6 +156,12 @@ def _folder(out: str | Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
+def _items(suite: Suite) -> dict[str, str]:
+    """Which tasks ask about the same test rows: a name for each set of them."""
+    return {name: f"{task.kind} {task.data or task.hub or ''} {task.splits.get('test', '')}".strip()
+            for name, task in suite.spec.tasks.items()}  # fmt: skip
+
+
 def _facts(suites: Sequence[Suite], asked: Asked) -> dict[str, Any]:
     packages = {}
     for package in ("torch", "transformers", "numpy", "optuna"):
@@ -170,7 +176,7 @@ def _facts(suites: Sequence[Suite], asked: Asked) -> dict[str, Any]:
         "suite digest": suites[0].spec.digest(),
         "seeds": [one.seed for one in suites], "variants": [one.variant for one in suites],
         "trials": asked.tune, "limit": asked.limit, "subsets": list(asked.subsets),
-        "licence": suites[0].spec.licence,
+        "licence": suites[0].spec.licence, "items": _items(suites[0]),
         "versions": {"fusewright": fusewright.__version__, **packages,
                      "python": platform.python_version()},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
