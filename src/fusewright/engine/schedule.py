@@ -35,16 +35,26 @@ class _TensorState:
     solved: dict[Key, Any]
     kept: Kept | None = None
     pending: int = 0
-    partial: Partial | None = None
-    adding: threading.Lock = field(default_factory=threading.Lock)
+    partials: dict[int, Partial] = field(default_factory=dict)
+    """What each thread has measured of the wave: histograms are large, so they are not made anew
+    for each unit, and need no lock."""
+
+    @property
+    def own(self) -> Partial | None:
+        return self.partials.get(threading.get_ident())
 
     def add(self, partial: Partial) -> None:
-        """Add a unit's partial; outside the pool's lock, since histograms are large."""
-        with self.adding:
-            if self.partial is None:
-                self.partial = partial
-            else:
-                self.partial += partial
+        """Add what this thread measured of a unit, unless it was added already."""
+        if self.own is None:
+            self.partials[threading.get_ident()] = partial
+        elif self.own is not partial:
+            self.partials[threading.get_ident()] += partial
+
+    def measured(self) -> Partial | None:
+        """All threads' together, once."""
+        parts = list(self.partials.values())
+        self.partials.clear()
+        return sum_partials(parts) if parts else None
 
 
 @dataclass
@@ -57,8 +67,9 @@ class Schedule:
     tick: Tick = lambda phase, tensor, size: None
     model_solved: dict[Key, Any] = field(default_factory=dict)
     tensor_solved: dict[str, dict[Key, Any]] = field(default_factory=dict)
-    _of_model: list[Partial] = field(default_factory=list)
-    """What the tensors measured for the model's round that ends this pass."""
+    _of_model: Partial | None = None
+    """What the tensors measured for the model's round that ends this pass, added at once: a
+    histogram for each tensor of a large model would not fit."""
 
     def run(self) -> None:
         """All passes in order; raises the first failure of any thread."""
@@ -88,10 +99,10 @@ class Schedule:
                 self.tensor_solved.setdefault(tensor, {})[by_key[key]] = value
 
     def _pass(self, goal: Step | None, own: Sequence[Step]) -> None:
-        self._of_model.clear()
+        self._of_model = None
         _Pool(self, self._states(goal, own)).run()
-        if goal is not None and self._of_model:
-            self._solve_model(goal, sum_partials(self._of_model))
+        if goal is not None and self._of_model is not None:
+            self._solve_model(goal, self._of_model.rounded())
 
     def _solve_model(self, step: Step, partial: Partial | None) -> None:
         value = step.round.solve(partial, self._model_at(step))
@@ -134,7 +145,7 @@ class Schedule:
         if wave is None:
             self.worker.combine(unit, state.solved)
         else:
-            partial = self.worker.measure(wave, unit, state.solved)
+            partial = self.worker.measure(wave, unit, state.solved, state.own)
         if wave is None or wave.round.whole:
             size = (unit.stop - unit.start) * unit.job.info.dtype.itemsize
             self.tick("merge" if wave is None else wave.round.name, unit.name, size)
@@ -142,11 +153,11 @@ class Schedule:
 
     def close_wave(self, state: _TensorState, wave: Step | None) -> None:
         """A wave's last unit is done: solve it, or hand its partial to the model's."""
-        if wave is None or state.partial is None:
+        partial = state.measured()
+        if wave is None or partial is None:
             return
-        partial, state.partial = state.partial.rounded(), None
         if wave.round.scope == "model":
-            self._of_model.append(partial)
+            self._of_model = partial if self._of_model is None else self._of_model + partial
         else:
             self._solve_tensor(state, wave, partial)
 

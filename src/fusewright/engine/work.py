@@ -71,12 +71,17 @@ class Worker:
         self.read = ReadDigests(plan, inputs)
         self._params: dict[tuple[str, Action], Any] = {}
 
-    def measure(self, step: Step, unit: Unit, solved: Solved) -> Partial:
-        """One round's partial over a unit."""
+    def measure(
+        self, step: Step, unit: Unit, solved: Solved, into: Partial | None = None
+    ) -> Partial:
+        """One round's partial over a unit, or ``into`` (of earlier units) with it added."""
         kernel = self.plan.kernel
         if kernel is not None and unit.job.kernel and kernel.measures(step):
             base, vectors, dtypes = self._raws(unit, None)
-            partial = kernel.measure(step, base, vectors, dtypes, self.place(unit, solved))
+            # What is not finite and allowed is measured again, and must not have been added.
+            into = None if self.plan.options.allow_nonfinite else into
+            place = self.place(unit, solved)
+            partial = kernel.measure(step, base, vectors, dtypes, place, into)
             if partial is not None:
                 return partial
         parts = [self._measured(step, piece, solved) for piece in unit.pieces()]

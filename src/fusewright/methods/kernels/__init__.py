@@ -55,8 +55,10 @@ class Kernel(Protocol):
         vectors: Sequence[Tensor],
         dtypes: Sequence[DType],
         place: Place,
+        into: Partial | None = None,
     ) -> Partial | None:
-        """A round's partial, or None where something is not finite."""
+        """A round's partial, or None where something is not finite. It may be added to ``into``, an
+        earlier one of the same round and tensor, which is then returned (and void if None is)."""
         ...
 
 

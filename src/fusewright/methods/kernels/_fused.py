@@ -52,7 +52,9 @@ class Twin(Protocol):
 
     def measures(self, step: Step) -> bool: ...
 
-    def measure(self, step: Step, raws: Raws, place: Place) -> Partial | None: ...
+    def measure(
+        self, step: Step, raws: Raws, place: Place, into: Partial | None
+    ) -> Partial | None: ...
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,9 @@ class FusedKernel:
 
     def measure(
         self, step: Step, base: Tensor | None, vectors: Sequence[Tensor],
-        dtypes: Sequence[DType], place: Place,
+        dtypes: Sequence[DType], place: Place, into: Partial | None = None,
     ) -> Partial | None:  # fmt: skip
-        return self.twin.measure(step, Raws.of(base, vectors, dtypes[0]), place)
+        return self.twin.measure(step, Raws.of(base, vectors, dtypes[0]), place, into)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ class SumTwin:
     def measures(self, step: Step) -> bool:
         return isinstance(self.pipeline.chain[step.index], Slerp | ModelStock)
 
-    def measure(self, step: Step, raws: Raws, place: Place) -> Partial | None:
+    def measure(
+        self, step: Step, raws: Raws, place: Place, into: Partial | None
+    ) -> Partial | None:
         many, blocks = len(raws.vectors), -(-len(raws.vectors[0]) // BLOCK)
         sums = np.zeros((many * (many + 1) // 2, blocks))
         has_base = self.pipeline.frame == "deltas"
@@ -136,9 +140,11 @@ class TiesTwin:
     def measures(self, step: Step) -> bool:
         return True
 
-    def measure(self, step: Step, raws: Raws, place: Place) -> Partial | None:
+    def measure(
+        self, step: Step, raws: Raws, place: Place, into: Partial | None
+    ) -> Partial | None:
         if step.index == 0:
-            return self._magnitudes(step, raws, place.at(0))
+            return self._magnitudes(step, raws, place.at(0), into)
         net = np.zeros(1, np.int64)
         weights = np.array(place.at(1).params.weight, np.float32)
         if _tiles.net_sign(
@@ -151,10 +157,12 @@ class TiesTwin:
         found = place.at(0).solved.get("threshold", [0.0] * len(raws.vectors))
         return np.array(found, np.float32)
 
-    def _magnitudes(self, step: Step, raws: Raws, at: At) -> Partial | None:
+    def _magnitudes(
+        self, step: Step, raws: Raws, at: At, into: Partial | None
+    ) -> Partial | None:
         how: Any = step.round.measure
         if how.func is measure_bracket:
-            return self._bracket(raws, at.solved[how.keywords["sample"]]["bins"])
+            return self._bracket(raws, at, at.solved[how.keywords["sample"]]["bins"], into)
         sampled = how.func is measure_sample
         previous = None if sampled else how.keywords["previous"]
         prefixes = at.solved[previous]["prefix"] if previous else [-1] * len(raws.vectors)
@@ -167,14 +175,20 @@ class TiesTwin:
         weight = stands_for(at) if sampled else 1
         return Partial(counts={"histogram": torch.from_numpy(counts) * weight})
 
-    def _bracket(self, raws: Raws, bins: Sequence[Sequence[int]]) -> Partial | None:
+    def _bracket(
+        self, raws: Raws, at: At, bins: Sequence[Sequence[int]], into: Partial | None
+    ) -> Partial | None:
         places = np.array(bins, np.int64)
-        above = np.zeros(places.shape, np.int64)
-        inside = np.zeros((*places.shape, 2**DIGIT), np.int32)
-        if _tiles.bracket(raws.base, raws.vectors, raws.shift, places, above, inside):
+        if into is None:  # large: made once for each thread and tensor
+            kind = torch.int32 if at.numel < 2**31 else torch.int64
+            inside = torch.zeros((*places.shape, 2**DIGIT), dtype=kind)
+            into = Partial(counts={"above": torch.zeros(places.shape, dtype=torch.int64),
+                                   "inside": inside})  # fmt: skip
+        if _tiles.bracket(
+            raws.base, raws.vectors, raws.shift, places, into["above"], into["inside"]
+        ):
             return None
-        counts = {"above": torch.from_numpy(above), "inside": torch.from_numpy(inside)}
-        return Partial(counts=counts)
+        return into
 
     def combine(self, raws: Raws, out: Raw, out_shift: int, place: Place) -> int:
         at = place.at(1)
