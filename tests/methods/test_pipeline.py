@@ -178,3 +178,12 @@ def test_what_varies_over_tensors_is_known(value: Any, moves: bool) -> None:
 def test_values_that_are_written_wrongly_are_refused(bad: Any) -> None:
     with pytest.raises(RecipeError, match="scale"):
         fw.Sum(scale=bad)
+
+
+def test_counts_in_place_grow_where_they_must() -> None:
+    small = torch.tensor([2**30, 5], dtype=torch.int32)
+    total = Partial(counts={"n": small.clone()})
+    total += Partial(counts={"n": torch.tensor([1, 2], dtype=torch.int32)})
+    assert total["n"].dtype == "int32" and total["n"].tolist() == [2**30 + 1, 7]
+    total += Partial(counts={"n": small})
+    assert total["n"].dtype == "int64" and total["n"].tolist() == [2**31 + 1, 12]

@@ -54,7 +54,9 @@ class _TensorState:
         """All threads' together, once."""
         parts = list(self.partials.values())
         self.partials.clear()
-        return sum_partials(parts) if parts else None
+        for other in parts[1:]:
+            parts[0] += other
+        return parts[0].rounded() if parts else None
 
 
 @dataclass
@@ -180,17 +182,13 @@ class Schedule:
         self.worker.sink.note(f"tensor:{wave.index}.{wave.round.name}:{name}", value)
 
 
-def sum_partials(parts: Sequence[Partial]) -> Partial:
-    """All of them together."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total.rounded()
+COMPILED = 24 * 2**20
 
 
 def _shares(plan: Plan) -> tuple[int, int]:
     """The memory of units, and of tensors that are kept between waves."""
-    memory = plan.options.memory
+    # Compiled kernels, and what they count in, take memory of their own.
+    memory = plan.options.memory - (COMPILED if plan.kernel is not None else 0)
     some = any(job.kept for job in plan.jobs.values())
     return (memory // 2, memory // 2) if some else (memory, 0)
 

@@ -70,8 +70,9 @@ class Partial:
         for name, parts in self._sums.items():
             parts += other._sums[name]
         for name, count in self._counts.items():
-            total = count if count.dtype == np.int64 and count.ndim else count.astype(np.int64)
-            self._counts[name] = np.add(total, other._counts[name], out=total)
+            more = other._counts[name]
+            total = count if count.ndim and _fits(count, more) else count.astype(np.int64)
+            self._counts[name] = np.add(total, more, out=total)
         self._peaks = {k: np.maximum(v, other._peaks[k]) for k, v in self._peaks.items()}
         return self
 
@@ -86,6 +87,13 @@ class Partial:
         if name in self._sums:
             return _fsum(self._sums[name])
         return self._counts[name] if name in self._counts else self._peaks[name]
+
+
+def _fits(count: NDArray[Any], more: NDArray[Any]) -> bool:
+    """Whether the sum of two counts is exact in the integers of the first."""
+    if count.dtype == np.int64 or not count.size:
+        return count.dtype == np.int64
+    return int(count.max()) + int(more.max()) <= np.iinfo(count.dtype).max
 
 
 def _array(value: Tensor) -> NDArray[Any]:
