@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import TYPE_CHECKING
 
 from fusewright.bench.sweep.cells import Asked, Group, Pool
@@ -69,11 +70,20 @@ def _begin(store: Store, suites: Sequence[Suite], asked: Asked, threads: int) ->
     global _hands
     import torch
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     inputs = suites[0]._inputs
     for suite in suites:
         suite._inputs = inputs
     _hands = _Hands(store, suites, asked, threads)
+
+
+def _end_with_parent() -> None:
+    """A sweep that was killed must not leave workers that go on measuring."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _make(group: Group) -> Failed:
