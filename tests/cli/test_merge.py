@@ -136,8 +136,16 @@ def test_numeric_errors_have_their_exit_code(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interruption_says_what_is_kept_and_the_same_command_goes_on(
-    run: Any, models: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+    run: Any,
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    number: int,
+    code: int,
 ) -> None:
+    # A shell that starts tests in the background has SIGINT ignored; then nothing is interrupted.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ignored))
     handler = signal.getsignal(signal.SIGTERM)
     real = engine.run
 
