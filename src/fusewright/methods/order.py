@@ -101,10 +101,9 @@ def _around(histogram: NDArray[Any], share: float) -> list[int]:
     few values, far apart."""
     total = int(histogram.sum())
     error = 3 * math.sqrt(share * (1 - share) * total * SAMPLE)
-    place, low, high = (
-        _descend(histogram, min(max(1, round(rank)), total))[0]
-        for rank in (share * total, share * total + error, share * total - error)
-    )
+    above = np.cumsum(histogram[::-1])
+    ranks = (share * total, share * total + error, share * total - error)
+    place, low, high = (_digit(above, min(max(1, round(rank)), total)) for rank in ranks)
     held = np.flatnonzero(histogram)
     around = [*held[held < low][-1:], *held[(held >= low) & (held <= high)], *held[held > high][:1]]
     nearest = sorted(map(int, around), key=lambda one: abs(one - place))[:BRACKET]
@@ -193,8 +192,13 @@ def _solve(
 def _descend(histogram: NDArray[Any], rank: int) -> tuple[int, int]:
     """The digit of the ``rank``-th largest, and its rank among those with this digit."""
     above = np.cumsum(histogram[::-1])
-    place = int(np.searchsorted(above, rank))
-    return len(histogram) - 1 - place, rank - int(above[place] - histogram[::-1][place])
+    digit = _digit(above, rank)
+    return digit, rank - int(above[len(histogram) - 1 - digit] - histogram[digit])
+
+
+def _digit(above: NDArray[Any], rank: int) -> int:
+    """The digit of the ``rank``-th largest, given how many have each digit or a higher one."""
+    return len(above) - 1 - int(np.searchsorted(above, rank))
 
 
 def _value(bits: int, dtype: torch.dtype) -> float:

@@ -100,9 +100,8 @@ class SumTwin:
     ) -> Partial | None:
         many, blocks = len(raws.vectors), -(-len(raws.vectors[0]) // BLOCK)
         sums = np.zeros((many * (many + 1) // 2, blocks))
-        has_base = self.pipeline.frame == "deltas"
-        base = raws.base if raws.base is not None else raws.vectors[0]
-        if _tiles.gram(base, raws.vectors, has_base, raws.shift, sums):
+        base = raws.base if self.pipeline.frame == "deltas" else None
+        if _tiles.gram(base, raws.vectors, raws.shift, sums):
             return None
         return Partial({"gram": torch.from_numpy(sums)})
 
@@ -166,29 +165,23 @@ class TiesTwin:
         sampled = how.func is measure_sample
         previous = None if sampled else how.keywords["previous"]
         prefixes = at.solved[previous]["prefix"] if previous else [-1] * len(raws.vectors)
-        counts = np.zeros((len(raws.vectors), 2**DIGIT), np.int32)
-        if _tiles.histograms(
+        into = into or Partial(counts={"histogram": _counters(at, len(raws.vectors))})
+        bad = _tiles.histograms(
             raws.base, raws.vectors, raws.shift, how.keywords["shift"],
-            np.array(prefixes, np.int64), counts,
-        ):  # fmt: skip
-            return None
-        weight = stands_for(at) if sampled else 1
-        return Partial(counts={"histogram": torch.from_numpy(counts) * weight})
+            np.array(prefixes, np.int64), stands_for(at) if sampled else 1, into["histogram"],
+        )  # fmt: skip
+        return None if bad else into
 
     def _bracket(
         self, raws: Raws, at: At, bins: Sequence[Sequence[int]], into: Partial | None
     ) -> Partial | None:
         places = np.array(bins, np.int64)
-        if into is None:  # large: made once for each thread and tensor
-            kind = torch.int32 if at.numel < 2**31 else torch.int64
-            inside = torch.zeros((*places.shape, 2**DIGIT), dtype=kind)
-            into = Partial(counts={"above": torch.zeros(places.shape, dtype=torch.int64),
-                                   "inside": inside})  # fmt: skip
-        if _tiles.bracket(
+        above = torch.zeros(places.shape, dtype=torch.int64)
+        into = into or Partial(counts={"above": above, "inside": _counters(at, *places.shape)})
+        bad = _tiles.bracket(
             raws.base, raws.vectors, raws.shift, places, into["above"], into["inside"]
-        ):
-            return None
-        return into
+        )
+        return None if bad else into
 
     def combine(self, raws: Raws, out: Raw, out_shift: int, place: Place) -> int:
         at = place.at(1)
@@ -201,6 +194,12 @@ class TiesTwin:
             np.array(at.params.weight, np.float32), elect.normalize, np.float32(instead),
             np.float32(at.params.scale), raws.shift, out, out_shift,
         ))  # fmt: skip
+
+
+def _counters(at: At, *shape: int) -> Tensor:
+    """A zero for each value of a digit: large, so made once for each thread and tensor."""
+    kind = torch.int32 if at.numel < 2**31 else torch.int64
+    return torch.zeros((*shape, 2**DIGIT), dtype=kind)
 
 
 def _numbers(merger: Merger, at: Any) -> Sequence[float]:

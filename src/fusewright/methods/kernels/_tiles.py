@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numba import njit, uint32, uint64
 
+from fusewright.methods.partials import BLOCK
+
 TILE = 2048
 ONE = np.uint32(0x00800000)
 MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -23,16 +25,18 @@ def widen(source: Any, shift: int, target: Any) -> int:
 
     Adding one to the exponent carries into the sign bit just where all its bits are set.
     """
-    seen = uint32(0)
+    seen = np.uint32(0)
     if shift:
         for i in range(len(target)):
-            target[i] = uint32(source[i]) << uint32(16)
+            bits = np.uint32(np.uint32(source[i]) << np.uint32(16))
+            target[i] = bits
+            seen = np.uint32(seen | np.uint32(np.uint32(bits & MAGNITUDE) + ONE))
     else:
         for i in range(len(target)):
-            target[i] = source[i]
-    for i in range(len(target)):
-        seen = uint32(seen | uint32(uint32(target[i] & MAGNITUDE) + ONE))
-    return seen >> uint32(31)
+            bits = np.uint32(source[i])
+            target[i] = bits
+            seen = np.uint32(seen | np.uint32(np.uint32(bits & MAGNITUDE) + ONE))
+    return seen >> np.uint32(31)
 
 
 @_jit
@@ -176,11 +180,11 @@ def elect(
             value = total[i]
             sign[i] = one if value > zero else (-one if value < zero else other)
         _agreeing(x, weights, sign, n, total, share)
+        if normalize:
+            for i in range(n):
+                total[i] = total[i] / (share[i] if share[i] != zero else one)
         for i in range(n):
-            value = total[i]
-            if normalize:
-                value = value / (share[i] if share[i] != zero else one)
-            total[i] = low[i] + value * scale
+            total[i] = low[i] + total[i] * scale
         bad |= narrow(total.view(np.uint32), out_shift, out[at : at + n])
     return bad
 
@@ -214,9 +218,21 @@ def _sign(value: Any) -> Any:
 
 
 @_jit
-def histograms(base: Any, vectors: Any, shift: int, digit: int, prefixes: Any, counts: Any) -> int:
-    """Add to each row of ``counts`` the digit (16 bits from bit ``digit``) of each |vector - base|
-    whose higher bits are its prefix (any, if that is negative); nonzero if not finite."""
+def _magnitudes(low: Any, vector: Any, shift: int, x: Any) -> int:
+    """x = |vector - low|; nonzero if the vector is not all finite."""
+    bad = widen(vector, shift, x.view(np.uint32))
+    for i in range(len(x)):
+        x[i] = abs(x[i] - low[i])
+    return bad
+
+
+@_jit
+def histograms(
+    base: Any, vectors: Any, shift: int, digit: int, prefixes: Any, weight: int, counts: Any
+) -> int:
+    """Count, ``weight`` times each, in the rows of ``counts`` the digit (16 bits from bit ``digit``)
+    of each |vector - base| whose higher bits are its prefix (any, if that is negative); nonzero if
+    not finite."""
     count = len(base)
     low, x = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     found, bits, bad = np.empty(TILE, np.uint32), x.view(np.uint32), uint32(0)
@@ -224,16 +240,25 @@ def histograms(base: Any, vectors: Any, shift: int, digit: int, prefixes: Any, c
         n = min(TILE, count - at)
         bad |= widen(base[at : at + n], shift, low[:n].view(np.uint32))
         for t in range(len(vectors)):
-            bad |= widen(vectors[t][at : at + n], shift, bits[:n])
-            for i in range(n):
-                x[i] = abs(x[i] - low[i])
+            bad |= _magnitudes(low[:n], vectors[t][at : at + n], shift, x[:n])
             row = counts[t]
             if prefixes[t] < 0:
                 for i in range(n):
-                    row[np.int64(bits[i] >> uint32(16))] += 1
+                    row[np.int64(bits[i] >> uint32(16))] += weight
             else:
-                _count_matching(bits[:n], uint32(prefixes[t]), found, row)
+                _count_matching(bits[:n], uint32(prefixes[t]), weight, found, row)
     return bad
+
+
+@_jit
+def _count_matching(bits: Any, wanted: int, weight: int, found: Any, counts: Any) -> None:
+    # Collected without a branch first: few match, at places that no processor can foresee.
+    many: Any = 0
+    for i in range(len(bits)):
+        found[many] = bits[i]
+        many += np.int64((bits[i] >> uint32(16)) == wanted)
+    for i in range(many):
+        counts[np.int64(found[i] & uint32(0xFFFF))] += weight
 
 
 @_jit
@@ -241,91 +266,124 @@ def bracket(base: Any, vectors: Any, shift: int, bins: Any, above: Any, inside: 
     """For each vector's bins (ascending) of the higher 16 bits of |vector - base|: add to
     ``above`` how many lie beyond, to ``inside`` the lower bits of those within; nonzero if not
     finite."""
-    count = len(base)
+    count, last = len(base), bins.shape[1] - 1
     low, x = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     found, bits, bad = np.empty(TILE, np.uint32), x.view(np.uint32), uint32(0)
     for at in range(0, count, TILE):
         n = min(TILE, count - at)
         bad |= widen(base[at : at + n], shift, low[:n].view(np.uint32))
         for t in range(len(vectors)):
-            bad |= widen(vectors[t][at : at + n], shift, bits[:n])
+            bad |= _magnitudes(low[:n], vectors[t][at : at + n], shift, x[:n])
+            bits[n:] = uint32(0xFFFFFFFF)  # in no bin
+            start, beyond = uint32(bins[t, 0] << 16), uint32((bins[t, last] + 1) << 16)
+            more = uint32(0)
             for i in range(n):
-                x[i] = abs(x[i] - low[i])
-            for place in range(len(bins[t])):
-                start, more = uint32((bins[t, place] + 1) << 16), uint32(0)
-                for i in range(n):
-                    more = uint32(more + uint32(bits[i] >= start))
-                above[t, place] += more
-            _count_inside(bits[:n], bins[t], found, inside[t])
+                more = uint32(more + uint32(bits[i] >= beyond))
+            above[t] += more
+            many = _between(bits, start, beyond, found)
+            _place(found[:many], bins[t], above[t], inside[t])
     return bad
 
 
+ROWS = 16
+
+
 @_jit
-def _count_inside(bits: Any, bins: Any, found: Any, counts: Any) -> None:
-    # Collected without a branch first: few lie inside, at places that no processor can foresee.
-    many: Any = 0
-    lowest, highest = uint32(bins[0] << 16), uint32((bins[-1] + 1) << 16)
-    for i in range(len(bits)):
-        found[many] = bits[i]
-        many += np.int64((bits[i] >= lowest) & (bits[i] < highest))
-    for i in range(many):
+def _between(bits: Any, start: Any, beyond: Any, found: Any) -> int:
+    """Collect a tile's numbers in [start, beyond). They are few: columns of ROWS numbers that hold
+    none are passed over."""
+    many, columns, width = 0, TILE // ROWS, uint32(beyond - start)
+    some = np.zeros(columns, np.uint32)
+    for row in range(ROWS):
+        for i in range(columns):
+            some[i] |= uint32(uint32(bits[row * columns + i] - start) < width)
+    for i in range(columns):
+        if some[i]:
+            for row in range(ROWS):  # without a branch: no processor could foresee it
+                value = bits[row * columns + i]
+                found[many] = value
+                many += np.int64(uint32(value - start) < width)
+    return many
+
+
+@_jit
+def _place(found: Any, bins: Any, above: Any, inside: Any) -> None:
+    for i in range(len(found)):
         digit = np.int64(found[i] >> uint32(16))
         for place in range(len(bins)):
+            above[place] += np.int64(digit > bins[place])
             if digit == bins[place]:
-                counts[place, np.int64(found[i] & uint32(0xFFFF))] += 1
+                inside[place, np.int64(found[i] & uint32(0xFFFF))] += 1
+
+
+QUARTER = BLOCK // 4
 
 
 @_jit
-def _count_matching(bits: Any, wanted: int, found: Any, counts: Any) -> None:
-    # Collected without a branch first: few match, at places that no processor can foresee.
-    many: Any = 0
-    for i in range(len(bits)):
-        found[many] = bits[i]
-        many += np.int64((bits[i] >> uint32(16)) == wanted)
-    for i in range(many):
-        counts[np.int64(found[i] & uint32(0xFFFF))] += 1
-
-
-HALF = 32_768
-
-
-@_jit
-def gram(base: Any, vectors: Any, has_base: bool, shift: int, sums: Any) -> int:
-    """Sums of v_s·v_t, s <= t, over each canonical block, v = vector [- base]: (pairs, blocks).
+def gram(base: Any, vectors: Any, shift: int, sums: Any) -> bool:
+    """Sums of v_s·v_t, s <= t, over each canonical block, v = vector [- base, if it is not None]:
+    (pairs, blocks); true if some v is not finite, which its square shows.
 
     Products and sums are float64, in the halving tree of ``partials.block_sums``.
     """
-    count, many, bad = len(vectors[0]), len(vectors), 0
-    low, x = np.empty(2 * HALF, np.float32), np.zeros((many, 2 * HALF), np.float32)
-    tree = np.empty(HALF, np.float64)
+    many, trees = len(vectors), np.empty((3, QUARTER), np.float64)
     for block in range(sums.shape[1]):
-        at = block * 2 * HALF
-        n = min(2 * HALF, count - at)
-        if has_base:
-            bad |= widen(base[at : at + n], shift, low[:n].view(np.uint32))
-        for t in range(many):
-            row = x[t]
-            bad |= widen(vectors[t][at : at + n], shift, row[:n].view(np.uint32))
-            if has_base:
-                for i in range(n):
-                    row[i] = row[i] - low[i]
-            row[n:] = np.float32(0.0)
-        pair = 0
         for s in range(many):
-            for t in range(s, many):
-                sums[pair, block] = _dot(x[s], x[t], tree)
-                pair += 1
-    return bad
+            a = _whole(vectors[s], block)
+            for t in range(s + 1, many):
+                b = _whole(vectors[t], block)
+                if base is None:  # known when this is compiled
+                    _products(a, b, None, uint32(shift), trees)
+                else:
+                    _products(a, b, _whole(base, block), uint32(shift), trees)
+                sums[_pair(s, s, many), block] = trees[0, 0]
+                sums[_pair(s, t, many), block] = trees[1, 0]
+                sums[_pair(t, t, many), block] = trees[2, 0]
+    return not np.isfinite(sums).all()
 
 
 @_jit
-def _dot(a: Any, b: Any, tree: Any) -> float:
-    for i in range(HALF):
-        first = np.float64(a[i]) * np.float64(b[i])
-        tree[i] = first + np.float64(a[i + HALF]) * np.float64(b[i + HALF])
-    half = HALF // 2
+def _pair(s: int, t: int, many: int) -> int:
+    return s * many - s * (s - 1) // 2 + t - s
+
+
+@_jit
+def _whole(raw: Any, block: int) -> Any:
+    """A canonical block, padded with zeros."""
+    part = raw[block * BLOCK : (block + 1) * BLOCK]
+    if len(part) == BLOCK:
+        return part
+    whole = np.zeros(BLOCK, raw.dtype)
+    whole[: len(part)] = part
+    return whole
+
+
+@_jit
+def _products(a: Any, b: Any, low: Any, shift: Any, trees: Any) -> None:
+    """The trees of a·a, a·b and b·b: their first two levels at once, which saves memory traffic,
+    and all three together, which saves conversions."""
+    one, two, three = QUARTER, 2 * QUARTER, 3 * QUARTER
+    aa, ab, bb = trees[0], trees[1], trees[2]
+    for i in range(QUARTER):
+        a0, b0 = _number(a, low, i, shift), _number(b, low, i, shift)
+        a1, b1 = _number(a, low, i + one, shift), _number(b, low, i + one, shift)
+        a2, b2 = _number(a, low, i + two, shift), _number(b, low, i + two, shift)
+        a3, b3 = _number(a, low, i + three, shift), _number(b, low, i + three, shift)
+        aa[i] = (a0 * a0 + a2 * a2) + (a1 * a1 + a3 * a3)
+        ab[i] = (a0 * b0 + a2 * b2) + (a1 * b1 + a3 * b3)
+        bb[i] = (b0 * b0 + b2 * b2) + (b1 * b1 + b3 * b3)
+    half = QUARTER // 2
     while half:
         for i in range(half):
-            tree[i] = tree[i] + tree[i + half]
+            aa[i] = aa[i] + aa[i + half]
+            ab[i] = ab[i] + ab[i + half]
+            bb[i] = bb[i] + bb[i + half]
         half //= 2
-    return tree[0]
+
+
+@_jit
+def _number(raw: Any, low: Any, i: int, shift: Any) -> Any:
+    value = np.uint32(np.uint32(raw[i]) << shift).view(np.float32)
+    if low is None:
+        return np.float64(value)
+    return np.float64(np.float32(value - np.uint32(np.uint32(low[i]) << shift).view(np.float32)))
