@@ -113,10 +113,10 @@ def test_the_report_is_the_same_every_time(board):
 
 
 def test_a_missing_library_names_the_extra():
-    from fusewright.bench.extras import needs
+    from fusewright.extras import needs
 
     with pytest.raises(FusewrightError, match=r"pip install 'fusewright\[demo\]'"):
-        needs("no_such_library")
+        needs("no_such_library", "demo")
 
 
 def test_every_registered_method_is_run_or_has_a_reason():

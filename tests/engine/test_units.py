@@ -49,8 +49,8 @@ def test_units_are_long_where_a_kernel_runs_and_memory_allows(
     assert tasks(threads=1) == 2
     assert tasks(threads=1, kernels=False) == 5
     # 32 MiB / 4 / 6 bytes / 3 threads: one chunk, not two.
-    assert tasks(threads=3, memory=2**25) == 5
-    assert tasks(threads=2, memory=2**25) == 3
+    assert tasks(threads=3, memory=2**25 + jobs.COMPILED) == 5
+    assert tasks(threads=2, memory=2**25 + jobs.COMPILED) == 3
 
 
 def test_many_workers_share_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +113,16 @@ def test_the_plan_knows_what_is_read(tmp_path: Path, options: dict[str, Any]) ->
     for name in METHODS.keys() - whole_matrices:
         merged = fw.merge(METHODS[name], **given, **options)
         assert merged.report["bytes_read"] == merged.plan["costs"]["bytes_read"], name
+
+
+def test_tensors_are_kept_only_where_compiled_kernels_leave_room(tmp_path: Path) -> None:
+    """Its inputs take more than half of what the kernel leaves, less than half of the budget."""
+    given = on_disk(tmp_path, shapes={"layers.0.mlp.weight": (4000, 1000)})
+    memory = 64 * 2**20
+    size = 2 * 4_000_000 * (1 + len(given["experts"]))
+    assert (memory - jobs.COMPILED) // 2 < size < memory // 2
+    merged = fw.merge(fw.Ties(scope="tensor"), **given, memory=memory, kernels=True)
+    assert merged.report["bytes_read"] == merged.plan["costs"]["bytes_read"]
 
 
 def test_the_plan_knows_what_is_read_of_buffers() -> None:

@@ -78,10 +78,10 @@ def run_demo(
 
     Raises FusewrightError if the extra ``demo`` is not installed, or a merge is refused.
     """
-    from fusewright.bench.extras import needs
+    from fusewright.extras import needs
 
     for module in ("sklearn", "transformers", "matplotlib", "jinja2"):
-        needs(module)
+        needs(module, "demo")
     from fusewright.bench.digits.model import threads
     from fusewright.bench.digits.tasks import TASKS
     from fusewright.bench.digits.train import Training

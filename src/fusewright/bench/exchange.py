@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusewright.bench.extras import needs
 from fusewright.bench.suite_file import Opens, SuiteError
 from fusewright.bench.suite_tasks import quiet
+from fusewright.extras import needs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,7 +55,7 @@ class Exchange:
 
     def _found(self, start: Mapping[str, Tensor]) -> dict[str, str]:
         """{the module's name: the checkpoint's}."""
-        transformers: Any = needs("transformers")
+        transformers: Any = needs("transformers", "demo")
         config = copy.deepcopy(self._module.config)
         marked = {n: torch.full(t.shape, float(i)) for i, (n, t) in enumerate(start.items())}
         arguments = {**self._opens.arguments, "config": config, "dtype": torch.float32}

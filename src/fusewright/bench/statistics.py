@@ -305,6 +305,6 @@ def calibration_error(
 
 
 def _scipy(module: str) -> Any:
-    from fusewright.bench.extras import needs
+    from fusewright.extras import needs
 
     return needs(module, "bench")

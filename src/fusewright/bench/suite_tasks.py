@@ -10,9 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusewright.bench.extras import needs
 from fusewright.bench.suite_file import Opens, SuiteError, TaskSpec
 from fusewright.errors import nearest
+from fusewright.extras import needs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,7 +55,7 @@ def make_task(suite: Suite, name: str) -> Task:
     if "classes" in asked:
         given["classes"] = classes_of(suite, name)
     if "tokenizer" in asked:
-        given["tokenizer"] = needs("transformers").AutoTokenizer.from_pretrained(suite.base)
+        given["tokenizer"] = needs("transformers", "demo").AutoTokenizer.from_pretrained(suite.base)
     if suite.spec.zero_shot is not None and "projection" in asked:
         from fusewright.bench.zero_shot import reading
 
@@ -133,7 +133,7 @@ def _pinned(spec: TaskSpec) -> str:
 
 def open_model(path: Path, opens: Opens) -> nn.Module:
     """The module of a folder, as the suite says."""
-    transformers: Any = needs("transformers")
+    transformers: Any = needs("transformers", "demo")
     cls = getattr(transformers, opens.model, None)
     if cls is None:
         raise SuiteError(f"transformers has no class {opens.model!r}", where="opens.model",

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusewright.bench.extras import needs
+from fusewright.extras import needs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,8 @@ def text_heads(suite: Suite, path: Path) -> dict[str, Tensor]:
     from fusewright.bench.suite_tasks import classes_of
     from fusewright.tasks.heads import clip_head
 
-    model, tokenizer = _clip(path), needs("transformers").AutoTokenizer.from_pretrained(path)
+    model = _clip(path)
+    tokenizer = needs("transformers", "demo").AutoTokenizer.from_pretrained(path)
     assert suite.spec.zero_shot is not None
     heads = {}
     for name, spec in suite.spec.tasks.items():
@@ -41,4 +42,4 @@ def reading(path: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _clip(path: Path) -> Any:
-    return needs("transformers").CLIPModel.from_pretrained(path).eval()
+    return needs("transformers", "demo").CLIPModel.from_pretrained(path).eval()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from fusewright.plain import finite
 
 if TYPE_CHECKING:
     from fusewright.engine.tables import Table
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def print_json(value: Any) -> None:
     """One JSON value; NaN and infinity become null, which JSON has no word for."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str))
+    print(json.dumps(finite(value), indent=2, ensure_ascii=False, default=str))
 
 
 def print_tables(tables: Iterable[Table]) -> None:
@@ -69,13 +70,3 @@ def _draw(table: Table) -> None:
 
 def _is_numeric(values: Sequence[Any]) -> bool:
     return all(value is None or isinstance(value, int | float) for value in values)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

@@ -27,6 +27,15 @@ WIDEST = 8 * CHUNK
 """Elements of a kernel's unit: its temporaries are tiles, so that a longer unit costs no cache and
 spreads what each unit costs over more of them."""
 
+COMPILED = 24 * 2**20
+"""Bytes that compiled kernels, and what they count in, take beside tensors."""
+
+
+def memory_of_tensors(options: Options, kernel: Kernel | None) -> int:
+    """What a budget leaves to tensors: to units alone, or to units and to kept tensors, half
+    each."""
+    return max(options.memory - (COMPILED if kernel is not None else 0), 0)
+
 
 class Action(StrEnum):
     """What happens to an output tensor."""
@@ -85,7 +94,7 @@ class Jobs:
         """Every output tensor's, by name."""
         jobs = {name: self.of(name) for name in self.inputs.alignment.names}
         units = self.options.workers * max((job.memory for job in jobs.values()), default=0)
-        if units <= self.options.memory // 2:
+        if units <= self._memory // 2:
             return jobs
         return {name: replace(job, kept=False) for name, job in jobs.items()}
 
@@ -135,15 +144,15 @@ class Jobs:
         return self.kernel.takes(inputs, out)
 
     def _chunk(self, sizes: int) -> int:
-        """Elements of a kernel's units: as many as a quarter of the memory allows."""
+        """Elements of a kernel's units: as many as a quarter of it allows."""
         elements = WIDEST
-        while elements > CHUNK and elements * sizes * self.options.workers > self._quarter:
+        while elements > CHUNK and elements * sizes * self.options.workers > self._memory // 4:
             elements //= 2
         return elements
 
     @property
-    def _quarter(self) -> int:
-        return self.options.memory // 4
+    def _memory(self) -> int:
+        return memory_of_tensors(self.options, self.kernel)
 
     def _bytes_an_element(self, unit: Unit) -> int:
         # Raw bytes and numbers of every vector and the base, and a few temporaries;
@@ -157,7 +166,7 @@ class Jobs:
         own = [s for s in self.pipeline.steps(self.dtype) if s.round.scope == "tensor"]
         # Where a kernel combines and the definition measures, the two cut units differently.
         alike = not fused or (self.kernel is not None and all(map(self.kernel.measures, own)))
-        return bool(own) and alike and nbytes <= self.options.memory // 2
+        return bool(own) and alike and nbytes <= self._memory // 2
 
 
 def _action(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fusewright.engine.jobs import Action, Job
+from fusewright.engine.jobs import Action, Job, memory_of_tensors
 from fusewright.engine.planner import Plan
 from fusewright.engine.work import Kept, Unit, Worker, ensure_finite_solution
 from fusewright.methods.contract import At
@@ -182,13 +182,9 @@ class Schedule:
         self.worker.sink.note(f"tensor:{wave.index}.{wave.round.name}:{name}", value)
 
 
-COMPILED = 24 * 2**20
-
-
 def _shares(plan: Plan) -> tuple[int, int]:
     """The memory of units, and of tensors that are kept between waves."""
-    # Compiled kernels, and what they count in, take memory of their own.
-    memory = plan.options.memory - (COMPILED if plan.kernel is not None else 0)
+    memory = memory_of_tensors(plan.options, plan.kernel)
     some = any(job.kept for job in plan.jobs.values())
     return (memory // 2, memory // 2) if some else (memory, 0)
 

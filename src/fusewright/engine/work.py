@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusewright.engine.codec import Finite, check_input, decode, encode
 from fusewright.engine.inputs import Inputs
-from fusewright.engine.jobs import Action, Job, Model
+from fusewright.engine.jobs import Action, Job, Model, memory_of_tensors
 from fusewright.engine.planner import Plan
 from fusewright.engine.read_digests import ReadDigests
 from fusewright.errors import NumericError
@@ -64,7 +64,7 @@ class Worker:
         self.rule = Finite(plan.options.allow_nonfinite, plan.options.allow_overflow)
         self.device = torch.device(plan.options.device)
         self.disagreements: dict[str, int] = {}
-        self.spare = Spare(plan.options.memory // 2)
+        self.spare = Spare(memory_of_tensors(plan.options, plan.kernel) // 2)
         self._local = threading.local()
         self._count = threading.Lock()
         self.bytes_read = self.bytes_written = 0

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusewright.errors import RecipeError, nearest
-from fusewright.tasks.errors import library
+from fusewright.extras import needs
 
 Values = NDArray[np.float64]
 """(height, width, channels) in [0, 1]."""
@@ -57,7 +57,7 @@ class Corruption:
 
     def __call__(self, picture: Any, item: int) -> Any:
         """The picture (PIL) corrupted, of the same size; mode L or RGB."""
-        image = library("PIL.Image")
+        image = needs("PIL.Image", "tasks")
         mode = "L" if picture.mode in ("1", "L") else "RGB"
         values = np.asarray(picture.convert("RGB" if self.name == "spatter" else mode)) / 255
         values = values if values.ndim == 3 else values[..., None]
@@ -85,7 +85,7 @@ def _impulse_noise(x: Values, amount: float, rng: Rng) -> Values:
 
 def _motion_blur(x: Values, shape: tuple[int, float], rng: Rng) -> Values:
     """Half a bell along a line of 2·radius + 1 pixels, turned by -45 to 45 degrees."""
-    ndimage = library("scipy.ndimage")
+    ndimage = needs("scipy.ndimage", "tasks")
     radius, deviation = shape
     angle = np.deg2rad(rng.uniform(-45, 45))
     reach = 2 * radius
@@ -103,7 +103,7 @@ def _contrast(x: Values, factor: float, rng: Rng) -> Values:
 
 
 def _pixelate(x: Values, factor: float, rng: Rng) -> Values:
-    image = library("PIL.Image")
+    image = needs("PIL.Image", "tasks")
     height, width = x.shape[:2]
     small = (max(1, int(width * factor)), max(1, int(height * factor)))
     box = image.Resampling.BOX
@@ -114,14 +114,14 @@ def _jpeg(x: Values, quality: int, rng: Rng) -> Values:
     def stored(picture: Any) -> Any:
         file = io.BytesIO()
         picture.save(file, "JPEG", quality=quality)
-        return library("PIL.Image").open(file)
+        return needs("PIL.Image", "tasks").open(file)
 
     return _through(x, stored)
 
 
 def _through(x: Values, act: Callable[[Any], Any]) -> Values:
     found = np.rint(x * 255).astype(np.uint8)
-    picture = library("PIL.Image").fromarray(found[..., 0] if x.shape[2] == 1 else found)
+    picture = needs("PIL.Image", "tasks").fromarray(found[..., 0] if x.shape[2] == 1 else found)
     return np.asarray(act(picture)).reshape(x.shape) / 255
 
 
@@ -130,7 +130,7 @@ WATER, MUD = np.array([175, 238, 238]) / 255, np.array([63, 42, 20]) / 255
 
 def _spatter(x: Values, shape: tuple[float, ...], rng: Rng) -> Values:
     """Drops of water, or of mud, where smoothed noise is above a threshold."""
-    ndimage = library("scipy.ndimage")
+    ndimage = needs("scipy.ndimage", "tasks")
     mean, deviation, smooth, threshold, strength, is_mud = shape
     liquid = ndimage.gaussian_filter(
         rng.normal(mean, deviation, x.shape[:2]), smooth, mode="nearest"
@@ -146,7 +146,7 @@ def _spatter(x: Values, shape: tuple[float, ...], rng: Rng) -> Values:
 
 def _drops(liquid: NDArray[np.uint8]) -> Values:
     """Light on drops: their relief, from the distance to their edges, as 0 to 1."""
-    ndimage, canny = library("scipy.ndimage"), library("skimage.feature").canny
+    ndimage, canny = needs("scipy.ndimage", "tasks"), needs("skimage.feature", "tasks").canny
     edges = canny(liquid, sigma=0, low_threshold=50, high_threshold=150)
     far = np.full(liquid.shape, 20.0)
     distance = np.minimum(ndimage.distance_transform_edt(~edges), 20) if edges.any() else far

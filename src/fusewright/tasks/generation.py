@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from fusewright.errors import RecipeError
+from fusewright.extras import needs
 from fusewright.tasks.batching import BatchedTask, column
-from fusewright.tasks.errors import DataError, library
+from fusewright.tasks.errors import DataError
 from fusewright.tasks.outcomes import Outcomes
 from fusewright.tasks.task import Batch
 from fusewright.tasks.tokens import (
@@ -175,4 +176,4 @@ def _even(text: str) -> str:
 
 @cache
 def _rouge() -> Any:
-    return library("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
+    return needs("rouge_score.rouge_scorer", "tasks").RougeScorer(["rougeL"], use_stemmer=True)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fusewright.errors import FusewrightError
-from fusewright.tasks.errors import DataError, library
+from fusewright.extras import needs
+from fusewright.tasks.errors import DataError
 from fusewright.tasks.rows import ROLES, DataSplit, Labels, as_labels, missing
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def open_hub(source: DataSource, split: str) -> HubSplit:
 
     Raises DataError if it cannot be fetched: offline, absent, gated, or without that split.
     """
-    datasets = library("datasets")
+    datasets = needs("datasets", "tasks")
     identity, _, revision = str(source.hub).partition("@")
     try:
         table = datasets.load_dataset(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fusewright.tasks.errors import DataError, library
+from fusewright.extras import needs
+from fusewright.tasks.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +90,8 @@ class ImagePreparation:
         return torch.from_numpy(np.stack(pixels)).float().sub_(mean).div_(std)
 
     def _resized(self, picture: Any, size: tuple[int, int]) -> Any:
-        return picture.resize(size, getattr(library("PIL.Image").Resampling, self.resample.upper()))
+        filters = needs("PIL.Image", "tasks").Resampling
+        return picture.resize(size, getattr(filters, self.resample.upper()))
 
     def _cropped(self, picture: Any) -> Any:
         width, height = picture.size

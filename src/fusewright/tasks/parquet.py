@@ -12,7 +12,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from fusewright.tasks.errors import DataError, library
+from fusewright.extras import needs
+from fusewright.tasks.errors import DataError
 from fusewright.tasks.rows import ROLES, DataSplit, Labels, as_labels, missing
 
 KEPT = 256 << 20
@@ -38,7 +39,7 @@ class ParquetSplit(DataSplit):
         kept: int = KEPT,
     ) -> None:
         self.path, self.name, self._budget = path, str(path), kept
-        parquet = library("pyarrow.parquet")
+        parquet = needs("pyarrow.parquet", "tasks")
         with _readable(path):
             self._file = parquet.ParquetFile(path)
         self._columns = _roles(self._file.schema_arrow.names, columns or {}, path)
@@ -102,7 +103,7 @@ class ParquetSplit(DataSplit):
 
 def decoded(data: Any, where: str) -> Any:
     """A PIL image from an encoded file's bytes. Raises DataError if they hold none."""
-    image = library("PIL.Image")
+    image = needs("PIL.Image", "tasks")
     try:
         found = image.open(io.BytesIO(data))
         found.load()
@@ -116,7 +117,7 @@ def decoded(data: Any, where: str) -> Any:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    arrow = library("pyarrow")
+    arrow = needs("pyarrow", "tasks")
     try:
         yield
     except (arrow.ArrowException, OSError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusewright.bench.extras import needs
+from fusewright.extras import needs
 
 MEAN, DEVIATION = 0.30, 0.37
 """Of the pixels of the upright images, in [0, 1]."""
@@ -21,7 +21,7 @@ def new_model(seed: int, width: int, layers: int) -> Any:
 
     Raises FusewrightError if transformers is not installed.
     """
-    transformers = needs("transformers")
+    transformers = needs("transformers", "demo")
     config = transformers.ViTConfig(
         image_size=8, patch_size=4, num_channels=1, hidden_size=width, intermediate_size=2 * width,
         num_hidden_layers=layers, num_attention_heads=4, hidden_dropout_prob=0.0,
@@ -35,14 +35,14 @@ def new_model(seed: int, width: int, layers: int) -> Any:
 
 def open_model(path: Path) -> Any:
     """The model of a directory, read by ``transformers`` alone."""
-    transformers = needs("transformers")
+    transformers = needs("transformers", "demo")
     with _silent(transformers.utils.logging):
         return transformers.ViTModel.from_pretrained(path, add_pooling_layer=False).eval()
 
 
 def save_model(model: Any, path: Path) -> None:
     """An ordinary Hugging Face directory: config.json and model.safetensors."""
-    with _silent(needs("transformers").utils.logging):
+    with _silent(needs("transformers", "demo").utils.logging):
         model.save_pretrained(path)
 
 

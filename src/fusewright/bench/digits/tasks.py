@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from fusewright.bench.extras import needs
+from fusewright.extras import needs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,8 @@ def splits() -> dict[str, Split]:
 
     Raises FusewrightError if scikit-learn is not installed.
     """
-    datasets, selection = needs("sklearn.datasets"), needs("sklearn.model_selection")
+    datasets = needs("sklearn.datasets", "demo")
+    selection = needs("sklearn.model_selection", "demo")
     import numpy as np
     import torch
 

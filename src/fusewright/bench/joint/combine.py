@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fusewright.bench.extras import needs
 from fusewright.bench.joint.gradients import gramian, rows_of, write
 from fusewright.bench.joint.gradnorm import GradNorm
 from fusewright.errors import RecipeError, nearest
+from fusewright.extras import needs
 
 EXTRA = "bench"
 CAGRAD_RADIUS = 0.4

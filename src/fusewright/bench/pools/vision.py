@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusewright.bench.extras import needs
 from fusewright.bench.pools import parts, training
 from fusewright.bench.pools.images import Images, load_images
 from fusewright.bench.pools.training import Recipe, generator
 from fusewright.bench.progress import Stages, Step
 from fusewright.bench.suite_file import SuiteError, SuiteSpec
 from fusewright.errors import nearest
+from fusewright.extras import needs
 from fusewright.tasks.images import RESAMPLING
 
 ATTENTION = "eager"
@@ -36,7 +36,7 @@ def build_vision(
     an expert. Raises what :func:`fusewright.bench.pools.build` says.
     """
     for module in ("transformers", "pyarrow", "PIL"):
-        needs(module)
+        needs(module, "demo")
     recipe = read_recipe(spec)
     experts = [name for name in spec.tasks if name in spec.experts]
     claim = {"recipe": asdict(recipe), "seed": seed, "tasks": list(spec.tasks), "experts": experts}
@@ -144,7 +144,7 @@ def new_model(recipe: Recipe, seed: int) -> Any:
 
     Overlapping convolutions learn from a few thousand small pictures what square patches do not.
     """
-    transformers = needs("transformers")
+    transformers = needs("transformers", "demo")
     width = recipe.width
     config = transformers.SegformerConfig(
         num_encoder_blocks=3, depths=[0, 0, recipe.layers], sr_ratios=[1, 1, 1],
@@ -160,14 +160,14 @@ def new_model(recipe: Recipe, seed: int) -> Any:
 
 def open_model(path: Path) -> nn.Module:
     """The model of a folder, read by ``transformers`` alone."""
-    transformers = needs("transformers")
+    transformers = needs("transformers", "demo")
     transformers.utils.logging.disable_progress_bar()
     model: nn.Module = transformers.AutoModel.from_pretrained(path, attn_implementation=ATTENTION)
     return model
 
 
 def _with_adapter(model: Any, recipe: Recipe, seed: int) -> Any:
-    peft = needs("peft")
+    peft = needs("peft", "demo")
     config = peft.LoraConfig(
         r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear"
     )
@@ -178,7 +178,7 @@ def _with_adapter(model: Any, recipe: Recipe, seed: int) -> Any:
 
 def _save(model: Any, at: Path, recipe: Recipe) -> None:
     """An ordinary Hugging Face folder, with how pictures are prepared."""
-    needs("transformers").utils.logging.disable_progress_bar()
+    needs("transformers", "demo").utils.logging.disable_progress_bar()
     model.save_pretrained(at)
     prepared = recipe.prepared
     parts.write_json(at / "preprocessor_config.json", {
@@ -205,8 +205,8 @@ def _versions() -> dict[str, str]:
 
     return {
         "fusewright": fusewright.__version__, "torch": torch.__version__,
-        "transformers": needs("transformers").__version__, "python": platform.python_version(),
-        "processor": platform.machine(),
+        "transformers": needs("transformers", "demo").__version__,
+        "python": platform.python_version(), "processor": platform.machine(),
     }  # fmt: skip
 
 

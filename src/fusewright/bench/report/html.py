@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fusewright.bench.comparison import LOG_LIKELIHOOD, OWN
-from fusewright.bench.extras import needs
 from fusewright.bench.published import Published
 from fusewright.bench.report.marks import (
     COLOURS,
@@ -23,6 +22,7 @@ from fusewright.bench.report.marks import (
 from fusewright.bench.report.summary import Line, Section, Summary
 from fusewright.bench.results import REQUIREMENTS
 from fusewright.bench.statistics import Interval
+from fusewright.extras import needs
 
 _TEMPLATE = Path(__file__).with_name("results.html.j2")
 _MARK = 150.0  # pixels of an interval in a table's cell

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fusewright.bench.extras import needs
 from fusewright.bench.leaderboard import CLASSES, Leaderboard, Row
 from fusewright.bench.report.plots import heat_map, intervals
+from fusewright.extras import needs
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -16,7 +16,7 @@ def render(board: Leaderboard) -> str:
 
     Raises FusewrightError if jinja2 or matplotlib is not installed.
     """
-    jinja2 = needs("jinja2")
+    jinja2 = needs("jinja2", "demo")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -6,8 +6,8 @@ import io
 import re
 from typing import Any
 
-from fusewright.bench.extras import needs
 from fusewright.bench.leaderboard import Leaderboard, Row
+from fusewright.extras import needs
 
 INK = "#010203"
 """Stands for the page's own text colour while matplotlib draws."""
@@ -74,7 +74,7 @@ def _places(rows: list[Row]) -> list[float]:
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    needs("matplotlib")
+    needs("matplotlib", "demo")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

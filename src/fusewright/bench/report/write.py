@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
-from typing import Any
 
 from fusewright.bench.published import published
 from fusewright.bench.results import Results
+from fusewright.plain import finite
 
 
 def write_results(
@@ -26,7 +25,7 @@ def write_results(
 
     table = None if against is None else published(against, results.suite)
     summary = summarise(results, level=level)
-    numbers = _finite(files.to_json(summary, table))
+    numbers = finite(files.to_json(summary, table))
     texts = {
         "html": html.render(summary, table),
         "md": files.to_markdown(summary, table),
@@ -51,14 +50,3 @@ def to_html(results: Results, path: str | Path, against: str | None = None) -> P
     path = Path(path)
     path.write_text(render(summarise(results), table), encoding="utf-8")
     return path
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity, which JSON has no word for, as null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

@@ -17,7 +17,7 @@ import numpy as np
 from fusewright.bench.results import Cell, Results
 from fusewright.bench.sweep.identity import files_digest
 from fusewright.errors import FusewrightError
-from fusewright.tasks.errors import library
+from fusewright.extras import needs
 from fusewright.tasks.outcomes import Outcomes
 from fusewright.weights.lock import FolderLock
 
@@ -49,7 +49,7 @@ class Store:
         """Keep a cell; it appears at once."""
         json_path, data = self._paths(key)
         partial = data.with_suffix(f".parquet.{os.getpid()}")
-        library("pyarrow.parquet", "bench").write_table(_table(cell.outcomes), partial)
+        needs("pyarrow.parquet", "bench").write_table(_table(cell.outcomes), partial)
         plain = {name: getattr(cell, name) for name in Cell.__dataclass_fields__}
         said = plain | {
             "format": FORMAT, "outcomes": _described(cell.outcomes), "trials": trials,
@@ -68,7 +68,7 @@ class Store:
                 fix="run the same sweep again: it makes what is not there",
             )  # fmt: skip
         said = json.loads(json_path.read_text("utf-8"))
-        table = library("pyarrow.parquet", "bench").read_table(data)
+        table = needs("pyarrow.parquet", "bench").read_table(data)
         fields = {name: said[name] for name in Cell.__dataclass_fields__}
         fields["outcomes"] = _outcomes(table, said["outcomes"])
         fields["experts"] = tuple(said["experts"])
@@ -140,7 +140,7 @@ def _described(outcomes: Mapping[str, Mapping[str, Outcomes]]) -> Any:
 
 def _table(outcomes: Mapping[str, Mapping[str, Outcomes]]) -> Any:
     """One long table; columns that a task lacks are null, those of several kinds are text."""
-    pa = library("pyarrow", "bench")
+    pa = needs("pyarrow", "bench")
     blocks = [(task, condition, o) for task, each in outcomes.items()
               for condition, o in each.items()]  # fmt: skip
     if not blocks:

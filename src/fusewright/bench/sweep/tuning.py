@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusewright.bench.extras import needs
 from fusewright.bench.sweep.space import Range
+from fusewright.extras import needs
 
 
 @dataclass(frozen=True)

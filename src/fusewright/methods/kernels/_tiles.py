@@ -230,9 +230,9 @@ def _magnitudes(low: Any, vector: Any, shift: int, x: Any) -> int:
 def histograms(
     base: Any, vectors: Any, shift: int, digit: int, prefixes: Any, weight: int, counts: Any
 ) -> int:
-    """Count, ``weight`` times each, in the rows of ``counts`` the digit (16 bits from bit ``digit``)
-    of each |vector - base| whose higher bits are its prefix (any, if that is negative); nonzero if
-    not finite."""
+    """Count, ``weight`` times each, in the rows of ``counts`` the digit (16 bits from bit
+    ``digit``) of each |vector - base| whose higher bits are its prefix (any, if that is negative);
+    nonzero if not finite."""
     count = len(base)
     low, x = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     found, bits, bad = np.empty(TILE, np.uint32), x.view(np.uint32), uint32(0)
@@ -290,19 +290,22 @@ ROWS = 16
 
 @_jit
 def _between(bits: Any, start: Any, beyond: Any, found: Any) -> int:
-    """Collect a tile's numbers in [start, beyond). They are few: columns of ROWS numbers that hold
-    none are passed over."""
+    """Collect a tile's numbers in [start, beyond). They are few, at places that no processor can
+    foresee: a mask says which of each column's ROWS numbers they are."""
     many, columns, width = 0, TILE // ROWS, uint32(beyond - start)
-    some = np.zeros(columns, np.uint32)
+    masks = np.zeros(columns, np.uint32)
     for row in range(ROWS):
+        mark = uint32(1 << row)
         for i in range(columns):
-            some[i] |= uint32(uint32(bits[row * columns + i] - start) < width)
+            masks[i] |= mark if uint32(bits[row * columns + i] - start) < width else uint32(0)
     for i in range(columns):
-        if some[i]:
-            for row in range(ROWS):  # without a branch: no processor could foresee it
-                value = bits[row * columns + i]
-                found[many] = value
-                many += np.int64(uint32(value - start) < width)
+        left = np.int64(masks[i])
+        while left:
+            lowest = np.float32(left & -left)  # a power of two: its exponent is the row
+            row = (np.int64(lowest.view(np.uint32)) >> 23) - 127
+            found[many] = bits[row * columns + i]
+            many += 1
+            left &= left - 1
     return many
 
 
