@@ -36,7 +36,7 @@ def widen(source: Any, shift: int, target: Any) -> int:
             bits = np.uint32(source[i])
             target[i] = bits
             seen = np.uint32(seen | np.uint32(np.uint32(bits & MAGNITUDE) + ONE))
-    return seen >> np.uint32(31)
+    return int(seen >> np.uint32(31))
 
 
 @_jit
@@ -302,8 +302,8 @@ def _between(bits: Any, start: Any, beyond: Any, found: Any) -> int:
         left = np.int64(masks[i])
         while left:
             lowest = np.float32(left & -left)  # a power of two: its exponent is the row
-            row = (np.int64(lowest.view(np.uint32)) >> 23) - 127
-            found[many] = bits[row * columns + i]
+            exponent = (np.int64(lowest.view(np.uint32)) >> 23) - 127
+            found[many] = bits[exponent * columns + i]
             many += 1
             left &= left - 1
     return many
