@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from functools import reduce
+
 import numpy as np
 import pytest
 import torch
@@ -16,27 +19,44 @@ from fusewright.methods.order import SAMPLE, kth_rounds, magnitude_bits, stands_
 from fusewright.methods.partials import BLOCK
 
 
-def kth(vectors: list[Tensor], ranks: list[int], cuts: int = 1) -> list[float]:
-    """Run the rounds by hand, each over ``cuts`` chunks."""
-    dtype, n = vectors[0].dtype, vectors[0].numel()
-    at = At("w", (n,), 0, n, tuple(map(str, range(len(vectors)))), TensorLayout("w"), dtype)
-    def count(_: At, elements: int) -> list[int]:
+def whole(name: str, dtype: torch.dtype, n: int, experts: int = 1) -> At:
+    return At(name, (n,), 0, n, tuple(map(str, range(experts))), TensorLayout(name), dtype)
+
+
+def solved_by(
+    vectors: list[Tensor], ranks: list[int], sample: list[slice] | None = None, cuts: int = 1
+) -> tuple[dict, list[str]]:
+    """Every round's solution, over ``cuts`` chunks (the sample: where ``sample`` says); the rounds
+    needed."""
+    n = vectors[0].numel()
+    at = whole("w", vectors[0].dtype, n, len(vectors))
+
+    def asked(_: At, elements: int) -> list[int]:
         assert elements == n
         return ranks
 
     solved: dict = {}
-    for round_ in kth_rounds("threshold", "tensor", dtype, count):
+    ran: list[str] = []
+    step = -(-n // cuts)
+    chunks = [slice(start, start + step) for start in range(0, n, step)]
+    for round_ in kth_rounds("threshold", "tensor", at.dtype, asked):
         where = at.replaced(solved=dict(solved))
         if not round_.needed(where):
             solved[round_.name] = round_.solve(None, where)
             continue
-        chunks = zip(*(v.chunk(cuts) for v in vectors), strict=True)
-        parts = [round_.measure(Seen(list(c)), where) for c in chunks]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        solved[round_.name] = round_.solve(total.rounded(), where)
-    return solved["threshold"]
+        ran.append(round_.name)
+        seen = sample if sample and round_.every > 1 else chunks
+        parts = [round_.measure(Seen([v[cut] for v in vectors]), where) for cut in seen]
+        solved[round_.name] = round_.solve(reduce(operator.add, parts).rounded(), where)
+    return solved, ran
+
+
+def kth(vectors: list[Tensor], ranks: list[int], cuts: int = 1) -> list[float]:
+    return solved_by(vectors, ranks, cuts=cuts)[0]["threshold"]
+
+
+def normal(seed: int, n: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(n, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 @settings(max_examples=60, deadline=None)
@@ -54,7 +74,7 @@ def test_equals_a_sort(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_each_vector_has_its_own_rank(dtype: torch.dtype) -> None:
-    vectors = [torch.randn(5000, dtype=dtype) * 10.0**i for i in range(3)]
+    vectors = [normal(i, 5000, dtype) * 10.0**i for i in range(3)]
     ranks = [1, 2500, 5000]
     expected = [float(v.abs().sort(descending=True).values[k - 1])
                 for v, k in zip(vectors, ranks, strict=True)]  # fmt: skip
@@ -82,35 +102,11 @@ def test_bits_order_as_magnitudes_do() -> None:
     assert bits[4] == bits[5] == 0
 
 
-def whole(name: str, dtype: torch.dtype, n: int, experts: int = 1) -> At:
-    return At(name, (n,), 0, n, tuple(map(str, range(experts))), TensorLayout(name), dtype)
-
-
-def solved_by(vectors: list[Tensor], rank: int, sample: list[slice]) -> tuple[dict, list[str]]:
-    """Every round's solution, with the sample taken where ``sample`` says; the rounds needed."""
-    at = whole("w", vectors[0].dtype, vectors[0].numel(), len(vectors))
-    solved: dict = {}
-    ran: list[str] = []
-    for round_ in kth_rounds("threshold", "tensor", at.dtype, lambda a, n: [rank] * len(vectors)):
-        where = at.replaced(solved=dict(solved))
-        if not round_.needed(where):
-            solved[round_.name] = round_.solve(None, where)
-            continue
-        ran.append(round_.name)
-        cuts = sample if round_.every > 1 else [slice(None)]
-        total = None
-        for cut in cuts:
-            part = round_.measure(Seen([v[cut] for v in vectors]), where)
-            total = part if total is None else total + part
-        solved[round_.name] = round_.solve(total.rounded(), where)
-    return solved, ran
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_good_sample_saves_the_digits_that_it_brackets(dtype: torch.dtype) -> None:
-    x = torch.randn(40_000, dtype=dtype)
-    solved, ran = solved_by([x], 8000, [slice(0, 5000)])
-    assert solved["threshold"] == [float(x.abs().sort(descending=True).values[7999])]
+    x = normal(0, 400_000, dtype)
+    solved, ran = solved_by([x], [80_000], [slice(0, 50_000)])
+    assert solved["threshold"] == [float(x.abs().sort(descending=True).values[79_999])]
     digits = [] if dtype == torch.float32 else ["threshold, digit 3", "threshold"]
     assert ran == ["threshold, sample", "threshold, bracket", *digits]
 
@@ -118,10 +114,10 @@ def test_a_good_sample_saves_the_digits_that_it_brackets(dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
 def test_a_sample_that_misleads_costs_time_only(dtype: torch.dtype, factor: float) -> None:
-    x = torch.randn(40_000, dtype=dtype)
+    x = normal(0, 40_000, dtype)
     x[:5000] *= factor
-    y = torch.randn(40_000, dtype=dtype)
-    solved, ran = solved_by([x, y], 8000, [slice(0, 5000)])
+    y = normal(1, 40_000, dtype)
+    solved, ran = solved_by([x, y], [8000] * 2, [slice(0, 5000)])
     expected = [float(v.abs().sort(descending=True).values[7999]) for v in (x, y)]
     assert solved["threshold"] == expected
     assert solved["threshold, bracket"]["prefix"][0] is None
@@ -138,7 +134,7 @@ def test_the_answer_does_not_depend_on_the_sample(data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, len(values)))
     stop = data.draw(st.integers(1, len(values)))
     expected = float(np.sort(np.abs(values))[-rank])
-    solved, _ = solved_by([torch.from_numpy(values)], rank, [slice(0, stop)])
+    solved, _ = solved_by([torch.from_numpy(values)], [rank], [slice(0, stop)])
     assert solved["threshold"] == [expected]
 
 
@@ -149,7 +145,7 @@ def test_ranks_at_the_edges_of_the_bins() -> None:
     values = np.array([0x3F800000, *edges], np.int32).view(np.float32)
     ordered = sorted(map(float, values), reverse=True)
     for rank, expected in enumerate(ordered, start=1):
-        solved, ran = solved_by([torch.from_numpy(values)], rank, [slice(0, 1)])
+        solved, ran = solved_by([torch.from_numpy(values)], [rank], [slice(0, 1)])
         assert solved["threshold"] == [expected]
         assert ("threshold, digit 1" in ran) == (expected in (ordered[0], ordered[-1]))
 
@@ -159,7 +155,7 @@ def test_few_values_far_apart_are_bracketed(rank: int) -> None:
     """As differences of bfloat16 are; the rank may lie on either side of a step."""
     steps = torch.tensor([0.0, 0.5, 1.0, 8.0])
     x = steps.repeat(2000)[torch.randperm(8000, generator=torch.Generator().manual_seed(0))]
-    solved, ran = solved_by([x], rank, [slice(0, 1000)])
+    solved, ran = solved_by([x], [rank], [slice(0, 1000)])
     assert solved["threshold"] == [float(x.sort(descending=True).values[rank - 1])]
     assert "threshold, digit 1" not in ran
 
