@@ -112,6 +112,7 @@ def same_items(ours: Outcomes, theirs: Outcomes, task: str, a: Cell, b: Cell) ->
 
 
 def metric_of(cell: Cell, task: str) -> str:
+    """What a cell was measured by on a task."""
     return cell.outcomes[task][CLEAN].metric
 
 

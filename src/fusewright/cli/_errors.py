@@ -51,6 +51,7 @@ def report(error: FusewrightError, as_json: bool) -> None:
 
 
 def error_object(error: FusewrightError) -> dict[str, Any]:
+    """A refusal as ``--json`` prints it."""
     parts = ("where", "expected", "found", "fix")
     told = {part: getattr(error, part) for part in parts}
     return {

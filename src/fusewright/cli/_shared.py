@@ -36,10 +36,12 @@ def method_names(incomplete: str) -> list[str]:
 
 
 def devices(incomplete: str) -> list[str]:
+    """Devices that begin so: for completion."""
     return [name for name in DEVICES if name.startswith(incomplete)]
 
 
 def dtypes(incomplete: str) -> list[str]:
+    """Dtypes that begin so: for completion."""
     return [name for name in DTYPES if name.startswith(incomplete)]
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
+    """Add ``bench``."""
     add(
         app, bench, "fusewright bench digits -o results/digits",
         "fusewright bench digits --methods ties,iso_c,'drop >> elect' --tune 20 -o results/digits",

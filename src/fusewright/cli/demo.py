@@ -15,6 +15,7 @@ _WIDE = 160  # columns where there is no terminal to fit
 
 
 def register(app: typer.Typer) -> None:
+    """Add ``demo``."""
     add(app, demo, "fusewright demo", "fusewright demo -o out/demo --json")
     add(app, schema, "fusewright schema > recipe.schema.json")
 

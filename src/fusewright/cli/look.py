@@ -13,6 +13,7 @@ from fusewright.cli._shared import Folder, Json, Memory, Models, Threads, add
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands that look at models and change nothing."""
     add(
         app,
         inspect,

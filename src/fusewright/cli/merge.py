@@ -77,6 +77,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 
 
 def register(app: typer.Typer) -> None:
+    """Add ``merge``."""
     add(
         app,
         merge,
@@ -132,6 +133,7 @@ def merge(
 
 
 def show_plan(recipe: Any, options: Options, out: Path | None, as_json: bool) -> None:
+    """Print what a merge would do."""
     from fusewright.engine import plan
 
     decided = plan(recipe, options, out)
@@ -142,6 +144,7 @@ def show_plan(recipe: Any, options: Options, out: Path | None, as_json: bool) ->
 
 
 def execute(recipe: Any, options: Options, out: Path, *, quiet: bool, as_json: bool) -> None:
+    """Merge, and say what was read, written and how fast."""
     from fusewright.engine import run
 
     with resumable(out), shown(quiet) as progress:

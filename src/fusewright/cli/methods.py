@@ -11,6 +11,7 @@ from fusewright.cli._shared import Json, add, method_names
 
 
 def register(app: typer.Typer) -> None:
+    """Add ``methods``."""
     add(app, methods, "fusewright methods", "fusewright methods ties", "fusewright methods --json")
 
 
@@ -40,6 +41,7 @@ def methods(
 
 
 def show_all() -> None:
+    """Print a table of all methods."""
     from fusewright.cli._cards import COLUMNS, row
     from fusewright.engine import Table
     from fusewright.methods.registry import registry
@@ -49,6 +51,7 @@ def show_all() -> None:
 
 
 def show_card(name: str) -> None:
+    """Print what is known of one method."""
     from fusewright.cli._cards import to_json
     from fusewright.engine import Table
     from fusewright.methods.registry import method_class

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
+    """Add ``suite`` and its commands."""
     group = typer.Typer(no_args_is_help=True, help="Suites: models and tasks to measure with.")
     add(group, list_, "fusewright suite list", name="list")
     add(group, show, "fusewright suite show digits")

@@ -175,10 +175,12 @@ def number(value: float | None, sign: str = "") -> str:
 
 
 def cost(name: str, value: float | None) -> str:
+    """A cost in the unit of its column."""
     return DASH if value is None else f"{value / _UNITS.get(name, 1):.3g}"
 
 
 def p_value(p: float) -> str:
+    """Three decimals; smaller ones are not worth telling apart."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
