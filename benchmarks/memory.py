@@ -25,7 +25,11 @@ from fusewright.weights import DType, TensorInfo
 from fusewright.weights.shards import plan_shards
 
 ALLOWANCE = 64 * 2**20
-METHODS = {"linear": "fw.Linear()", "ties": "fw.Ties(density=0.2, scope='tensor')"}
+METHODS = {
+    "linear": "fw.Linear()",
+    "ties": "fw.Ties(density=0.2, scope='tensor')",
+    "iso_c": "fw.IsoC()",
+}
 MERGE = """
 import json, sys, fusewright as fw
 case = json.loads(sys.argv[1])
@@ -43,7 +47,7 @@ def main() -> None:
     parser.add_argument("--memory", default="64MiB,1GiB")
     parser.add_argument("--experts", default="3,8")
     parser.add_argument("--sizes", default="1,4")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default="linear,ties")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-kernels", action="store_true", help="torch only")
     parser.add_argument("--json", type=Path)
