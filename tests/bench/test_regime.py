@@ -36,6 +36,27 @@ def test_scores_are_of_the_base_the_average_and_each_tasks_own_expert():
     assert (found.gap, found.gain, found.room) == (1.5, 0.75, 0.75)
 
 
+def log_likelihood(state, task):
+    """Base, average and expert of the task "a" have the perplexities 8, 4 and 2."""
+    at = float(state["w"][0] - 3)
+    return Outcomes("log_likelihood", np.full(2, (2 * at - 3) * np.log(2)), np.ones(2))
+
+
+def test_log_likelihoods_are_shares_of_the_experts_perplexity():
+    found = check(BASE, EXPERTS, log_likelihood, unseen=["c"])
+    task = found.tasks["a"]
+    assert (task.base, task.average, task.expert) == pytest.approx((0.25, 0.5, 1))
+    assert task.perplexity == pytest.approx((8, 4, 2))
+    assert found.unseen["c"] == pytest.approx((1, 2))
+    assert "8.00, 4.00, 2.00" in found.table()
+
+
+def test_a_language_suite_is_judged_as_any_other():
+    found = check(BASE, {"a": EXPERTS["a"]}, log_likelihood)
+    assert found.gap == pytest.approx(0.75)
+    assert any("averaging is only 0.000 below" in doubt for doubt in found.doubts())
+
+
 def test_unseen_tasks_have_the_base_and_the_average():
     assert check(BASE, EXPERTS, first_weight, unseen=["c"]).unseen == {"c": (4.0, 5.0)}
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fusewright.bench.comparison import LOG_LIKELIHOOD, share
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -38,6 +40,9 @@ Evaluate = Callable[["State", str], "Outcomes"]
 class TaskRegime:
     """One merged task. Scores are means of outcomes; ``norm`` is |expert - base| / |base|.
 
+    Of language modelling, scores are shares of the expert's: its perplexity over the model's, so
+    that 1 is as good as the expert. ``perplexity`` then holds those of base, average and expert.
+
     ``barrier`` is the largest excess of the loss between base and expert over the straight line
     between their losses (Frankle et al. 2020, arXiv:1912.05671), in nats. ``loss`` and
     ``entropy`` are means at each scale of task arithmetic over all experts; ``rank`` is their
@@ -53,12 +58,14 @@ class TaskRegime:
     loss: tuple[float, ...] | None = None
     entropy: tuple[float, ...] | None = None
     rank: float | None = None
+    perplexity: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Regime:
     """What :func:`check` found. ``cosines`` are of each pair of task vectors; ``unseen`` holds
-    (base, average) of the tasks that have no expert."""
+    (base, average) of the tasks that have no expert, as shares of the base's if they are language
+    modelling."""
 
     tasks: Mapping[str, TaskRegime]
     cosines: Mapping[tuple[str, str], float]
@@ -137,13 +144,20 @@ def check(
     for name, vector in vectors.items():
         between = [_moved(base, [vector], at) for at in STEPS]
         ends = evaluate(base, name), evaluate(_moved(base, [vector], 1.0), name)
+        said = ends[0], evaluate(average, name), ends[1]
+        scores = _scores(said, reference=ends[1])
         tasks[name] = TaskRegime(
-            ends[0].value, evaluate(average, name).value, ends[1].value, _length(vector) / size,
+            scores[0], scores[1], scores[2], _length(vector) / size,
             _barrier(ends, [evaluate(state, name) for state in between]),
             *_ranked([evaluate(state, name) for state in along]),
+            tuple(found.shown for found in said) if ends[0].metric == LOG_LIKELIHOOD else None,
         )  # fmt: skip
         step(name)
-    others = {n: (evaluate(base, n).value, evaluate(average, n).value) for n in unseen}
+    others = {}
+    for name in unseen:
+        found = evaluate(base, name), evaluate(average, name)
+        scores = _scores(found, reference=found[0])
+        others[name] = scores[0], scores[1]
     cosines = {(a, b): _cosine(vectors[a], vectors[b]) for a, b in combinations(vectors, 2)}
     return Regime(tasks, cosines, tuple(scales), others)
 
@@ -168,6 +182,15 @@ def check_suite(
 
     with Stages(progress).stage("regime", len(experts)) as step:
         return check(base, experts, evaluate, unseen=suite.spec.unseen, step=step)
+
+
+def _scores(outcomes: Sequence[Outcomes], reference: Outcomes) -> list[float]:
+    """Values; of log-likelihoods, which have no fixed scale, the ratio of perplexities."""
+    values = [found.value for found in outcomes]
+    if reference.metric != LOG_LIKELIHOOD:
+        return values
+    found = share(LOG_LIKELIHOOD, np.asarray(values), np.asarray(reference.value))
+    return [float(value) for value in found]
 
 
 def _floating(state: State) -> dict[str, Tensor]:
@@ -252,12 +275,19 @@ def _table(regime: Regime) -> Iterator[str]:
         yield f"{name} *".ljust(wide) + _number(base) + _number(average)
     if regime.unseen:
         yield "* unseen: no expert was merged"
+    if any(task.perplexity is not None for task in regime.tasks.values()):
+        yield ("language modelling: shares of the expert's, its perplexity over the model's "
+               "(unseen: the base's)")  # fmt: skip
     yield (f"gap of experts {regime.gap:+.3f}, gain of averaging {regime.gain:+.3f}, "
            f"experts above the average {regime.room:+.3f}")  # fmt: skip
     if regime.cosines:
         found = list(regime.cosines.values())
         yield (f"cosines of task vectors: mean {fmean(found):+.4f}, "
                f"from {min(found):+.4f} to {max(found):+.4f}")  # fmt: skip
+    for name, task in regime.tasks.items():
+        if task.perplexity is not None:
+            shown = (f"{value:.2f}" for value in task.perplexity)
+            yield f"{name}: perplexity of base, average, expert {', '.join(shown)}"
     norms = [task.norm for task in regime.tasks.values()]
     yield f"|task vector| / |base|: mean {fmean(norms):.4f}, {min(norms):.4f} to {max(norms):.4f}"
     for doubt in regime.doubts():

@@ -42,7 +42,7 @@ class TaskSpec(_Part):
 
     kind: str = Field(description='"image-classification", "text-classification", …')
     question: str = ""
-    data: str | None = Field(None, description="folder of parquet files under --data")
+    data: str | None = Field(None, description="folder of parquet files, or texts, under --data")
     hub: str | None = Field(None, description="data set on the Hugging Face Hub")
     config: str | None = Field(None, description="its configuration, if it has several")
     revision: str | None = Field(None, description="its revision on the Hub")

@@ -116,6 +116,10 @@ def open_split(name: str, spec: TaskSpec, part: str, data: Path | None) -> Split
         raise SuiteError(f"the task {name!r} has no {part} split",
                          expected=", ".join(spec.splits) or "splits: {test: ...}",
                          found=part)  # fmt: skip
+    from fusewright.bench.corpora import is_corpus, open_corpus
+
+    if is_corpus(spec):
+        return open_corpus(spec, part, data)
     from fusewright.tasks.data import DataSource
     from fusewright.tasks.data import open_split as open_data
 

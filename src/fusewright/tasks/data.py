@@ -56,7 +56,7 @@ def open_split(source: DataSource, split: str, data: Path | None = None) -> Data
     Raises DataError if the folder, file, column or rows do not exist, a file is damaged, or the
     Hub cannot be reached.
     """
-    name, start, stop = _parse(split)
+    name, _, _ = _parse(split)
     root = data if data is not None else _from_environment()
     path = _local(source, name, root)
     if path is not None:
@@ -67,6 +67,15 @@ def open_split(source: DataSource, split: str, data: Path | None = None) -> Data
         whole = open_hub(source, name)
     else:
         raise _nowhere(source, name, root)
+    return sliced(whole, split)
+
+
+def sliced(whole: DataSplit, split: str) -> DataSplit:
+    """The rows of a split that is at hand: "all[:80%]" of it, or all of it.
+
+    Raises DataError if that is not understood, or no row.
+    """
+    _, start, stop = _parse(split)
     return whole if start is stop is None else _part(whole, start, stop, split)
 
 

@@ -16,7 +16,10 @@ from fusewright.errors import nearest
 if TYPE_CHECKING:
     from fusewright.bench.suite_file import SuiteSpec
 
-BUILDERS = {"vision": ("fusewright.bench.pools.vision", "build_vision")}
+BUILDERS = {
+    "vision": ("fusewright.bench.pools.vision", "build_vision"),
+    "language": ("fusewright.bench.pools.language", "build_language"),
+}
 """Where each builder lives: called with (spec, out, data, seed, progress)."""
 
 

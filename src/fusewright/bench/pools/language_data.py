@@ -1,0 +1,107 @@
+"""Texts of a language pool: training splits, their tokenizer, and crops of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusewright.extras import needs
+from fusewright.tasks.errors import DataError
+
+if TYPE_CHECKING:
+    from fusewright.bench.suite_file import SuiteSpec
+
+END = "<|end|>"
+"""Ends a document; the only special token."""
+PIECE = 1 << 16
+"""Characters that a tokenizer is given at once."""
+
+
+def load_texts(spec: SuiteSpec, data: Path | None) -> dict[str, str]:
+    """The training text of each task that has one.
+
+    Raises DataError if it cannot be read.
+    """
+    from fusewright.bench.suite_tasks import open_split
+
+    found = {}
+    for name, task in spec.tasks.items():
+        if "train" in task.splits:
+            split = open_split(name, task, "train", data)
+            found[name] = "".join(split.rows(range(len(split)))["text"])
+    return found
+
+
+def shares_of(sizes: Mapping[str, int], exponent: float) -> dict[str, float]:
+    """How much of a mixture each text is: its size to the power ``exponent``, the sum being 1.
+
+    0 mixes them equally, 1 as they are; between, small texts count more than they are long
+    (Conneau et al. 2020, arXiv:1911.02116).
+    """
+    parts = {name: float(size) ** exponent for name, size in sizes.items()}
+    total = sum(parts.values())
+    return {name: part / total for name, part in parts.items()}
+
+
+def train_tokenizer(texts: Mapping[str, str], vocabulary: int, exponent: float) -> Any:
+    """A byte-level BPE tokenizer of ``vocabulary`` tokens, as ``transformers`` opens it.
+
+    It learns from the mixture's share of each text, from the text's beginning, as much as leaves
+    the scarcest whole.
+    """
+    tokenizers = needs("tokenizers", "demo")
+    shares = shares_of({name: len(text) for name, text in texts.items()}, exponent)
+    whole = min(len(text) / shares[name] for name, text in texts.items())
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[END], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    model.train_from_iterator(
+        (text[: round(whole * shares[name])] for name, text in texts.items()), trainer
+    )
+    return needs("transformers", "demo").PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token=END
+    )
+
+
+def tokens_of(tokenizer: Any, text: str) -> Tensor:
+    """The token ids (n,) int64 of a text. It is cut between lines, since BPE over megabytes at
+    once takes long."""
+    pieces, start = [], 0
+    while start < len(text):
+        stop = text.find("\n", start + PIECE) + 1 or len(text)
+        pieces.append(text[start:stop])
+        start = stop
+    ids = tokenizer(pieces, add_special_tokens=False)["input_ids"]
+    return torch.from_numpy(np.concatenate([np.asarray(i, np.int64) for i in ids]))
+
+
+def crops(stream: Tensor, count: int, length: int, draw: torch.Generator) -> Tensor:
+    """``count`` places of a stream (n,), each with what follows: (count, length + 1).
+
+    Raises DataError if it is not that long.
+    """
+    if len(stream) <= length:
+        raise DataError("a training text is too short", expected=f"over {length} tokens",
+                        found=len(stream))  # fmt: skip
+    starts = torch.randint(0, len(stream) - length, (count, 1), generator=draw)
+    return stream[starts + torch.arange(length + 1)]
+
+
+def mixed(
+    streams: Mapping[str, Tensor], shares: Mapping[str, float], count: int, length: int,
+    draw: torch.Generator,
+) -> Tensor:  # fmt: skip
+    """Crops of all streams, each as often as its share says: (count, length + 1)."""
+    names = list(streams)
+    weights = torch.tensor([shares[name] for name in names], dtype=torch.float64)
+    chosen = torch.multinomial(weights, count, replacement=True, generator=draw)
+    return torch.cat([crops(streams[names[i]], 1, length, draw) for i in chosen.tolist()])

@@ -1,0 +1,110 @@
+"""How a language pool's base and experts are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusewright.bench.pools.language_data import crops, mixed, shares_of
+from fusewright.bench.pools.training import Tell
+
+
+@dataclass(frozen=True)
+class LanguageRecipe:
+    """What a pool's training depends on, beside data and seed.
+
+    The base learns a mixture of all domains for ``base_steps`` batches of ``batch`` crops of
+    ``length`` tokens; ``mixture`` is the exponent of :func:`shares_of`. Each expert goes on from
+    it on its own domain for ``expert_steps``, in small steps, so that experts stay close to the
+    base. Rates are peaks of one cycle.
+    """
+
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    key_value_heads: int = 2
+    hidden: int = 352
+    vocabulary: int = 1024
+    length: int = 128
+    batch: int = 16
+    mixture: float = 0.5
+    base_steps: int = 1600
+    base_rate: float = 3e-3
+    base_decay: float = 0.05
+    expert_steps: int = 100
+    expert_rate: float = 1e-3
+    bfloat16: bool = True
+    threads: int = 1  # sums depend on the number
+
+
+REPORTS = 10
+"""How often a training tells its loss."""
+
+
+def pretrain(
+    model: nn.Module, streams: Mapping[str, Tensor], recipe: LanguageRecipe,
+    draw: torch.Generator, tell: Tell,
+) -> float:  # fmt: skip
+    """Train the base on the mixture; answers with the mean loss of the last tenth, in nats."""
+    shares = shares_of({name: len(stream) for name, stream in streams.items()}, recipe.mixture)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": recipe.base_decay},
+              {"params": others, "weight_decay": 0.0}]  # fmt: skip
+
+    def batch() -> Tensor:
+        return mixed(streams, shares, recipe.batch, recipe.length, draw)
+
+    return _descend(model, groups, batch, recipe.base_steps, recipe.base_rate, recipe, tell)
+
+
+def fine_tune(
+    model: nn.Module, stream: Tensor, recipe: LanguageRecipe, draw: torch.Generator, tell: Tell
+) -> float:
+    """Train all of a copy of the base on one domain; answers as :func:`pretrain` does."""
+    groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
+
+    def batch() -> Tensor:
+        return crops(stream, recipe.batch, recipe.length, draw)
+
+    return _descend(model, groups, batch, recipe.expert_steps, recipe.expert_rate, recipe, tell)
+
+
+def _descend(
+    model: nn.Module, groups: list[dict[str, Any]], batch: Callable[[], Tensor], steps: int,
+    rate: float, recipe: LanguageRecipe, tell: Tell,
+) -> float:  # fmt: skip
+    """AdamW under a one-cycle schedule (a tenth of warm-up), gradients clipped at norm 1."""
+    parameters = [p for group in groups for p in group["params"]]
+    optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, rate, total_steps=steps + 1, pct_start=0.1
+    )
+    model.train()
+    ends = [round(steps * (part + 1) / REPORTS) for part in range(REPORTS)]
+    seen, mean = [], float("nan")
+    for step in range(1, steps + 1):
+        optimiser.zero_grad()
+        found = _loss(model, batch(), recipe)
+        found.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        seen.append(found.detach())
+        for _ in range(ends.count(step)):
+            mean, seen = float(torch.stack(seen).mean()) if seen else mean, []
+            tell(f"loss {mean:.3f}")
+    model.eval()
+    return mean
+
+
+def _loss(model: Any, ids: Tensor, recipe: LanguageRecipe) -> Tensor:
+    """Mean cross-entropy of every token after the first, in nats."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+        logits = model(input_ids=ids[:, :-1]).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
