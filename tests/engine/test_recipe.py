@@ -11,6 +11,7 @@ from small_models import models
 
 import fusewright as fw
 from fusewright.engine import load_recipe, make_recipe, recipe_schema
+from fusewright.engine.options import parse_size
 from fusewright.engine.planner import make_plan, recipe_method
 from fusewright.errors import FusewrightError, RecipeError
 
@@ -35,6 +36,21 @@ def test_what_a_recipe_writes_it_reads_again(tmp_path: Path) -> None:
     text = GOOD.replace("a: y", "{a: {model: y, weight: [{filter: mlp, value: 0.8}, 0.5]}}"[1:-1])
     one = recipe(tmp_path, text)
     assert load_recipe(one.plain()) == one
+
+
+def test_what_was_not_said_is_not_written(tmp_path: Path) -> None:
+    assert recipe(tmp_path, GOOD).plain() == {
+        "fusewright": 1, "method": "ties", "base": "x", "experts": {"a": {"model": "y"}}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("3", 3), ("2KB", 2000), ("2kB", 2000), ("2KiB", 2048), ("1.5M", 1_500_000), ("64MiB", 2**26),
+     ("5GB", 5 * 10**9), ("1GiB", 2**30), ("2TiB", 2**41)],
+)  # fmt: skip
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize(

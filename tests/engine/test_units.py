@@ -11,8 +11,11 @@ from small_models import METHODS, expert, models, on_disk, read, same
 from test_resume import killed
 
 import fusewright as fw
-from fusewright.engine import jobs
+from fusewright.engine import jobs, make_recipe
+from fusewright.engine.inputs import open_inputs
 from fusewright.engine.options import Options
+from fusewright.engine.planner import make_plan
+from fusewright.engine.schedule import shares
 from fusewright.errors import NumericError
 from fusewright.methods.door import CHUNK
 
@@ -121,8 +124,37 @@ def test_tensors_are_kept_only_where_compiled_kernels_leave_room(tmp_path: Path)
     memory = 64 * 2**20
     size = 2 * 4_000_000 * (1 + len(given["experts"]))
     assert (memory - jobs.COMPILED) // 2 < size < memory // 2
-    merged = fw.merge(fw.Ties(scope="tensor"), **given, memory=memory, kernels=True)
+    merged = fw.merge(fw.Ties(scope="tensor"), **given, memory=memory)
     assert merged.report["bytes_read"] == merged.plan["costs"]["bytes_read"]
+
+
+def planned(method: Any, given: Any, **options: Any) -> Any:
+    recipe = make_recipe(method=method, **given)
+    with open_inputs(recipe) as inputs:
+        return make_plan(recipe, Options(**options), inputs)
+
+
+def test_units_and_kept_tensors_have_half_of_the_memory_each(tmp_path: Path) -> None:
+    given = on_disk(tmp_path, shapes={"layers.0.mlp.weight": (4000, 1000)})
+    by_tensor = fw.Ties(scope="tensor")
+    large = planned(by_tensor, given, memory=2**28, threads=2, kernels=False)
+    assert all(job.kept for job in large.jobs.values())
+    assert shares(large) == (2**27, 2**27)
+    assert shares(planned("linear", given, memory=2**28, kernels=False)) == (2**28, 0)
+    assert shares(planned("linear", given, memory=2**28)) == (2**28 - jobs.COMPILED, 0)
+    # Units of so many threads leave no room for what would be kept.
+    many = planned(by_tensor, given, memory=2**28, threads=64, kernels=False)
+    assert not any(job.kept for job in many.jobs.values())
+
+
+@pytest.mark.parametrize(("method", "temporaries"), [("linear", 4), ("iso_c", 14)])
+def test_what_a_unit_of_the_definition_takes(
+    tmp_path: Path, method: str, temporaries: int
+) -> None:
+    """Bytes as stored and float32 of two experts and the base, and temporaries of float32."""
+    given = on_disk(tmp_path, shapes={"layers.0.mlp.weight": (200, 1000)})
+    (job,) = planned(method, given, kernels=False).jobs.values()
+    assert job.memory == 200_000 * (3 * (4 + 4) + 4 * temporaries)
 
 
 def test_the_plan_knows_what_is_read_of_buffers() -> None:

@@ -11,6 +11,7 @@ from fusewright.layout.spec import Role, TensorLayout
 from fusewright.methods.contract import At, Unit
 from fusewright.methods.pipeline import resolved
 from fusewright.methods.random import Stream, threshold
+from fusewright.methods.static._gram import gram_matrix, gram_partial
 from fusewright.methods.static._iso_c import isotropic
 from fusewright.testing import toy
 from fusewright.weights.spec import LowRank
@@ -183,6 +184,17 @@ def test_slerp_keeps_the_norm_on_the_arc() -> None:
 def test_slerp_is_linear_without_an_arc(b: torch.Tensor) -> None:
     a = torch.tensor([2.0, 0.0])
     torch.testing.assert_close(fw.Slerp(t=0.25)(None, [a, b]), 0.75 * a + 0.25 * b)
+
+
+def test_the_inner_products_of_three_vectors() -> None:
+    vectors = [torch.tensor([1.0, 0.0]), torch.tensor([2.0, 3.0]), torch.tensor([-1.0, 4.0])]
+    expected = [[1, 2, -1], [2, 13, 10], [-1, 10, 17]]
+    assert gram_matrix(gram_partial(vectors)).tolist() == expected
+
+
+def test_slerp_goes_half_of_the_way_by_default() -> None:
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    torch.testing.assert_close(fw.Slerp()(None, [a, b]), torch.full((2,), 0.5**0.5))
 
 
 def test_model_stock_stays_at_the_base_when_experts_are_orthogonal_or_opposed() -> None:

@@ -19,6 +19,7 @@ from fusewright.errors import WeightsError
 from fusewright.weights import DType
 from fusewright.weights.files import COUNT
 from fusewright.weights.safetensors_file import SafetensorsFile
+from fusewright.weights.safetensors_header import header_length
 
 
 def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
@@ -323,3 +324,12 @@ def test_a_changed_byte_is_refused_or_agrees_with_the_library(
         assert torch.equal(
             fetch(weights, name).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)
         )
+
+
+def test_a_prefix_cut_short_is_refused() -> None:
+    """Even where the file itself is said to be long enough."""
+    with pytest.raises(WeightsError, match="too short"):
+        header_length(bytes(7), 100, "x")
+    with pytest.raises(WeightsError, match="too short"):
+        header_length(bytes(8), 7, "x")
+    assert header_length((2).to_bytes(8, "little"), 10, "x") == 2

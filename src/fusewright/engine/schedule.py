@@ -182,7 +182,7 @@ class Schedule:
         self.worker.sink.note(f"tensor:{wave.index}.{wave.round.name}:{name}", value)
 
 
-def _shares(plan: Plan) -> tuple[int, int]:
+def shares(plan: Plan) -> tuple[int, int]:
     """The memory of units, and of tensors that are kept between waves."""
     memory = memory_of_tensors(plan.options, plan.kernel)
     some = any(job.kept for job in plan.jobs.values())
@@ -196,7 +196,7 @@ class _Pool:
         self.schedule, self.states = schedule, iter(states)
         self.waiting: _TensorState | None = None
         self.ready: deque[tuple[_TensorState, Step | None, Unit]] = deque()
-        self.budget, self.room = _shares(schedule.plan)
+        self.budget, self.room = shares(schedule.plan)
         self.changed = threading.Condition()
         self.active = 0
         self.failure: BaseException | None = None
