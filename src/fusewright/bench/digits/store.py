@@ -54,7 +54,8 @@ def key_of(training: Training) -> str:
     """Twelve hex digits that change with anything the trained numbers depend on: the recipe, the
     tasks, the code that trains, the versions of fusewright and torch."""
     here = Path(__file__).parent
-    code = [(here / name).read_text("utf-8") for name in ("tasks.py", "model.py", "train.py")]
+    files = ("tasks.py", "model.py", "train.py", "../descent.py")
+    code = [(here / name).read_text("utf-8") for name in files]
     facts = [asdict(training), fusewright.__version__, torch.__version__, code]
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 

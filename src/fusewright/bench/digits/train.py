@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusewright.bench.descent import OneCycle
 from fusewright.bench.digits.model import features, new_model
 from fusewright.bench.digits.tasks import KNOWN_VIEWS, Split, Task, seen, splits
 
@@ -46,7 +47,7 @@ def pretrain(training: Training, seed: int) -> Any:
 
     def loss() -> Tensor:
         drawn = [_batch(data, share, draw) for _ in KNOWN_VIEWS]
-        shown = [_disturbed(seen(b.images, v), training, draw)
+        shown = [disturbed(seen(b.images, v), training, draw)
                  for b, v in zip(drawn, KNOWN_VIEWS, strict=True)]  # fmt: skip
         tokens = features(model, torch.cat(shown)).unflatten(0, (len(KNOWN_VIEWS), share))
         logits = torch.einsum("vnw,vcw->vnc", tokens, heads).flatten(0, 1)
@@ -91,7 +92,7 @@ def _fine_tuned(
 
     def loss() -> Tensor:
         drawn = [_batch(data, share, draw) for _ in heads]
-        shown = [_disturbed(seen(b.images, t.view), training, draw)
+        shown = [disturbed(seen(b.images, t.view), training, draw)
                  for b, t in zip(drawn, heads, strict=True)]  # fmt: skip
         tokens = features(model, torch.cat(shown)).split(share)
         losses = [F.cross_entropy(x @ heads[t].T, t.labels(b.digits))
@@ -105,18 +106,12 @@ def _fine_tuned(
 def _descend(
     parameters: Iterable[Tensor], loss: Callable[[], Tensor], steps: int, rate: float, decay: float
 ) -> None:
-    """AdamW under a one-cycle schedule (a tenth of warm-up), gradients clipped at norm 1."""
-    parameters = list(parameters)
-    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, rate, total_steps=steps + 1, pct_start=0.1
-    )
+    groups = [{"params": list(parameters), "weight_decay": decay}]
+    descent = OneCycle(groups, steps, rate)
     for _ in range(steps):
-        optimiser.zero_grad()
+        descent.begin()
         loss().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
+        descent.step()
 
 
 def _batch(data: Split, size: int, draw: torch.Generator) -> Split:
@@ -124,7 +119,7 @@ def _batch(data: Split, size: int, draw: torch.Generator) -> Split:
     return Split(data.images[at], data.digits[at])
 
 
-def _disturbed(images: Tensor, training: Training, draw: torch.Generator) -> Tensor:
+def disturbed(images: Tensor, training: Training, draw: torch.Generator) -> Tensor:
     """Half of the batches moved by at most a pixel, all with noise: against learning by heart."""
     down, right = torch.randint(-1, 2, (2,), generator=draw).tolist()
     if torch.rand((), generator=draw) < 0.5:

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from copy import deepcopy
 from hashlib import sha256
 from math import ceil, isfinite
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fusewright.bench.descent import OneCycle
 from fusewright.bench.joint.combine import Combination, combination
 from fusewright.errors import FusewrightError, NumericError, RecipeError
 from fusewright.tasks.task import Batch, Progress, Split, Task
@@ -61,40 +63,41 @@ def train_joint(
     if not parameters:
         raise RecipeError("the model has no parameter that requires gradients")
     plan, share = combination(how, len(tasks)), batch_size // len(tasks)
-    epoch = min(ceil(sum(len(splits[t.name]) for t in tasks) / batch_size), max(1, steps // 5))
     with _seeded(seed, parameters[0].device):
         streams = [_stream(task, splits[task.name], share, seed, augment) for task in tasks]
-        optimiser, schedule = _descent(parameters, plan, steps, lr, weight_decay)
-        for step in range(1, steps + 1):
-            optimiser.zero_grad()
-            losses = [
-                _loss(task, model, next(stream), step, autocast)
-                for task, stream in zip(tasks, streams, strict=True)
-            ]
-            plan.backward(losses, parameters)
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            schedule.step()
-            if step % epoch == 0:
-                plan.end_epoch()
-            if progress:
-                progress(step, steps)
+        descent = _descent(parameters, plan, steps, lr, weight_decay)
+
+        def losses(step: int) -> list[Tensor]:
+            given = zip(tasks, streams, strict=True)
+            return [_loss(task, model, next(stream), step, autocast) for task, stream in given]
+
+        epoch = min(ceil(sum(len(splits[t.name]) for t in tasks) / batch_size), max(1, steps // 5))
+        for step in _steps(steps, epoch, plan, progress):
+            descent.begin()
+            plan.backward(losses(step), parameters)
+            descent.step()
     return model.eval()
+
+
+def _steps(
+    count: int, epoch: int, plan: Combination, progress: Progress | None
+) -> Iterator[int]:
+    """Steps from 1; after each the plan hears of an epoch's end, and the caller of the step."""
+    for step in range(1, count + 1):
+        yield step
+        if step % epoch == 0:
+            plan.end_epoch()
+        if progress:
+            progress(step, count)
 
 
 def _descent(
     parameters: list[nn.Parameter], plan: Combination, steps: int, lr: float, decay: float
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    groups = [{"params": parameters, "weight_decay": decay}]
-    rates = [lr]
+) -> OneCycle:
+    groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": decay}]
     if learned := plan.parameters():
-        groups.append({"params": learned, "weight_decay": 0.0})
-        rates.append(COMBINATION_RATE)
-    optimiser = torch.optim.AdamW(groups, lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, rates, total_steps=steps + 1, pct_start=0.1
-    )
-    return optimiser, schedule
+        groups.append({"params": learned, "weight_decay": 0.0, "lr": COMBINATION_RATE})
+    return OneCycle(groups, steps, lr, clipped=parameters)
 
 
 def _stream(

@@ -1,0 +1,47 @@
+"""The descent that everything here is trained by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARM_UP = 0.1
+"""The share of steps in which the rate rises to its peak."""
+CLIPPED_AT = 1.0
+"""The norm of all gradients together that none exceeds."""
+
+
+class OneCycle:
+    """AdamW (1711.05101) under a one-cycle schedule, gradients clipped at norm 1.
+
+    ``groups`` are as torch's optimisers take them ("params", "weight_decay"; "lr" where its peak
+    is not ``rate``). ``clipped``: the parameters whose gradients are clipped together; all of
+    them by default. ``betas``: torch's by default.
+    """
+
+    def __init__(
+        self, groups: Sequence[Mapping[str, Any]], steps: int, rate: float,
+        *, clipped: Sequence[Tensor] | None = None, betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:  # fmt: skip
+        own = [{"lr": rate, **group, "params": list(group["params"])} for group in groups]
+        everything = [p for group in own for p in group["params"]]
+        self._clipped = everything if clipped is None else list(clipped)
+        self._optimiser = torch.optim.AdamW(own, lr=rate, betas=betas)
+        # One more than there are: the last step's rate would be all but zero.
+        self._schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self._optimiser, [group["lr"] for group in own], total_steps=steps + 1,
+            pct_start=WARM_UP,
+        )  # fmt: skip
+
+    def begin(self) -> None:
+        """Forget the gradients of the last step."""
+        self._optimiser.zero_grad()
+
+    def step(self) -> None:
+        """Move by the gradients that were left in the parameters."""
+        torch.nn.utils.clip_grad_norm_(self._clipped, CLIPPED_AT)
+        self._optimiser.step()
+        self._schedule.step()
