@@ -11,7 +11,7 @@ from small_models import models
 
 import fusewright as fw
 from fusewright.engine import load_recipe, make_recipe, recipe_schema
-from fusewright.engine.options import parse_size
+from fusewright.engine.options import Options, parse_size
 from fusewright.engine.planner import make_plan, recipe_method
 from fusewright.errors import FusewrightError, RecipeError
 
@@ -207,3 +207,12 @@ def test_the_schema_describes_what_is_read() -> None:
     schema = recipe_schema()
     assert "ties" in schema["$defs"] and "experts" in schema["required"]
     assert "density" in schema["$defs"]["ties"]["properties"]
+
+
+def test_options_have_edges() -> None:
+    assert Options(memory=2**25).memory == 2**25 and Options(threads=1).workers == 1
+    with pytest.raises(RecipeError, match="too small"):
+        Options(memory=2**25 - 1)
+    with pytest.raises(RecipeError, match="at least 1"):
+        Options(threads=0)
+    assert (Options().memory, Options().shard_size) == (2**30, 5 * 10**9)

@@ -198,7 +198,7 @@ def test_added_files_are_copied_from_paths_and_links(tmp_path: Path) -> None:
         toy.work(staging)
         staging.add_file("tokenizer.json", b"first, longer " * 20)
         staging.add_file("tokenizer.json", tmp_path / "tokenizer.json")
-        staging.publish({})
+        assert staging.publish({}) == tmp_path / "out"
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"x" * 100
     assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
 
