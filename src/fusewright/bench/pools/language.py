@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusewright.bench.corpora import files_of, is_corpus
 from fusewright.bench.digits.model import threads
-from fusewright.bench.pools import language_data, language_training, parts
+from fusewright.bench.pools import language_data, language_training, llama2c, parts
 from fusewright.bench.pools.language_training import REPORTS, LanguageRecipe
 from fusewright.bench.pools.training import generator
 from fusewright.bench.progress import Stages, Step
@@ -50,7 +50,7 @@ def build_language(
         if (out / parts.PROVENANCE).exists():
             return
         texts = language_data.load_texts(spec, data)
-        made = _Builder(out, recipe, seed, texts).build(experts, progress)
+        made = _Builder(out, recipe, seed, texts, data).build(experts, progress)
         parts.write_json(out / parts.PROVENANCE, {
             **claim, "data": _sources(spec, texts, data), "parts": made, "versions": _versions(),
         })  # fmt: skip
@@ -66,16 +66,22 @@ def read_recipe(spec: SuiteSpec) -> LanguageRecipe:
             raise SuiteError("the recipe has an unknown parameter", where="build.parameters",
                              found=key, expected=", ".join(known),
                              fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
-    return LanguageRecipe(**given)
+    recipe = LanguageRecipe(**given)
+    if bool(recipe.start) != bool(recipe.start_tokenizer):
+        raise SuiteError("a model to start from needs its own tokenizer", where="build.parameters",
+                         expected="both start and start_tokenizer", found=given)  # fmt: skip
+    return recipe
 
 
 class _Builder:
     """One pool, part after part."""
 
     def __init__(
-        self, out: Path, recipe: LanguageRecipe, seed: int, texts: Mapping[str, str]
-    ) -> None:
+        self, out: Path, recipe: LanguageRecipe, seed: int, texts: Mapping[str, str],
+        data: Path | None,
+    ) -> None:  # fmt: skip
         self.out, self.recipe, self.seed, self.texts = out, recipe, seed, texts
+        self.data = data or Path()
 
     def build(self, experts: list[str], progress: bool) -> dict[str, Any]:
         """Every part's facts, by its path."""
@@ -106,17 +112,29 @@ class _Builder:
 
     def _tokenizer(self, at: Path) -> dict[str, Any]:
         recipe, began = self.recipe, perf_counter()
-        made = language_data.train_tokenizer(self.texts, recipe.vocabulary, recipe.mixture)
+        if recipe.start:
+            path = self.data / recipe.start_tokenizer
+            made = llama2c.read_tokenizer(path, recipe.vocabulary)
+        else:
+            made = language_data.train_tokenizer(self.texts, recipe.vocabulary, recipe.mixture)
         made.save_pretrained(at)
         return {"seconds": perf_counter() - began, "tokens": len(made)}
 
     def _base(self, at: Path, step: Step) -> dict[str, Any]:
-        began, model = perf_counter(), new_model(self.recipe, self.seed, self.tokenizer)
+        began, start = perf_counter(), self.recipe.start
+        model = (llama2c.read_model(self.data / start) if start
+                 else new_model(self.recipe, self.seed, self.tokenizer))  # fmt: skip
         streams = {name: self._stream(name) for name in self.texts}
         draw = generator(self.seed, BASE)
         loss = language_training.pretrain(model, streams, self.recipe, draw, step)
         self._save(model, at)
-        return {"seconds": perf_counter() - began, "loss": loss}
+        trained = {"loss": loss} if self.recipe.base_steps else {}
+        return {"seconds": perf_counter() - began, **trained, **self._start()}
+
+    def _start(self) -> dict[str, str]:
+        """What the base goes on from, by its hash."""
+        start = self.recipe.start
+        return {"start": sha256((self.data / start).read_bytes()).hexdigest()} if start else {}
 
     def _expert(self, task: str, at: Path, step: Step) -> dict[str, Any]:
         began, model = perf_counter(), open_model(self.out / BASE)

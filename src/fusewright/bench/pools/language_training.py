@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ class LanguageRecipe:
     ``length`` tokens; ``mixture`` is the exponent of :func:`shares_of`. Each expert goes on from
     it on its own domain for ``expert_steps``, in small steps, so that experts stay close to the
     base. Rates are peaks of one cycle.
+
+    ``start`` and ``start_tokenizer`` are a checkpoint of llama2.c and its tokenizer, below the
+    folder of data: the base then goes on from there, or is that very model where ``base_steps`` is
+    0, and all sizes but ``vocabulary`` are the checkpoint's.
     """
 
     width: int = 128
@@ -38,6 +43,8 @@ class LanguageRecipe:
     base_decay: float = 0.05
     expert_steps: int = 100
     expert_rate: float = 1e-3
+    start: str = ""
+    start_tokenizer: str = ""
     bfloat16: bool = True
     threads: int = 1  # sums depend on the number
 
@@ -50,7 +57,8 @@ def pretrain(
     model: nn.Module, streams: Mapping[str, Tensor], recipe: LanguageRecipe,
     draw: torch.Generator, tell: Tell,
 ) -> float:  # fmt: skip
-    """Train the base on the mixture; answers with the mean loss of the last tenth, in nats."""
+    """Train the base on the mixture; answers with the mean loss of the last tenth, in nats (NaN
+    without steps)."""
     shares = shares_of({name: len(stream) for name, stream in streams.items()}, recipe.mixture)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
@@ -80,13 +88,15 @@ def _descend(
     rate: float, recipe: LanguageRecipe, tell: Tell,
 ) -> float:  # fmt: skip
     """AdamW under a one-cycle schedule (a tenth of warm-up), gradients clipped at norm 1."""
+    if not steps:
+        return float("nan")
     parameters = [p for group in groups for p in group["params"]]
     optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, rate, total_steps=steps + 1, pct_start=0.1
     )
     model.train()
-    ends = [round(steps * (part + 1) / REPORTS) for part in range(REPORTS)]
+    ends = [ceil(steps * part / REPORTS) for part in range(1, REPORTS + 1)]
     seen, mean = [], float("nan")
     for step in range(1, steps + 1):
         optimiser.zero_grad()
