@@ -13,9 +13,12 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
+pytest.importorskip("optuna")
 
 from fusewright.bench.corpora import files_of, is_corpus, open_corpus  # noqa: E402
 from fusewright.bench.pools import build, language, language_data, language_training  # noqa: E402
+from fusewright.bench.regime import check_suite  # noqa: E402
+from fusewright.bench.report.summary import summarise  # noqa: E402
 from fusewright.bench.suite import Suite  # noqa: E402
 from fusewright.bench.suite_file import (  # noqa: E402
     SuiteError,
@@ -24,6 +27,7 @@ from fusewright.bench.suite_file import (  # noqa: E402
     find_suite,
     read_suite,
 )
+from fusewright.bench.sweep import bench  # noqa: E402
 from fusewright.errors import OutputError  # noqa: E402
 from fusewright.tasks.errors import DataError  # noqa: E402
 
@@ -271,3 +275,27 @@ def test_lm_mini_names_a_recipe_and_held_out_text():
 def test_lm_mini_reads_modules_that_every_python_has():
     split = open_corpus(read_suite(find_suite("lm-mini")).tasks["python"], "test", None)
     assert len(split) > 500
+
+
+def test_a_sweep_ranks_by_perplexity_and_normalises_by_the_experts(pool, data, tmp_path):
+    found = bench(Suite("tiny", suite(), pool, data), ["average", "ties"], tune=2,
+                  out=tmp_path / "results", progress=False)  # fmt: skip
+    assert not found.facts["failed"]
+    (section,) = summarise(found, resamples=50).sections
+    lines = {line.row: line for line in section.lines}
+    own, base, average = (lines[row] for row in ("own expert", "base", "average"))
+    assert own.normalised.value == pytest.approx(100)
+    assert base.quality < average.quality < own.quality
+    assert base.mean.value > average.mean.value > own.mean.value > 1  # perplexities
+    ratio = own.tasks["left"].value / base.tasks["left"].value
+    assert base.shares["left"] == pytest.approx(100 * ratio)
+    assert base.worst[1] == min(base.shares.values())
+    tuned = lines["ties, tuned"]
+    assert tuned.quality >= lines["ties"].quality - 5
+
+
+def test_the_regime_of_a_language_pool_is_in_shares_of_the_experts(pool, data):
+    found = check_suite(Suite("tiny", suite(), pool, data), progress=False)
+    assert found.mean("expert") == 1
+    assert found.gap > 0
+    assert found.unseen["other"][0] == 1
