@@ -19,7 +19,7 @@ from fusewright.bench.sweep.worker import Worker
 from fusewright.errors import FusewrightError, OutputError
 from tiny_suite import built
 
-for needed in ("sklearn", "transformers", "pyarrow", "optuna"):
+for needed in ("sklearn", "transformers", "pyarrow", "optuna", "torchjd"):
     pytest.importorskip(needed)
 
 LIMIT = 60

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from fusewright.bench.results import Results
 
 
+_JOINT = (
+    "Joint training: sum, uncertainty, dwa, gradnorm, pcgrad, mgda, cagrad, upgrad; each takes "
+    "about as long as training all experts did."
+)
+
+
 def register(app: typer.Typer) -> None:
     """Add ``bench``."""
     add(
@@ -45,6 +51,9 @@ def bench(
     corruptions: Annotated[
         bool, typer.Option("--corruptions", help="Also on corrupted pictures (seven kinds).")
     ] = False,
+    joint: Annotated[
+        str, typer.Option(metavar="A,B|all|none", help=_JOINT)
+    ] = "sum",
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
     pool: Pool = None,
     data: Data = None,
@@ -67,7 +76,7 @@ def bench(
         limit=limit, pool=pool, data=data, subsets=_numbers(subsets), draws=draws, jobs=jobs,
         variants=None if variants is None else [None if v == "plain" else v
                                                 for v in _listed(variants)],
-        corruptions=corruptions, progress=not json,
+        corruptions=corruptions, joint=joint, progress=not json,
     )  # fmt: skip
     written = write_results(results, out, against=against)
     if json:

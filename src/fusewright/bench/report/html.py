@@ -27,7 +27,7 @@ from fusewright.extras import needs
 _TEMPLATE = Path(__file__).with_name("results.html.j2")
 _MARK = 150.0  # pixels of an interval in a table's cell
 COSTS = {
-    "seconds": "seconds to merge", "peak_memory": "peak memory, MB", "bytes_read": "read, MB",
+    "seconds": "seconds to make", "peak_memory": "peak memory, MB", "bytes_read": "read, MB",
     "extra_parameters": "extra parameters, M", "slowdown": "inference time, times the base's",
 }  # fmt: skip
 DASH = "\u2013"

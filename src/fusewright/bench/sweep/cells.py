@@ -11,6 +11,7 @@ import fusewright
 from fusewright.bench.entries import Entry
 from fusewright.bench.results import CLEAN
 from fusewright.bench.sweep.identity import code_digest, digest, files_digest
+from fusewright.bench.sweep.joint import TITLES, Recipes, training_key
 from fusewright.bench.sweep.space import space
 from fusewright.methods.outputs import ENSEMBLES
 from fusewright.methods.pipeline import Pipeline
@@ -18,6 +19,7 @@ from fusewright.methods.pipeline import Pipeline
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fusewright.bench.joint.recipe import JointRecipe
     from fusewright.bench.suite import Suite
     from fusewright.methods.contract import Method
 
@@ -41,7 +43,8 @@ class Pool:
 class Job:
     """One cell to make. ``how`` says what is evaluated: a "model" of the pool (``what``: its
     name), "own expert", "best expert", an "ensemble" (``what``: which), a "merge" or a "tuned"
-    one (``what``: the method)."""
+    one (``what``: the method), or "joint" training (``what``: how losses are combined;
+    ``training``: the digest of what the trained model depends on)."""
 
     how: str
     row: str
@@ -50,6 +53,7 @@ class Job:
     pool: Pool
     what: Any = None
     trials: int = 0
+    training: str = ""
     key: str = ""
 
 
@@ -68,16 +72,22 @@ class Asked:
     subsets: tuple[int, ...] = ()
     draws: int = 3
     conditions: tuple[str, ...] = (CLEAN,)
+    joint: tuple[str, ...] = ()
 
 
-def groups(suites: Sequence[Suite], entries: Sequence[Entry], asked: Asked) -> list[Group]:
-    """Every group of a sweep, each job with its key."""
+def groups(
+    suites: Sequence[Suite], entries: Sequence[Entry], asked: Asked, recipes: Recipes
+) -> list[Group]:
+    """Every group of a sweep, each job with its key. ``recipes``: the suites that joint training
+    is possible for; it is done for all merged experts' tasks, not for subsets of them."""
     found = []
     for suite in suites:
         models = _digests(suite)
         for number, experts in enumerate(_subsets(suite, asked)):
             pool = Pool(suite.seed, suite.variant, experts)
             parts = [tuple(_references(suite, pool, whole=number == 0))]
+            if number == 0 and (recipe := recipes.get((suite.seed, suite.variant))):
+                parts += [(_joint(suite, pool, how, recipe, models),) for how in asked.joint]
             parts += [tuple(_merges(entry, pool, asked)) for entry in entries]
             found += [tuple(_keyed(j, suite, models, asked) for j in part) for part in parts]
     return found
@@ -109,6 +119,15 @@ def _references(suite: Suite, pool: Pool, whole: bool) -> Iterator[Job]:
         yield Job("model", row, row.capitalize(), "reference", pool, row)
 
 
+def _joint(
+    suite: Suite, pool: Pool, how: str, recipe: JointRecipe, models: Mapping[str, str]
+) -> Job:
+    row, used = f"joint training, {how}", [models[name] for name in (BASE, "heads", "data")]
+    training = training_key(suite, recipe, how, used)
+    title = f"Joint training, {TITLES[how]}"
+    return Job("joint", row, title, "labelled", pool, how, training=training)
+
+
 def _merges(entry: Entry, pool: Pool, asked: Asked) -> Iterator[Job]:
     requirement = requirement_of(entry.method)
     yield Job("merge", entry.key, entry.title, requirement, pool, entry.method)
@@ -137,11 +156,16 @@ def _keyed(job: Job, suite: Suite, models: Mapping[str, str], asked: Asked) -> J
         said |= {"method": job.what.spec(), "code": code_digest([type(part) for part in parts])}
     elif job.how == "ensemble":
         said["code"] = code_digest([ENSEMBLES[job.what]])
+    elif job.how == "joint":
+        said["training"] = job.training
     return Job(**{**vars(job), "key": digest(said)})
 
 
 def _used(job: Job, models: Mapping[str, str]) -> list[str]:
-    names = [job.what] if job.how == "model" else [BASE, *job.pool.experts]
+    if job.how == "joint":  # trained from the base: the experts' weights are no part of it
+        names = [BASE]
+    else:
+        names = [job.what] if job.how == "model" else [BASE, *job.pool.experts]
     return [models[name] for name in names] + [models["heads"]]
 
 

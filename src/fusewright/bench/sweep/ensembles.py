@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from fusewright.bench.suite import Suite
     from fusewright.tasks.outcomes import Outcomes
-    from fusewright.tasks.task import Batch
+    from fusewright.tasks.task import Batch, Task
 
 
 def ensembles(
@@ -29,13 +29,21 @@ def ensembles(
     asked = suite.asked(task, condition)
 
     def combined(model: Any, batch: Batch) -> Tensor:
-        return combine([asked.logits(each, batch) for each in models], how, weights)
+        return answers(asked, models, batch, how, weights)
 
     asking = copy.copy(asked)
     object.__setattr__(asking, "logits", combined)  # the same task, answered by all of them
     rows = asking.ready(suite.ready(task, "test", limit, condition))
     with torch.inference_mode():
         return asking.outcomes(models[0], asking.batches(rows, BATCH, limit=limit))
+
+
+def answers(
+    task: Task, models: Sequence[nn.Module], batch: Batch, how: str,
+    weights: Sequence[float] | None,
+) -> Tensor:  # fmt: skip
+    """The combined logits of a batch."""
+    return combine([task.logits(each, batch) for each in models], how, weights)
 
 
 def accuracy_weights(scores: Sequence[float]) -> list[float]:

@@ -18,6 +18,9 @@ from fusewright.errors import FusewrightError
 if TYPE_CHECKING:
     from fusewright.bench.suite import Suite
 
+MADE = ("merge", "tuned", "joint")
+"""What may fail while the rest of a sweep goes on."""
+
 Failed = dict[str, str]
 """What went wrong, by row."""
 
@@ -57,7 +60,7 @@ class _Hands:
         try:
             self._worker.make(group, step)
         except FusewrightError as error:
-            if group[0].how not in ("merge", "tuned"):  # a reference: nothing can be compared
+            if group[0].how not in MADE:  # a reference: nothing can be compared
                 raise
             return {group[0].row: str(error)}
         return {}

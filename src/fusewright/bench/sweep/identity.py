@@ -44,14 +44,14 @@ def _bytes_digest(path: Path, size: int, mtime_ns: int) -> str:
     return found.hexdigest()
 
 
-def code_digest(classes: Iterable[type]) -> str:
-    """The source of classes: their modules and, of the packages that these live in,
+def code_digest(parts: Iterable[Any]) -> str:
+    """The source of classes and functions: their modules and, of the packages that these live in,
     every module that they import. So a changed file re-runs what it is part of, and nothing else.
     """
     seen: dict[str, str] = {}
-    for cls in classes:
-        for part in cls.__mro__:
-            _visit(sys.modules.get(part.__module__), _home(cls.__module__), seen)
+    for one in parts:
+        for part in getattr(one, "__mro__", (one,)):
+            _visit(sys.modules.get(part.__module__), _home(one.__module__), seen)
     return digest(sorted(seen.items()))
 
 

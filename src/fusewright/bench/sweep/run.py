@@ -23,7 +23,11 @@ from fusewright.bench.suite import suite as open_suite
 from fusewright.bench.suite_file import SuiteError
 from fusewright.bench.sweep.cells import Asked, Group, groups
 from fusewright.bench.sweep.execute import execute
+from fusewright.bench.sweep.joint import DEFAULT, recipes
+from fusewright.bench.sweep.joint import chosen as chosen_joint
+from fusewright.bench.sweep.layers import layers
 from fusewright.bench.sweep.store import Store, save_results
+from fusewright.errors import FusewrightError
 from fusewright.methods.registry import parse_method
 
 ALWAYS = ("average", "task_arithmetic")
@@ -44,6 +48,7 @@ def bench(
     subsets: Sequence[int] = (),
     draws: int = 3,
     corruptions: bool | Sequence[str] = False,
+    joint: str | Sequence[str] = DEFAULT,
     jobs: int = 1,
     progress: bool = True,
 ) -> Results:
@@ -56,13 +61,17 @@ def bench(
     how many of the pool's trainings, or which (the first). ``limit``: the most rows of each split.
     ``variants``: which kinds of the suite's models (None is the plain one). ``subsets``: numbers
     of experts to merge besides all, each drawn ``draws`` times. ``corruptions``: measure on
-    corrupted pictures too (all kinds, or those named). ``jobs``: worker processes.
+    corrupted pictures too (all kinds, or those named). ``joint``: ways to train on all merged
+    tasks together, with as many steps as their experts took ("sum", "pcgrad", …, "all", "none");
+    the plain sum by default, which costs what training the experts did, and each other way as
+    much again. ``jobs``: worker processes.
 
     Raises SuiteError, RecipeError, and OutputError if another sweep writes to ``out``; a method
     that fails is left out, and ``facts["failed"]`` says why.
     """
     first = suite if isinstance(suite, Suite) else open_suite(suite, pool=pool, data=data)
-    asked = Asked(tune, limit, tuple(subsets), draws, _conditions(corruptions))
+    asked = Asked(tune, limit, tuple(subsets), draws, _conditions(corruptions),
+                  chosen_joint(joint))  # fmt: skip
     _check(asked, first)
     suites = _suites(first, seeds, variants)
     chosen, left_out = _entries(first, methods)
@@ -70,7 +79,9 @@ def bench(
         if one.spec.build is not None:
             one.build(progress)
         one.check()
-    work = groups(suites, chosen, asked)
+    how, not_trained = recipes(suites, asked.joint)
+    left_out |= not_trained
+    work = groups(suites, chosen, asked, how)
     with _folder(out) as folder:
         return _swept(folder, suites, work, asked, left_out, jobs, progress)
 
@@ -89,7 +100,7 @@ def _swept(
         keys = list(dict.fromkeys(
             job.key for group in work for job in group if store.is_finished(job.key)
         ))  # fmt: skip
-        facts = _facts(suites, asked) | {
+        facts = _facts(suites, asked) | _by_layer(suites[0], folder) | {
             "left out": dict(left_out), "failed": failed, "seconds": perf_counter() - began,
         }  # fmt: skip
         results = _results(suites[0], tuple(store.load(key) for key in keys), facts)
@@ -154,6 +165,14 @@ def _folder(out: str | Path | None) -> Iterator[Path]:
         return
     with TemporaryDirectory(prefix="fusewright-bench-") as folder:
         yield Path(folder)
+
+
+def _by_layer(suite: Suite, folder: Path) -> dict[str, Any]:
+    """The task vectors of one training of the pool; the sweep does not fail for want of it."""
+    try:
+        return {"layers": layers(suite, folder), "layers of": f"seed {suite.seed}, all merged"}
+    except FusewrightError as error:
+        return {"layers of": f"not known: {error}"}
 
 
 def _items(suite: Suite) -> dict[str, str]:

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from fusewright.bench.exchange import Exchange
 from fusewright.bench.results import CLEAN, Cell
 from fusewright.bench.sweep.cells import BASE, OWN, Asked, Group, Job
 from fusewright.bench.sweep.ensembles import accuracy_weights, ensembles
+from fusewright.bench.sweep.joint import trained
 from fusewright.bench.sweep.merges import Made, Merges
+from fusewright.bench.sweep.slowdown import (
+    PLAIN,
+    Questions,
+    of_ensemble,
+    of_experts,
+    questions,
+)
 from fusewright.bench.sweep.space import current, space, with_values
 from fusewright.bench.sweep.store import Store
 from fusewright.bench.sweep.tuning import tune
@@ -36,7 +43,6 @@ class Worker:
     asked: Asked = field(default_factory=Asked)
     threads: int | None = None
     _merges: dict[tuple[str, ...], Merges] = field(default_factory=dict, repr=False)
-    _seconds: dict[tuple[str, ...], float] = field(default_factory=dict, repr=False)
 
     def make(self, group: Group, step: Callable[[str], None] = lambda row: None) -> None:
         """Every job of a group that is not finished; each is kept as soon as it is."""
@@ -55,6 +61,8 @@ class Worker:
             return self._model(job), None
         if job.how == "ensemble":
             return self._ensemble(job), None
+        if job.how == "joint":
+            return self._joint(job), None
         experts = {j.what: self.store.load(j.key) for j in group
                    if j.how == "model" and j.what in self.suite.experts}  # fmt: skip
         return (self._own if job.how == OWN else self._best)(job, experts), None
@@ -92,28 +100,39 @@ class Worker:
 
     def _model(self, job: Job) -> Cell:
         paths = {BASE: self.suite.base, **self.suite.experts, **self.suite.extras}
-        return self._as_cell(job, self._evaluated(self.suite.open(paths[job.what]), job))
+        return self._as_cell(job, self._evaluated(self.suite.open(paths[job.what]), job), PLAIN)
+
+    def _joint(self, job: Job) -> Cell:
+        module, facts = trained(self.suite, job.what, job.training)
+        recipe = facts["recipe"]
+        note = f"{recipe['steps']} steps of {recipe['batch']} items, as all experts together"
+        costs = PLAIN | {"extra_parameters": 0} | facts["costs"]
+        return self._as_cell(job, self._evaluated(module, job), costs, note=note)
 
     def _own(self, job: Job, experts: Mapping[str, Cell]) -> Cell:
         found: Found = {task: {c: o for c, o in experts[task].outcomes[task].items()}
                         for task in self._tasks(job) if task in experts}  # fmt: skip
-        extra = (len(job.pool.experts) - 1) * self._stored
+        modules = {name: self.suite.open(self.suite.experts[name]) for name in job.pool.experts}
+        base = self.suite.open(self.suite.base)
+        costs = {
+            "slowdown": of_experts(self._questions(job), base, modules),
+            "extra_parameters": (len(modules) - 1) * self._stored,
+        }
         note = "told the task of every input: what routing can reach"
-        return self._as_cell(job, found, {"extra_parameters": extra}, note=note)
+        return self._as_cell(job, found, costs, note=note)
 
     def _best(self, job: Job, experts: Mapping[str, Cell]) -> Cell:
         scores = {name: self._validated(self.suite.open(self.suite.experts[name]), job.pool.experts)
                   for name in job.pool.experts}  # fmt: skip
         best = max(scores, key=lambda name: scores[name])
         found = {t: {**each} for t, each in experts[best].outcomes.items() if t in self._tasks(job)}
-        return self._as_cell(job, found, note=f"{best}, by validation")
+        return self._as_cell(job, found, PLAIN, note=f"{best}, by validation")
 
     def _ensemble(self, job: Job) -> Cell:
         experts = [self.suite.open(self.suite.experts[name]) for name in job.pool.experts]
         weights = None
         if job.what == "weighted":
             weights = accuracy_weights([self._validated(e, job.pool.experts) for e in experts])
-        began = perf_counter()
         found: Found = {}
         for task in self._tasks(job):
             found[task] = {
@@ -121,24 +140,17 @@ class Worker:
                                      self.asked.limit, condition)
                 for condition in self._conditions(task)
             }  # fmt: skip
-        seconds = perf_counter() - began
+        base = self.suite.open(self.suite.base)
         costs = {
-            "slowdown": seconds / self._base_seconds(job),
+            "slowdown": of_ensemble(self._questions(job), base, experts, job.what, weights),
             "extra_parameters": (len(experts) - 1) * self._stored,
         }
         shown = [round(w, 3) for w in weights] if weights else None
         note = f"weights by validation accuracy: {shown}" if shown else ""
         return self._as_cell(job, found, costs, note=note)
 
-    def _base_seconds(self, job: Job) -> float:
-        """How long one model takes for the same items; what slowdowns are relative to."""
-        tasks = tuple(self._tasks(job))
-        if tasks not in self._seconds:
-            base = self.suite.open(self.suite.base)
-            began = perf_counter()
-            self._evaluated(base, job)
-            self._seconds[tasks] = perf_counter() - began
-        return self._seconds[tasks]
+    def _questions(self, job: Job) -> Questions:
+        return questions(self.suite, job.pool.experts, self.asked.limit)
 
     def _of(self, job: Job) -> Merges:
         names = job.pool.experts
@@ -169,7 +181,7 @@ class Worker:
     def _merge_cell(self, job: Job, method: Method, made: Made, note: str = "") -> Cell:
         found = self._evaluated(self.exchange.filled(made.state), job)
         merged = sum(t.numel() for t in made.state.values())
-        costs = made.costs | {"extra_parameters": merged - self._stored}
+        costs = PLAIN | made.costs | {"extra_parameters": merged - self._stored}
         return self._as_cell(job, found, costs, method.spec(), note)
 
     @cached_property
