@@ -28,21 +28,25 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "fusewright"
 TIMEOUT = 240
 
-_METHODS = "methods/test_pipeline.py methods/test_order.py methods/test_static.py"
+_METHODS = (
+    "methods/test_pipeline.py methods/test_order.py methods/test_sampled_bins.py "
+    "methods/test_static.py methods/test_defaults.py methods/test_frozen.py"
+)
 _ENGINE = "engine/test_units.py engine/test_plan.py engine/test_run.py engine/test_bad_input.py"
+_RECIPES = "methods/test_frozen.py engine/test_recipe.py engine/test_bad_input.py"
 _FILES = "weights/test_staging.py weights/test_faults.py"
 
 CORE = {
-    "methods/order": "methods/test_order.py",
+    "methods/order": "methods/test_order.py methods/test_sampled_bins.py",
     "methods/partials": _METHODS,
-    "methods/random": "methods/test_random.py",
+    "methods/random": "methods/test_random.py methods/test_frozen.py",
     "methods/settings": f"{_METHODS} engine/test_recipe.py",
     "methods/pipeline": f"{_METHODS} engine/test_recipe.py",
     "methods/door": _METHODS,
     "methods/static/": f"{_METHODS} methods/test_golden.py",
     "engine/codec": "engine/test_numerics.py",
-    "engine/recipe": "engine/test_recipe.py engine/test_bad_input.py",
-    "engine/options": "engine/test_recipe.py engine/test_bad_input.py engine/test_plan.py",
+    "engine/recipe": _RECIPES,
+    "engine/options": f"{_RECIPES} engine/test_plan.py",
     "engine/jobs": f"{_ENGINE} engine/test_numerics.py",
     "engine/planner": f"{_ENGINE} engine/test_doors.py",
     "engine/schedule": f"{_ENGINE} engine/test_resume.py",
@@ -51,7 +55,7 @@ CORE = {
     "weights/digest": _FILES,
     "weights/shards": _FILES,
     "weights/staging": f"{_FILES} engine/test_resume.py",
-    "weights/safetensors_header": "weights/test_read_safetensors.py",
+    "weights/safetensors_header": "weights/test_read_safetensors.py methods/test_frozen.py",
 }
 """Modules of the core (from the package's folder; a folder ends in /), and the tests of each."""
 

@@ -16,8 +16,10 @@ from fusewright.engine.inputs import open_inputs
 from fusewright.engine.options import Options
 from fusewright.engine.planner import make_plan
 from fusewright.engine.schedule import shares
+from fusewright.engine.work import low_rank_range
 from fusewright.errors import NumericError
 from fusewright.methods.door import CHUNK
+from fusewright.weights import LowRank
 
 LONG = {"layers.0.mlp.weight": (1000, 1000), "layers.1.norm.weight": (10,)}
 
@@ -193,3 +195,24 @@ def test_sampled_thresholds_are_exact_even_where_the_sample_misleads(
     mean = agrees.sum(0) / (agrees != 0).sum(0).clamp(min=1)
     expected = origin[MISLED] + mean.view(1100, 1000)
     assert torch.equal(merged.state_dict()[MISLED], expected)
+
+
+@pytest.mark.parametrize("columns", [3, 1000, 70_000])
+def test_a_range_of_low_rank_factors_is_that_of_the_product(columns: int) -> None:
+    """And bit by bit the same, whatever else is asked for."""
+    draw = torch.Generator().manual_seed(0)
+    up, down = torch.randn(200, 4, generator=draw), torch.randn(4, columns, generator=draw)
+    delta, size = LowRank(up, down, 0.5), 200 * columns
+    whole = low_rank_range(delta, 0, size, torch.float32)
+    torch.testing.assert_close(whole, (up @ down * 0.5).reshape(-1))
+    for start, stop in ((0, 1), (7, size // 2), (size // 3, size // 3 + 5), (size - 1, size)):
+        assert torch.equal(low_rank_range(delta, start, stop, torch.float32), whole[start:stop])
+
+
+def test_groups_of_rows_hold_a_block() -> None:
+    """A range reads whole groups of rows, of 65,536 numbers or the least above, and no others."""
+    rows = torch.full((300, 1), torch.nan)
+    rows[66:132] = 1.0  # the second group: 66 rows of 1000 columns
+    delta = LowRank(rows, torch.ones(1, 1000), 1.0)
+    found = low_rank_range(delta, 66_000, 132_000, torch.float32)
+    assert bool((found == 1).all()) and len(found) == 66_000
