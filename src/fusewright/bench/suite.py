@@ -140,24 +140,12 @@ class Suite:
             from fusewright.bench.zero_shot import text_heads
 
             return text_heads(self, self.model(self.spec.zero_shot.model))
-        if self._models["heads"] is None:
-            return {}
-        from fusewright.engine.state import read_state
+        from fusewright.bench.stored_heads import heads_of_experts, stored_heads
 
-        stored = read_state(self.model(self._models["heads"]))
-        found = {}
-        for name, task in self.spec.tasks.items():
-            head = stored.get(task.head or name)
-            if head is None:
-                raise SuiteError(f"the task {name!r} has no head", where=self._models["heads"],
-                                 expected=task.head or name, found=", ".join(stored))  # fmt: skip
-            classes = task.classes if isinstance(task.classes, int) else len(task.classes or ())
-            if classes and classes != len(head):
-                raise SuiteError(f"the head of {name!r} is for other classes",
-                                 where=self._models["heads"], expected=f"{classes} classes",
-                                 found=f"shape {tuple(head.shape)}")  # fmt: skip
-            found[name] = head
-        return found
+        if self.spec.own_heads is not None:
+            return heads_of_experts(self)
+        ref = self._models["heads"]
+        return {} if ref is None else stored_heads(self, self.model(ref), ref)
 
     @cached_property
     def tasks(self) -> dict[str, Task]:

@@ -80,7 +80,8 @@ class Variant(_Part):
 
 class SuiteSpec(_Part):
     """A suite. With ``build``, models are paths inside the pool's folder of one seed
-    (POOL/seed-0); without it they are Hub ids (org/name@revision)."""
+    (POOL/seed-0); without it they are Hub ids (org/name@revision). A file may start from another:
+    ``extends: NAME`` takes over its keys, adds to its tasks and experts, and replaces the rest."""
 
     suite: int = Field(VERSION, description="the schema's version")
     title: str
@@ -91,6 +92,7 @@ class SuiteSpec(_Part):
     experts: dict[str, str]
     heads: str | None = Field(None, description="safetensors with a head (classes, width) by task")
     zero_shot: ZeroShot | None = None
+    own_heads: str | None = Field(None, description="the tensor of its expert that is a task's head")
     optional: list[str] = Field([], description="patterns of base tensors that experts lack")
     extras: dict[str, str] = Field({}, description="more models by row, such as joint training")
     tasks: dict[str, TaskSpec]
@@ -113,6 +115,8 @@ class SuiteSpec(_Part):
         """Twelve hex digits of everything in the suite that results can depend on."""
         words = {"__all__": {"question", "licence", "note"}}
         left: Any = {"title": True, "about": True, "licence": True, "seeds": True, "tasks": words}
+        if self.own_heads is None:  # younger than results that are to be found again
+            left["own_heads"] = True
         return sha256(self.model_dump_json(exclude=left).encode()).hexdigest()[:12]
 
     def pool_digest(self) -> str:
@@ -149,6 +153,33 @@ def read_suite(path: Path) -> SuiteSpec:
     Raises SuiteError for a file that is not one, a newer schema, unknown keys (naming the
     nearest), and names that do not go together.
     """
+    fields = _fields(path)
+    try:
+        spec = SuiteSpec(**{str(key): value for key, value in fields.items()})
+    except ValidationError as error:
+        raise _refusal(error, path) from error
+    _check_names(spec, path)
+    return spec
+
+
+def _fields(path: Path, above: tuple[Path, ...] = ()) -> dict[Any, Any]:
+    """What a file says, together with the suites that it extends; ``above`` extend this one."""
+    fields = _parsed(path)
+    _check_version(fields, path)
+    name = fields.pop("extends", None)
+    if name is None:
+        return fields
+    other = find_suite(path.parent / name if (path.parent / str(name)).is_file() else str(name))
+    if other.resolve() in (*above, path.resolve()):
+        raise SuiteError("the suites extend each other", where=path, found=f"extends: {name}")
+    below = _fields(other, (*above, path.resolve()))
+    for key in ("tasks", "experts"):
+        if isinstance(fields.get(key), dict) and isinstance(below.get(key), dict):
+            fields[key] = {**below[key], **fields[key]}
+    return {**below, **fields}
+
+
+def _parsed(path: Path) -> dict[Any, Any]:
     try:
         fields = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictYAML)
     except (OSError, UnicodeDecodeError) as error:
@@ -157,13 +188,7 @@ def read_suite(path: Path) -> SuiteSpec:
         raise SuiteError("the suite is not plain YAML", where=path, found=error) from error
     if not isinstance(fields, dict):
         raise SuiteError("a suite is a mapping", where=path, found=type(fields).__name__)
-    _check_version(fields, path)
-    try:
-        spec = SuiteSpec(**{str(key): value for key, value in fields.items()})
-    except ValidationError as error:
-        raise _refusal(error, path) from error
-    _check_names(spec, path)
-    return spec
+    return fields
 
 
 def _check_version(fields: Mapping[str, Any], path: Path) -> None:
@@ -205,6 +230,8 @@ def _check_names(spec: SuiteSpec, path: Path) -> None:
     experts = list(spec.experts)
     uses = [("merged", spec.merged, list(spec.tasks)), ("unseen", spec.unseen, list(spec.tasks))]
     uses += [("merged", spec.merged, experts)]
+    if spec.own_heads is not None:
+        uses += [("own_heads", list(spec.tasks), experts)]
     uses += [(f"variants.{n}", list(v.experts or ()), experts) for n, v in spec.variants.items()]
     for key, names, known in uses:
         for name in names:
@@ -214,6 +241,9 @@ def _check_names(spec: SuiteSpec, path: Path) -> None:
                 raise SuiteError(f"{key} names {name!r}, which is no {what} of the suite",
                                  where=path, expected=", ".join(known) or "none",
                                  fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
+    said = [k for k in ("heads", "zero_shot", "own_heads") if getattr(spec, k) is not None]
+    if len(said) > 1:
+        raise SuiteError("heads come from one place", where=path, found=", ".join(said))
     both = set(spec.merged) & set(spec.unseen)
     if both or not spec.merged:
         raise SuiteError(

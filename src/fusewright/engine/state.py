@@ -14,6 +14,7 @@ from fusewright.errors import PlanError
 from fusewright.weights import open_weights
 from fusewright.weights.memory import MemoryWeights
 from fusewright.weights.names import canonical_names
+from fusewright.weights.spec import Weights
 
 
 class MergedWeights(MemoryWeights):
@@ -55,14 +56,22 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, in its storage dtype."""
-    found = {}
     with open_weights(path) as weights:
-        for name, info in weights.items():
-            flat = torch.empty(info.numel, dtype=info.dtype.torch)
-            if info.numel:
-                weights.read(name, 0, info.numel, flat.view(torch.uint8).numpy().data)
-            found[name] = flat.reshape(info.shape)
-    return found
+        return {name: _whole(weights, name) for name in weights}
+
+
+def read_tensor(path: Path, name: str) -> Tensor | None:
+    """One tensor of a checkpoint, in its storage dtype; None if it has no such tensor."""
+    with open_weights(path) as weights:
+        return _whole(weights, name) if name in weights else None
+
+
+def _whole(weights: Weights, name: str) -> Tensor:
+    info = weights[name]
+    flat = torch.empty(info.numel, dtype=info.dtype.torch)
+    if info.numel:
+        weights.read(name, 0, info.numel, flat.view(torch.uint8).numpy().data)
+    return flat.reshape(info.shape)
 
 
 def load_module(path: Path) -> nn.Module:
