@@ -30,11 +30,12 @@ class OneCycle:
         everything = [p for group in own for p in group["params"]]
         self._clipped = everything if clipped is None else list(clipped)
         self._optimiser = torch.optim.AdamW(own, lr=rate, betas=betas)
-        # One more than there are: the last step's rate would be all but zero.
+        total = steps + 1  # one more than there are: the last step's rate would be all but zero
+        # Where the rise ends at step 0 exactly, torch divides by its length of 0.
+        rise = WARM_UP if WARM_UP * total != 1 else 1.01 * WARM_UP
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimiser, [group["lr"] for group in own], total_steps=steps + 1,
-            pct_start=WARM_UP,
-        )  # fmt: skip
+            self._optimiser, [group["lr"] for group in own], total_steps=total, pct_start=rise
+        )
 
     def begin(self) -> None:
         """Forget the gradients of the last step."""

@@ -16,7 +16,7 @@ REQUIREMENTS = {
     "expert": "Experts, each alone",
     "none": "Merged without data",
     "unlabelled": "Merged with unlabelled data",
-    "labelled": "Merged or tuned with labels",
+    "labelled": "Merged, tuned or trained with labels",
     "task id": "Told the task of every input",
     "routed": "Routed by the input",
 }
@@ -31,9 +31,9 @@ class Cell:
     "own expert", "ensemble, simple", "joint training, sum"). ``pool`` says which models were used:
     ``seed`` of the pool's training, ``experts`` merged, ``axes`` such as {"size": "small",
     "tuning": "lora"}. ``method`` is as in recipes, with the parameters used. ``costs`` hold
-    "seconds" to merge, "peak_memory" and "bytes_read" in bytes, "extra_parameters", "slowdown" of
-    inference (1 = none); what was not measured is absent. ``outcomes`` are by task, then by
-    condition ("clean", or a corruption's name).
+    "seconds" to merge (or train), "peak_memory" and "bytes_read" in bytes, "extra_parameters",
+    "slowdown" of inference (1 = none); what was not measured is absent. ``outcomes`` are by task,
+    then by condition ("clean", or a corruption's name).
     """
 
     row: str

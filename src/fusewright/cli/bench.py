@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
     add(
         app, bench, "fusewright bench digits -o results/digits",
         "fusewright bench digits --methods ties,iso_c,'drop >> elect' --tune 20 -o results/digits",
+        "fusewright bench digits --joint all -o results/digits",
         "fusewright bench vision-mini --seeds 3 --jobs 2 --data data/ -o results/vision-mini",
     )  # fmt: skip
 
@@ -65,8 +66,8 @@ def bench(
     """Measure every method on a suite, and write the report.
 
     Each cell (pool, method, parameters) is kept in OUT as soon as it is finished: the same command
-    again makes only what is missing. Base, experts, ensembles, average and task arithmetic are
-    always there. Needs the extra: pip install 'fusewright\\[bench]'.
+    again makes only what is missing. Base, experts, ensembles, average, task arithmetic and, where
+    the suite says how its experts were trained, joint training are always there. Needs the extra: pip install 'fusewright\\[bench]'.
     """
     from fusewright.bench.report import write_results
     from fusewright.bench.sweep import bench as measure

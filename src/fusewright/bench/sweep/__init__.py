@@ -2,7 +2,9 @@
 
 ``cells`` says what a sweep consists of and what each cell depends on (``identity``); ``execute``
 gives groups of cells to ``worker``s, which merge in memory (``merges``), tune (``space``,
-``tuning``), evaluate, and keep each finished cell in the ``store``. ``run.bench`` is the door.
+``tuning``), train on all tasks at once (``joint``), evaluate, and keep each finished cell, with
+what it cost (``costs``, ``slowdown``), in the ``store``. ``layers`` says how the task vectors
+differ. ``run.bench`` is the door.
 """
 
 from __future__ import annotations

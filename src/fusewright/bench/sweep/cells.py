@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import fusewright
+from fusewright.bench.corpora import files_of, is_corpus
 from fusewright.bench.entries import Entry
 from fusewright.bench.results import CLEAN
 from fusewright.bench.sweep.identity import code_digest, digest, files_digest
@@ -174,7 +175,9 @@ def _digests(suite: Suite) -> dict[str, str]:
     paths: dict[str, Path] = {BASE: suite.base, **suite.experts, **suite.extras}
     found = {name: files_digest(path) for name, path in paths.items()}
     found["heads"] = digest({name: digest(head.tolist()) for name, head in suite.heads.items()})
-    folders = [suite.data / t.data for t in suite.spec.tasks.values() if suite.data and t.data]
+    tasks = suite.spec.tasks.values()
+    texts = [files_of(t, suite.data, list(t.splits)) for t in tasks if is_corpus(t)]
+    folders = [suite.data / t.data for t in tasks if suite.data and t.data and not is_corpus(t)]
     files = sorted(f for folder in folders if folder.is_dir() for f in folder.glob("*.parquet"))
-    found["data"] = digest([files_digest(path) for path in files])
+    found["data"] = digest([*(files_digest(path) for path in files), *texts])
     return found

@@ -55,7 +55,7 @@ def bench(
     """Merge a suite's experts with every method and measure all of them on all tasks.
 
     ``methods`` are written as in recipes (all registered ones that fit, if not given); base,
-    experts, ensembles, average and task arithmetic are always there. ``out`` keeps finished cells:
+    experts, ensembles, average, task arithmetic and joint training are always there. ``out`` keeps finished cells:
     the same call again makes only what is missing, and a changed method only itself. ``tune``
     spends so many trials on validation rows for each method with something to tune. ``seeds``:
     how many of the pool's trainings, or which (the first). ``limit``: the most rows of each split.
@@ -170,9 +170,12 @@ def _folder(out: str | Path | None) -> Iterator[Path]:
 def _by_layer(suite: Suite, folder: Path) -> dict[str, Any]:
     """The task vectors of one training of the pool; the sweep does not fail for want of it."""
     try:
-        return {"layers": layers(suite, folder), "layers of": f"seed {suite.seed}, all merged"}
+        rows = layers(suite, folder)
     except FusewrightError as error:
         return {"layers of": f"not known: {error}"}
+    count = len(suite.spec.merged)
+    chance = f"unrelated signs of {count} would conflict in {1 - 2 ** (1 - count):.1%}"
+    return {"layers": rows, "layers of": f"seed {suite.seed}, {count} merged experts; {chance}"}
 
 
 def _items(suite: Suite) -> dict[str, str]:
