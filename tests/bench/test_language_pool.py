@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sysconfig
 from hashlib import sha256
 from pathlib import Path
@@ -28,6 +29,7 @@ from fusewright.bench.suite_file import (  # noqa: E402
     read_suite,
 )
 from fusewright.bench.sweep import bench  # noqa: E402
+from fusewright.bench.sweep.cells import _digests  # noqa: E402
 from fusewright.errors import OutputError  # noqa: E402
 from fusewright.tasks.errors import DataError  # noqa: E402
 
@@ -292,6 +294,22 @@ def test_a_sweep_ranks_by_perplexity_and_normalises_by_the_experts(pool, data, t
     assert base.worst[1] == min(base.shares.values())
     tuned = lines["ties, tuned"]
     assert tuned.quality >= lines["ties"].quality - 5
+
+
+def test_a_changed_text_is_measured_again(pool, data, tmp_path):
+    changed = tmp_path / "data"
+    shutil.copytree(data, changed)
+    opened = Suite("tiny", suite(), pool, changed)
+    before = _digests(opened)
+    assert _digests(opened) == before
+    (changed / "left.txt").write_text(text(WORDS["left"]) + "red\n", "utf-8")
+    assert _digests(opened) != before
+
+
+def test_a_sweep_takes_long_lists_of_modules(pool, data):
+    many = "python: " + " ".join(["abc.py"] * 60)
+    spec = suite().model_copy(update={"tasks": suite().tasks | {"python": corpus(many)}})
+    assert _digests(Suite("tiny", spec, pool, data))["data"]
 
 
 def test_the_regime_of_a_language_pool_is_in_shares_of_the_experts(pool, data):

@@ -14,6 +14,7 @@ Held-out rows are slices of the same text: ``{train: "all[:90%]", test: "all[90%
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,15 +52,19 @@ def open_corpus(spec: TaskSpec, part: str, data: Path | None) -> DataSplit:
     return rows if template is None else _filled(rows, template)
 
 
-def files_of(spec: TaskSpec, data: Path | None) -> dict[str, str]:
-    """SHA-256 of every file that a corpus' training text is read from, by name."""
+def files_of(
+    spec: TaskSpec, data: Path | None, parts: Sequence[str] = ("train",)
+) -> dict[str, str]:
+    """SHA-256 of every file that these parts of a corpus are read from, by name; files that are
+    not there are left out, since reading them is what refuses them."""
     said = str(spec.data)
     if said.startswith(PYTHON):
         root, names = _library(), said.removeprefix(PYTHON).split()
     else:
-        root = data or Path()
-        names = [said.replace("{split}", spec.splits["train"].split("[")[0].strip())]
-    return {name: sha256((root / name).read_bytes()).hexdigest() for name in names}
+        splits = [spec.splits[part].split("[")[0].strip() for part in parts if part in spec.splits]
+        root, names = data or Path(), [said.replace("{split}", split) for split in splits]
+    paths = {name: root / name for name in names}
+    return {n: sha256(p.read_bytes()).hexdigest() for n, p in paths.items() if p.is_file()}
 
 
 def _library() -> Path:
