@@ -67,7 +67,8 @@ def bench(
 
     Each cell (pool, method, parameters) is kept in OUT as soon as it is finished: the same command
     again makes only what is missing. Base, experts, ensembles, average, task arithmetic and, where
-    the suite says how its experts were trained, joint training are always there. Needs the extra: pip install 'fusewright\\[bench]'.
+    the suite says how its experts were trained, joint training are always there.
+    Needs the extra: pip install 'fusewright\\[bench]'.
     """
     from fusewright.bench.report import write_results
     from fusewright.bench.sweep import bench as measure
