@@ -92,8 +92,8 @@ class SuiteSpec(_Part):
     experts: dict[str, str]
     heads: str | None = Field(None, description="safetensors with a head (classes, width) by task")
     zero_shot: ZeroShot | None = None
-    own_heads: str | None = Field(None, description="the tensor of its expert that is a task's head")
-    optional: list[str] = Field([], description="patterns of base tensors that experts lack")
+    own_heads: str | None = Field(None, description="tensor of a task's expert that is its head")
+    optional: list[str] = Field([], description="patterns of tensors that base or experts lack")
     extras: dict[str, str] = Field({}, description="more models by row, such as joint training")
     tasks: dict[str, TaskSpec]
     merged: list[str] = Field([], description="tasks whose experts are merged; all with experts")

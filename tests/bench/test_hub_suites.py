@@ -1,0 +1,148 @@
+"""Suites of public checkpoints, on tiny models of the same classes saved in the same layout."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import fusewright as fw
+from fusewright.bench.suite_file import SuiteError, find_suite, read_suite
+
+transformers = pytest.importorskip("transformers")
+pa = pytest.importorskip("pyarrow")
+tokenizers = pytest.importorskip("tokenizers")
+
+GLUE = {"cola": ("sentence",), "mnli": ("premise", "hypothesis")}
+TEXTS = ["a b", "c", "b a c c"]
+
+
+# -- CLIP: 8, 14 and 20 tasks --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, model", [("b32", "base-patch32"), ("b16", "base-patch16"),
+                                         ("l14", "large-patch14")])  # fmt: skip
+def test_larger_clip_suites_add_tasks_to_the_smaller(size, model):
+    names = [f"clip-vit-{size}", f"clip-vit-{size}-14", f"clip-vit-{size}-20"]
+    specs = [read_suite(find_suite(name)) for name in names]
+    assert [len(spec.merged) for spec in specs] == [8, 14, 20]
+    for spec in specs:
+        assert spec.base == spec.zero_shot.model == f"openai/clip-vit-{model}"
+        assert spec.experts == {t: f"tanganke/clip-vit-{model}_{t}" for t in spec.tasks}
+    for less, more in zip(specs, specs[1:], strict=False):
+        assert more.merged[: len(less.merged)] == less.merged
+        assert {t: more.tasks[t] for t in less.tasks} == less.tasks
+
+
+def test_sizes_of_clip_share_their_tasks():
+    for more in ("", "-14", "-20"):
+        specs = [read_suite(find_suite(f"clip-vit-{size}{more}")) for size in ("b32", "b16", "l14")]
+        assert specs[0].tasks == specs[1].tasks == specs[2].tasks
+
+
+# -- GPT-2 ---------------------------------------------------------------------------------------
+
+
+def word_tokenizer(folder):
+    words = {"<|endoftext|>": 0, "a": 1, "b": 2, "c": 3}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<|endoftext|>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token="<|endoftext|>", unk_token="<|endoftext|>"
+    ).save_pretrained(folder)
+
+
+def tiny_gpt2(folder):
+    """The base as its authors published it: no prefix, with the masks of causal attention. Experts
+    are classifiers, each with its own head."""
+    from safetensors.torch import load_file, save_file
+
+    config = transformers.GPT2Config(
+        vocab_size=8, n_embd=16, n_layer=2, n_head=2, n_positions=32, n_ctx=32, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = folder / "gpt2"
+    transformers.GPT2Model(config).save_pretrained(base)
+    stored = load_file(base / "model.safetensors")
+    stored |= {f"h.{n}.attn.bias": torch.ones(1, 1, 32, 32).tril() for n in range(2)}
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    word_tokenizer(base)
+    for task, classes in (("cola", 2), ("mnli", 3)):
+        expert = transformers.GPT2ForSequenceClassification.from_pretrained(
+            base, num_labels=classes, pad_token_id=0
+        )
+        with torch.no_grad():
+            for parameter in expert.parameters():
+                parameter.add_(0.005 * torch.randn(parameter.shape))
+        expert.save_pretrained(folder / f"gpt2_{task}")
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    tiny_gpt2(folder / "pool")
+    fields = yaml.safe_load(find_suite("gpt2-glue").read_text("utf-8"))
+    for key in ("tasks", "experts"):
+        fields[key] = {name: fields[key][name] for name in GLUE}
+    for task, columns in GLUE.items():
+        splits = fields["tasks"][task]["splits"]
+        splits["validation"] = "train"
+        at = folder / "data" / "glue" / task
+        at.mkdir(parents=True)
+        for part in ("train", splits["test"]):
+            rows = {name: TEXTS for name in columns} | {"label": [0, 1, 1]}
+            pq.write_table(pa.table(rows), at / f"{part}.parquet")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
+    return fw.suite(folder / "tiny.yaml", pool=folder / "pool", data=folder / "data")
+
+
+@pytest.mark.parametrize("task", GLUE)
+def test_an_expert_under_its_own_head_is_the_public_classifier(gpt2, task):
+    path = gpt2.experts[task]
+    whole = transformers.GPT2ForSequenceClassification.from_pretrained(path).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2.base, pad_token="<|endoftext|>")
+    pairs = [TEXTS] * len(GLUE[task])
+    tokens = tokenizer(*pairs, padding="max_length", max_length=32, return_tensors="pt")
+    tokens.pop("token_type_ids", None)
+    batch = next(gpt2.tasks[task].batches(gpt2.split(task), 3))
+    with torch.inference_mode():
+        expected = whole(**tokens).logits
+        found = gpt2.tasks[task].logits(gpt2.open(path), batch)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sweep_merges_what_lies_below_the_heads(gpt2, tmp_path):
+    results = fw.bench(gpt2, ["ties"], out=tmp_path, progress=False)
+    assert results.facts["failed"] == {}
+    experts = [gpt2.open(gpt2.experts[task]).state_dict() for task in GLUE]
+    module = gpt2.open(gpt2.base)
+    module.load_state_dict({n: (experts[0][n] + experts[1][n]) / 2 for n in experts[0]})
+    (found,) = results.of("average")
+    for task in GLUE:
+        expected = gpt2.evaluate(module, task).columns["loss"]
+        np.testing.assert_allclose(found.outcomes[task]["clean"].columns["loss"], expected,
+                                   rtol=1e-4)  # fmt: skip
+
+
+def changed(gpt2, tmp_path, **changes):
+    from fusewright.bench.suite import Suite
+
+    spec = gpt2.spec.model_copy(update=changes)
+    return Suite(gpt2.name, spec, gpt2.pool, gpt2.data)
+
+
+def test_an_expert_without_the_head_is_named(gpt2, tmp_path):
+    with pytest.raises(SuiteError, match=r"the expert 'cola' has no head(?s:.)*classifier.weight"):
+        _ = changed(gpt2, tmp_path, own_heads="classifier.weight").heads
+
+
+def test_a_head_for_other_classes_is_refused(gpt2, tmp_path):
+    tasks = {n: t.model_copy(update={"classes": 3}) for n, t in gpt2.spec.tasks.items()}
+    with pytest.raises(SuiteError, match="the head of 'cola' is for other classes"):
+        _ = changed(gpt2, tmp_path, tasks=tasks).heads
