@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -32,7 +33,7 @@ def test_larger_clip_suites_add_tasks_to_the_smaller(size, model):
     for spec in specs:
         assert spec.base == spec.zero_shot.model == f"openai/clip-vit-{model}"
         assert spec.experts == {t: f"tanganke/clip-vit-{model}_{t}" for t in spec.tasks}
-    for less, more in zip(specs, specs[1:], strict=False):
+    for less, more in itertools.pairwise(specs):
         assert more.merged[: len(less.merged)] == less.merged
         assert {t: more.tasks[t] for t in less.tasks} == less.tasks
 
@@ -146,3 +147,83 @@ def test_a_head_for_other_classes_is_refused(gpt2, tmp_path):
     tasks = {n: t.model_copy(update={"classes": 3}) for n, t in gpt2.spec.tasks.items()}
     with pytest.raises(SuiteError, match="the head of 'cola' is for other classes"):
         _ = changed(gpt2, tmp_path, tasks=tasks).heads
+
+
+# -- Llama ---------------------------------------------------------------------------------------
+
+DOMAINS = {"math": "response", "multilingual": "targets"}
+
+
+def tiny_llama(folder):
+    """Bfloat16 and tied, as Llama 3.2 3B; one expert's embeddings are padded."""
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True, bos_token_id=0,
+        eos_token_id=0, dtype="bfloat16",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = folder / "Llama-3.2-3B"
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(base)
+    word_tokenizer(base)
+    for domain, rows in (("math", 64), ("multilingual", 8)):
+        expert = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        expert.resize_token_embeddings(rows)
+        with torch.no_grad():
+            for parameter in expert.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape).to(parameter))
+        expert.save_pretrained(folder / f"Llama-3.2-3B_{domain}")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_llama(folder / "pool")
+    fields = yaml.safe_load(find_suite("llama-3.2-3b-mergebench").read_text("utf-8"))
+    for key in ("tasks", "experts"):
+        fields[key] = {name: fields[key][name] for name in DOMAINS}
+    for domain, column in DOMAINS.items():
+        task = fields["tasks"][domain]
+        task["splits"] = {"validation": "train[:3]", "test": "train[3:]"}
+        task["options"]["length"] = 4
+        at = folder / "data" / "mergebench" / domain
+        at.mkdir(parents=True)
+        pq.write_table(pa.table({column: TEXTS * 3}), at / "train.parquet")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
+    return fw.suite(folder / "tiny.yaml", pool=folder / "pool", data=folder / "data")
+
+
+def test_an_expert_with_padded_embeddings_is_cut_to_the_bases_vocabulary(llama):
+    padded = transformers.LlamaForCausalLM.from_pretrained(llama.pool / "Llama-3.2-3B_math")
+    module = llama.open(llama.experts["math"])
+    assert padded.config.vocab_size == 64 and module.config.vocab_size == 8
+    found, expected = module.state_dict(), padded.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name][: len(tensor)].to(tensor.dtype))
+    assert llama.experts["multilingual"] == llama.pool / "Llama-3.2-3B_multilingual"
+
+
+def test_a_sweep_merges_causal_models(llama, tmp_path):
+    results = fw.bench(llama, ["ties"], out=tmp_path, progress=False)
+    assert results.facts["failed"] == {}
+    merged = fw.merge("average", experts=llama.experts, out=tmp_path / "average")
+    (found,) = results.of("average")
+    for domain in DOMAINS:
+        expected = llama.evaluate(merged.path, domain).columns["loss"]
+        np.testing.assert_allclose(found.outcomes[domain]["clean"].columns["loss"], expected,
+                                   rtol=1e-2)  # fmt: skip
+
+
+def test_a_smaller_vocabulary_is_refused(llama, tmp_path):
+    from fusewright.bench.vocabulary import cropped
+
+    small = tmp_path / "small"
+    small.mkdir()
+    (small / "config.json").write_text(json.dumps({"vocab_size": 4}))
+    with pytest.raises(SuiteError, match="smaller than the base's"):
+        cropped(small, llama.base, llama.spec.opens, tmp_path)
+    (small / "config.json").write_text("{}")
+    with pytest.raises(SuiteError, match="vocab_size"):
+        cropped(small, llama.base, llama.spec.opens, tmp_path)

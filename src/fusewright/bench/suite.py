@@ -111,7 +111,13 @@ class Suite:
 
     @cached_property
     def experts(self) -> dict[str, Path]:
-        return {name: self.model(ref) for name, ref in self._models["experts"].items()}
+        found = {name: self.model(ref) for name, ref in self._models["experts"].items()}
+        if not self.spec.crop_vocabulary:
+            return found
+        from fusewright.bench.vocabulary import cropped
+
+        folder = self.pool / "cropped"
+        return {n: cropped(p, self.base, self.spec.opens, folder) for n, p in found.items()}
 
     @cached_property
     def extras(self) -> dict[str, Path]:

@@ -94,6 +94,7 @@ class SuiteSpec(_Part):
     zero_shot: ZeroShot | None = None
     own_heads: str | None = Field(None, description="tensor of a task's expert that is its head")
     optional: list[str] = Field([], description="patterns of tensors that base or experts lack")
+    crop_vocabulary: bool = Field(False, description="cut experts' rows beyond the base's")
     extras: dict[str, str] = Field({}, description="more models by row, such as joint training")
     tasks: dict[str, TaskSpec]
     merged: list[str] = Field([], description="tasks whose experts are merged; all with experts")
@@ -115,8 +116,8 @@ class SuiteSpec(_Part):
         """Twelve hex digits of everything in the suite that results can depend on."""
         words = {"__all__": {"question", "licence", "note"}}
         left: Any = {"title": True, "about": True, "licence": True, "seeds": True, "tasks": words}
-        if self.own_heads is None:  # younger than results that are to be found again
-            left["own_heads"] = True
+        # younger than results that are to be found again
+        left |= {key: True for key in ("own_heads", "crop_vocabulary") if not getattr(self, key)}
         return sha256(self.model_dump_json(exclude=left).encode()).hexdigest()[:12]
 
     def pool_digest(self) -> str:
