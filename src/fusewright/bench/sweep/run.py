@@ -57,8 +57,8 @@ def bench(
     ``methods`` are written as in recipes (all registered ones that fit, if not given); base,
     experts, ensembles, average, task arithmetic and joint training are always there. ``out`` keeps
     finished cells: the same call again makes only what is missing, and a changed method only
-    itself. ``tune`` spends so many trials on validation rows for each method with something to tune. ``seeds``:
-    how many of the pool's trainings, or which (the first). ``limit``: the most rows of each split.
+    itself. ``tune`` spends so many trials on validation rows for each method with something to tune.
+    ``seeds``: how many of the pool's trainings, or which (the first). ``limit``: the most rows of each split.
     ``variants``: which kinds of the suite's models (None is the plain one). ``subsets``: numbers
     of experts to merge besides all, each drawn ``draws`` times. ``corruptions``: measure on
     corrupted pictures too (all kinds, or those named). ``joint``: ways to train on all merged

@@ -105,7 +105,9 @@ class Worker:
     def _joint(self, job: Job) -> Cell:
         module, facts = trained(self.suite, job.what, job.training)
         recipe = facts["recipe"]
-        note = f"{recipe['steps']} steps of {recipe['batch']} items, as all experts together"
+        count = len(facts["tasks"])
+        items = recipe["batch"] // count * count  # the same number of each task
+        note = f"{recipe['steps']} steps of {items} items, as all experts together"
         costs = PLAIN | {"extra_parameters": 0} | facts["costs"]
         return self._as_cell(job, self._evaluated(module, job), costs, note=note)
 
