@@ -57,14 +57,14 @@ def bench(
     ``methods`` are written as in recipes (all registered ones that fit, if not given); base,
     experts, ensembles, average, task arithmetic and joint training are always there. ``out`` keeps
     finished cells: the same call again makes only what is missing, and a changed method only
-    itself. ``tune`` spends so many trials on validation rows for each method with something to tune.
-    ``seeds``: how many of the pool's trainings, or which (the first). ``limit``: the most rows of each split.
-    ``variants``: which kinds of the suite's models (None is the plain one). ``subsets``: numbers
-    of experts to merge besides all, each drawn ``draws`` times. ``corruptions``: measure on
-    corrupted pictures too (all kinds, or those named). ``joint``: ways to train on all merged
-    tasks together, with as many steps as their experts took ("sum", "pcgrad", …, "all", "none");
-    the plain sum by default, which costs what training the experts did, and each other way as
-    much again. ``jobs``: worker processes.
+    itself. ``tune`` spends so many trials on validation rows for each method with something to
+    tune. ``seeds``: how many of the pool's trainings, or which (the first). ``limit``: the most
+    rows of each split. ``variants``: which kinds of the suite's models (None is the plain one).
+    ``subsets``: numbers of experts to merge besides all, each drawn ``draws`` times.
+    ``corruptions``: measure on corrupted pictures too (all kinds, or those named). ``joint``: ways
+    to train on all merged tasks together, with as many steps as their experts took ("sum",
+    "pcgrad", …, "all", "none"); the plain sum by default, which costs what training the experts
+    did, and each other way as much again. ``jobs``: worker processes.
 
     Raises SuiteError, RecipeError, and OutputError if another sweep writes to ``out``; a method
     that fails is left out, and ``facts["failed"]`` says why.
