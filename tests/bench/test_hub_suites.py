@@ -12,6 +12,7 @@ import yaml
 
 import fusewright as fw
 from fusewright.bench.suite_file import SuiteError, find_suite, read_suite
+from tiny_clip_pool import pictures, tiny_clip
 
 transformers = pytest.importorskip("transformers")
 pa = pytest.importorskip("pyarrow")
@@ -42,6 +43,75 @@ def test_sizes_of_clip_share_their_tasks():
     for more in ("", "-14", "-20"):
         specs = [read_suite(find_suite(f"clip-vit-{size}{more}")) for size in ("b32", "b16", "l14")]
         assert specs[0].tasks == specs[1].tasks == specs[2].tasks
+
+
+def test_labels_and_columns_of_the_added_data_sets_are_read(tmp_path):
+    pytest.importorskip("optuna")
+    tiny_clip(tmp_path / "pool", ("pcam", "fer2013"))
+    whole = fw.suite("clip-vit-b32-14", pool=tmp_path / "pool", data=tmp_path / "data")
+    suite = restricted(whole, "pcam", "fer2013")
+    at = tmp_path / "data" / "vision"
+    pictures(at / "pcam" / "test.parquet", 9, 2, 0)
+    pictures(at / "fer2013" / "test.parquet", 9, 7, 1, names=("jpg", "cls"))
+    model = suite.open(suite.base)
+    for name, classes in (("pcam", 2), ("fer2013", 7)):
+        task = suite.tasks[name]
+        batch = next(task.batches(suite.split(name), 9))
+        with torch.inference_mode():
+            assert task.logits(model, batch).shape == (9, classes)
+        assert batch["labels"].max() < classes
+
+
+def restricted(suite, *names):
+    from fusewright.bench.suite import Suite
+
+    spec = suite.spec
+    some = {key: {n: getattr(spec, key)[n] for n in names} for key in ("tasks", "experts")}
+    spec = spec.model_copy(update=some | {"merged": list(names), "unseen": []})
+    return Suite(suite.name, spec, suite.pool, suite.data)
+
+
+# -- suites that start from another --------------------------------------------------------------
+
+
+def written(folder, name, **fields):
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({"title": name, **fields}))
+    return path
+
+
+def test_an_extended_suite_adds_tasks_and_experts_and_replaces_the_rest(tmp_path):
+    path = written(tmp_path, "more", extends="digits", base="other",
+                   experts={"digit": "mine"})  # fmt: skip
+    found, below = read_suite(path), read_suite(find_suite("digits"))
+    assert found.base == "other" and found.tasks == below.tasks
+    assert found.experts == {**below.experts, "digit": "mine"}
+    assert found.digest() != below.digest()
+
+
+def test_a_suite_beside_the_file_can_be_extended(tmp_path):
+    written(tmp_path, "first", extends="digits", base="near")
+    assert read_suite(written(tmp_path, "second", extends="first.yaml")).base == "near"
+
+
+@pytest.mark.parametrize("name, part", [("digit", "did you mean 'digits'"),
+                                        ("round.yaml", "extend each other")])  # fmt: skip
+def test_what_cannot_be_extended_is_refused(tmp_path, name, part):
+    with pytest.raises(SuiteError, match=part):
+        read_suite(written(tmp_path, "round", extends=name))
+
+
+def test_heads_come_from_one_place(tmp_path):
+    path = written(tmp_path, "two", extends="gpt2-glue", heads="heads.safetensors")
+    with pytest.raises(SuiteError, match="heads come from one place"):
+        read_suite(path)
+
+
+def test_own_heads_need_an_expert_for_every_task(tmp_path):
+    task = {"kind": "decoder-classification"}
+    path = written(tmp_path, "more", extends="gpt2-glue", tasks={"unseen": task})
+    with pytest.raises(SuiteError, match="own_heads names 'unseen', which is no expert"):
+        read_suite(path)
 
 
 # -- GPT-2 ---------------------------------------------------------------------------------------
