@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusewright.bench.descent import OneCycle
 from fusewright.bench.pools.language_data import crops, mixed, shares_of
 from fusewright.bench.pools.training import Tell
 
@@ -87,24 +88,17 @@ def _descend(
     model: nn.Module, groups: list[dict[str, Any]], batch: Callable[[], Tensor], steps: int,
     rate: float, recipe: LanguageRecipe, tell: Tell,
 ) -> float:  # fmt: skip
-    """AdamW under a one-cycle schedule (a tenth of warm-up), gradients clipped at norm 1."""
     if not steps:
         return float("nan")
-    parameters = [p for group in groups for p in group["params"]]
-    optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, rate, total_steps=steps + 1, pct_start=0.1
-    )
+    descent = OneCycle(groups, steps, rate, betas=(0.9, 0.95))
     model.train()
     ends = [ceil(steps * part / REPORTS) for part in range(1, REPORTS + 1)]
     seen, mean = [], float("nan")
     for step in range(1, steps + 1):
-        optimiser.zero_grad()
+        descent.begin()
         found = _loss(model, batch(), recipe)
         found.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
+        descent.step()
         seen.append(found.detach())
         for _ in range(ends.count(step)):
             mean, seen = float(torch.stack(seen).mean()) if seen else mean, []

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusewright.bench.descent import OneCycle
 from fusewright.bench.pools.images import Images, shifted
 from fusewright.tasks.heads import image_features, linear
 from fusewright.tasks.images import ImagePreparation
@@ -137,27 +138,20 @@ def _descend(
     loss: Callable[[Tensor, Tensor], Tensor], rate: float, epochs: int, recipe: Recipe,
     draw: torch.Generator, tell: Tell,
 ) -> float:  # fmt: skip
-    """AdamW under a one-cycle schedule (a tenth of warm-up), gradients clipped at norm 1."""
     batch = min(recipe.batch, len(data))
     steps = epochs * (len(data) // batch)
-    parameters = [p for group in groups for p in group["params"]]
-    optimiser = torch.optim.AdamW(groups, lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, rate, total_steps=steps + 1, pct_start=0.1
-    )
+    descent = OneCycle(groups, steps, rate)
     model.train()
     mean = float("nan")
     for _ in range(epochs):
         seen = []
         for part in _batches(data, batch, recipe, draw):
-            optimiser.zero_grad()
+            descent.begin()
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
                 features = image_features(model, inputs(part.pixels, recipe))
             found = loss(features, part.labels)
             found.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            schedule.step()
+            descent.step()
             seen.append(found.detach())
         mean = float(torch.stack(seen).mean())
         tell(f"loss {mean:.3f}")
