@@ -215,4 +215,7 @@ def test_options_have_edges() -> None:
         Options(memory=2**25 - 1)
     with pytest.raises(RecipeError, match="at least 1"):
         Options(threads=0)
+    assert Options(shard_size=1).shard_size == 1
+    with pytest.raises(RecipeError, match="shard"):
+        Options(shard_size=0)
     assert (Options().memory, Options().shard_size) == (2**30, 5 * 10**9)

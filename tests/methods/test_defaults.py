@@ -37,3 +37,30 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 def test_defaults(name: str) -> None:
     given = inspect.signature(registry()[name]).parameters
     assert {key: field.default for key, field in given.items()} == DEFAULTS[name]
+
+
+PROFILES: dict[str, dict[str, dict[str, Any]]] = {
+    "dare_linear": {
+        "fusionbench": {"density": 0.5, "scale": 0.3},
+        "mergekit": {"density": 1.0, "rescale": "l1"},
+    },
+    "dare_ties": {
+        "fusionbench": {"density": 0.5, "normalize": False, "scale": 0.5},
+        "mergekit": {"density": 1.0, "rescale": "l1", "normalize": False, "scope": "tensor",
+                     "zero_sign": "positive"},
+    },
+    "iso_c": {"fusionbench": {"where": "all_2d"}},
+    "model_stock": {"fusionbench": {"clamp": False}, "mergekit": {"clamp": False}},
+    "task_arithmetic": {"fusionbench": {"scale": 0.3}, "mergekit": {"scale": 1.0}},
+    "ties": {
+        "fusionbench": {"normalize": False, "scale": 0.3},
+        "mergekit": {"density": 1.0, "scope": "tensor", "zero_sign": "positive"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_profiles(name: str) -> None:
+    """What other tools do by default, as golden values of theirs have shown."""
+    found = {key: dict(said) for key, said in registry()[name].profiles.items()}
+    assert found == PROFILES.get(name, {})

@@ -74,6 +74,31 @@ def test_factors_are_put_side_by_side(method: fw.Sum) -> None:
     assert method.merge_factors([None, None], place) is None
 
 
+@pytest.mark.parametrize("method", [fw.Sum(weight={"0": 0.3}, scale=2.0), fw.Mean()])
+def test_factors_side_by_side_are_the_sum_of_the_products(method: fw.Sum) -> None:
+    place = at((5, 4))
+    place = place.replaced(params=resolved(method, place.layout, place.experts))
+    draw = torch.Generator().manual_seed(0)
+    lora = [LowRank(torch.randn(5, 2, generator=draw), torch.randn(2, 4, generator=draw), scale)
+            for scale in (0.5, 3.0)]  # fmt: skip
+    merged = method.merge_factors(lora, place)
+    assert merged is not None
+    whole = [f.up @ f.down * f.scale for f in lora]
+    torch.testing.assert_close(merged.up @ merged.down * merged.scale,
+                               method.merge(whole, None, place))  # fmt: skip
+
+
+def test_tensors_of_two_shapes_are_refused() -> None:
+    with pytest.raises(PlanError, match="one shape"):
+        fw.Linear()(None, [torch.zeros(2), torch.zeros(3)])
+
+
+def test_slerp_goes_from_the_base_to_its_one_expert() -> None:
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    assert torch.equal(fw.Slerp(t=0.2)(a, [b]), fw.Slerp(t=0.2)(None, [a, b]))
+    assert torch.equal(fw.Slerp(t=0.2)(torch.zeros(2), [a, b]), fw.Slerp(t=0.2)(None, [a, b]))
+
+
 def test_factors_of_weights_are_merged_only_by_weights_that_sum_to_one() -> None:
     assert fw.Linear(normalize=False).merge_factors([], at()) is NotImplemented
     assert fw.Elect().merge_factors([], at()) is NotImplemented

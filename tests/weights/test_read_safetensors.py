@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from fusewright.errors import WeightsError
 from fusewright.weights import DType
 from fusewright.weights.files import COUNT
+from fusewright.weights.json_text import LARGEST
 from fusewright.weights.safetensors_file import SafetensorsFile
 from fusewright.weights.safetensors_header import header_length
 
@@ -333,3 +334,5 @@ def test_a_prefix_cut_short_is_refused() -> None:
     with pytest.raises(WeightsError, match="too short"):
         header_length(bytes(8), 7, "x")
     assert header_length((2).to_bytes(8, "little"), 10, "x") == 2
+    assert header_length(bytes(8), 8, "x") == 0
+    assert header_length(LARGEST.to_bytes(8, "little"), LARGEST + 8, "x") == LARGEST
