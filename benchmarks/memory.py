@@ -34,6 +34,7 @@ MERGE = """
 import json, sys, fusewright as fw
 case = json.loads(sys.argv[1])
 fw.merge(METHOD, base=case["base"], experts=case["experts"], out=case["out"], durable=False,
+         overwrite=True,
          memory=case["memory"], threads=case["threads"], kernels=case["kernels"])
 """
 BASELINE = "import time, torch; torch.ones(9).sum(); time.sleep(1)"
