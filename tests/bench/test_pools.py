@@ -17,7 +17,7 @@ import pyarrow  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from fusewright.bench.pools import build, parts, training, vision  # noqa: E402
-from fusewright.bench.pools.images import Images, shifted  # noqa: E402
+from fusewright.bench.pools.images import Images, VisionRecipe, shifted  # noqa: E402
 from fusewright.bench.suite_file import SuiteError, SuiteSpec, find_suite, read_suite  # noqa: E402
 from fusewright.errors import FusewrightError, OutputError  # noqa: E402
 
@@ -204,7 +204,7 @@ def test_pictures_are_moved_and_nothing_else():
 def test_tasks_of_the_base_do_not_compete_with_each_other():
     """With one class a task there is nothing to learn: each task has a softmax of its own."""
     images = Images(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
-    recipe = training.Recipe(**SMALL)
+    recipe = VisionRecipe(**SMALL)
     model = vision.new_model(recipe, 0)
     loss = training.pretrain(model, {"a": images, "b": images}, recipe, 0, lambda said: None)
     assert loss == pytest.approx(0, abs=1e-6)

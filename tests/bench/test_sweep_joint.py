@@ -19,8 +19,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from fusewright.bench.joint import COMBINATIONS, train_joint  # noqa: E402
 from fusewright.bench.joint.recipe import joint_recipe  # noqa: E402
-from fusewright.bench.pools.images import shifted  # noqa: E402
-from fusewright.bench.pools.training import Recipe, inputs  # noqa: E402
+from fusewright.bench.pools.images import VisionRecipe, inputs, shifted  # noqa: E402
 from fusewright.bench.suite import Suite  # noqa: E402
 from fusewright.bench.suite_file import SuiteError, SuiteSpec  # noqa: E402
 from fusewright.bench.sweep import identity  # noqa: E402
@@ -229,7 +228,7 @@ def test_a_task_without_training_rows_is_named(pictures):
 
 def test_pictures_are_moved_as_the_experts_were(pictures):
     pictures.build(progress=False)
-    recipe, draw = Recipe(**VISION), torch.Generator
+    recipe, draw = VisionRecipe(**VISION), torch.Generator
     pixels = torch.randint(0, 256, (5, 3, 16, 16), generator=draw().manual_seed(1)).to(torch.uint8)
     expected = inputs(shifted(pixels, recipe.shift, draw().manual_seed(2)), recipe)
     moved = joint_recipe(pictures, ["a", "b"]).augment(

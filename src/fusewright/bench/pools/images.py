@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fusewright.bench.pools.training import Examples, Recipe
+from fusewright.tasks.heads import image_features
 from fusewright.tasks.images import ImagePreparation
 
 if TYPE_CHECKING:
@@ -19,17 +21,41 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Images:
+class VisionRecipe(Recipe):
+    """A pool of image classifiers: pictures of ``size`` pixels, moved by up to ``shift`` in
+    training."""
+
+    size: int = 32
+    shift: int = 3
+
+    @property
+    def prepared(self) -> ImagePreparation:
+        """How pictures become inputs."""
+        return ImagePreparation(size=self.size, resample="bilinear")
+
+
+@dataclass(frozen=True)
+class Images(Examples[VisionRecipe]):
     """Pictures (n, channels, size, size) uint8 and their labels (n,) int64."""
 
     pixels: Tensor
     labels: Tensor
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getitem__(self, at: Tensor | slice) -> Images:
         return Images(self.pixels[at], self.labels[at])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Images], labels: Tensor) -> Images:
+        return cls(torch.cat([part.pixels for part in parts]), labels)
+
+    def features(self, model: nn.Module, recipe: VisionRecipe) -> Tensor:
+        return image_features(model, inputs(self.pixels, recipe))
+
+    def batches(self, size: int, recipe: VisionRecipe, draw: torch.Generator) -> Iterator[Images]:
+        order = torch.randperm(len(self), generator=draw)
+        for start in range(0, len(self) - size + 1, size):
+            part = self[order[start : start + size]]
+            yield Images(shifted(part.pixels, recipe.shift, draw), part.labels)
 
     def digest(self) -> str:
         """SHA-256 of the pixels and labels, in order: the same pictures from any source."""
@@ -55,6 +81,13 @@ def load_images(
         labels = torch.as_tensor(np.asarray(rows["label"], dtype=np.int64))
         found[name] = Images(torch.from_numpy(pixels), labels)
     return found
+
+
+def inputs(pixels: Tensor, recipe: VisionRecipe) -> Tensor:
+    """Bytes to what the model is called with."""
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1)
+                 for v in (recipe.prepared.mean, recipe.prepared.std))  # fmt: skip
+    return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 def shifted(pixels: Tensor, by: int, draw: torch.Generator) -> Tensor:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusewright.bench.descent import OneCycle
-from fusewright.bench.pools.images import Images, shifted
-from fusewright.tasks.heads import image_features, linear
-from fusewright.tasks.images import ImagePreparation
+from fusewright.tasks.heads import linear
 
 Tell = Callable[[str], None]
 """Hears of every epoch."""
@@ -22,10 +21,10 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a pool's training depends on, beside data and seed.
+    """What the training of a pool of classifiers depends on, beside data and seed.
 
-    The base learns all tasks at once from ``base_rows`` pictures of each, through heads that are
-    thrown away. The heads that stay are prototypes of ``shots`` pictures of each class: few, so
+    The base learns all tasks at once from ``base_rows`` examples of each, through heads that are
+    thrown away. The heads that stay are prototypes of ``shots`` examples of each class: few, so
     that the base is not yet competent and experts have something to learn. Experts take small
     steps, so that they stay close to the base and nearly orthogonal to each other.
     ``tunings`` are "full" and "lora". Rates are peaks of one cycle; ``scale`` multiplies cosines.
@@ -33,7 +32,6 @@ class Recipe:
 
     width: int = 192
     layers: int = 6
-    size: int = 32
     base_rows: int = 2000
     base_epochs: int = 10
     base_rate: float = 1e-3
@@ -47,15 +45,38 @@ class Recipe:
     lora_rank: int = 8
     lora_rate: float = 1e-3
     batch: int = 128
-    shift: int = 3
     scale: float = 16.0
     bfloat16: bool = True
     threads: int = 2  # sums depend on the number
 
-    @property
-    def prepared(self) -> ImagePreparation:
-        """How pictures become inputs."""
-        return ImagePreparation(size=self.size, resample="bilinear")
+
+R = TypeVar("R", bound=Recipe)
+
+
+class Examples(ABC, Generic[R]):
+    """Inputs of one task and their ``labels`` (n,) int64, in memory."""
+
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def __getitem__(self, at: Tensor | slice) -> Self:
+        """Some of the rows."""
+
+    @classmethod
+    @abstractmethod
+    def joined(cls, parts: Sequence[Self], labels: Tensor) -> Self:
+        """The inputs of all parts, one after the other, under new labels."""
+
+    @abstractmethod
+    def features(self, model: nn.Module, recipe: R) -> Tensor:
+        """What a head sees of each row: (n, width)."""
+
+    @abstractmethod
+    def batches(self, size: int, recipe: R, draw: torch.Generator) -> Iterator[Self]:
+        """One epoch: every row at most once, in full batches, disturbed as training wants it."""
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
@@ -65,16 +86,15 @@ def generator(seed: int, purpose: str) -> torch.Generator:
 
 
 def pretrain(
-    model: nn.Module, data: Mapping[str, Images], recipe: Recipe, seed: int, tell: Tell
+    model: nn.Module, data: Mapping[str, Examples[R]], recipe: R, seed: int, tell: Tell
 ) -> float:
     """Train the base on all tasks at once; answers with the last epoch's mean loss."""
     draw, width = generator(seed, "base"), recipe.width
-    parts = [images[: recipe.base_rows] for images in data.values()]
-    classes = [int(images.labels.max()) + 1 for images in data.values()]
+    parts = [examples[: recipe.base_rows] for examples in data.values()]
+    classes = [int(examples.labels.max()) + 1 for examples in data.values()]
     starts = [sum(classes[:i]) for i in range(len(classes))]
-    together = Images(
-        torch.cat([part.pixels for part in parts]),
-        torch.cat([part.labels + at for part, at in zip(parts, starts, strict=True)]),
+    together = parts[0].joined(
+        parts, torch.cat([part.labels + at for part, at in zip(parts, starts, strict=True)])
     )
     # Row r of `own` masks what is no class of r's task: one softmax for each task, in one product.
     task = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor(classes))
@@ -97,7 +117,7 @@ def pretrain(
 
 
 def fine_tune(
-    model: nn.Module, images: Images, head: Tensor, recipe: Recipe, rate: float,
+    model: nn.Module, examples: Examples[R], head: Tensor, recipe: R, rate: float,
     draw: torch.Generator, tell: Tell,
 ) -> float:  # fmt: skip
     """Train all that can be trained of a copy of the base through a frozen head."""
@@ -108,59 +128,48 @@ def fine_tune(
 
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": trained, "weight_decay": 0.0}]
-    return _descend(model, groups, images[: recipe.expert_rows], loss, rate,
+    return _descend(model, groups, examples[: recipe.expert_rows], loss, rate,
                     recipe.expert_epochs, recipe, draw, tell)  # fmt: skip
 
 
-def prototypes(model: nn.Module, images: Images, recipe: Recipe, draw: torch.Generator) -> Tensor:
-    """A head (classes, width): the direction of the mean feature of ``shots`` pictures a class."""
-    order = torch.randperm(len(images), generator=draw)
-    labels = images.labels[order]
+def prototypes(
+    model: nn.Module, examples: Examples[R], recipe: R, draw: torch.Generator
+) -> Tensor:
+    """A head (classes, width): the direction of the mean feature of ``shots`` rows a class."""
+    order = torch.randperm(len(examples), generator=draw)
+    labels = examples.labels[order]
     rows = [order[labels == c][: recipe.shots] for c in range(int(labels.max()) + 1)]
     found = []
     model.eval()
     with torch.no_grad():
         for at in rows:
-            features = image_features(model, inputs(images.pixels[at], recipe))
-            found.append(F.normalize(features, dim=1).mean(0))
+            found.append(F.normalize(examples[at].features(model, recipe), dim=1).mean(0))
     return F.normalize(torch.stack(found), dim=1)
 
 
-def inputs(pixels: Tensor, recipe: Recipe) -> Tensor:
-    """Bytes to what the model is called with."""
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1)
-                 for v in (recipe.prepared.mean, recipe.prepared.std))  # fmt: skip
-    return pixels.float().div_(255).sub_(mean).div_(std)
-
-
 def _descend(
-    model: nn.Module, groups: list[dict[str, Any]], data: Images,
-    loss: Callable[[Tensor, Tensor], Tensor], rate: float, epochs: int, recipe: Recipe,
+    model: nn.Module, groups: list[dict[str, Any]], data: Examples[R],
+    loss: Callable[[Tensor, Tensor], Tensor], rate: float, epochs: int, recipe: R,
     draw: torch.Generator, tell: Tell,
 ) -> float:  # fmt: skip
+    """AdamW under a one-cycle schedule; answers with the last epoch's mean loss."""
     batch = min(recipe.batch, len(data))
-    steps = epochs * (len(data) // batch)
-    descent = OneCycle(groups, steps, rate)
+    descent = OneCycle(groups, epochs * (len(data) // batch), rate)
     model.train()
     mean = float("nan")
-    for _ in range(epochs):
-        seen = []
-        for part in _batches(data, batch, recipe, draw):
-            descent.begin()
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
-                features = image_features(model, inputs(part.pixels, recipe))
-            found = loss(features, part.labels)
-            found.backward()
-            descent.step()
-            seen.append(found.detach())
-        mean = float(torch.stack(seen).mean())
-        tell(f"loss {mean:.3f}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draw.initial_seed())  # of dropout
+        for _ in range(epochs):
+            seen = []
+            for part in data.batches(batch, recipe, draw):
+                descent.begin()
+                with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+                    features = part.features(model, recipe)
+                found = loss(features, part.labels)
+                found.backward()
+                descent.step()
+                seen.append(found.detach())
+            mean = float(torch.stack(seen).mean())
+            tell(f"loss {mean:.3f}")
     model.eval()
     return mean
-
-
-def _batches(data: Images, batch: int, recipe: Recipe, draw: torch.Generator) -> Iterator[Images]:
-    order = torch.randperm(len(data), generator=draw)
-    for start in range(0, len(data) - batch + 1, batch):
-        part = data[order[start : start + batch]]
-        yield Images(shifted(part.pixels, recipe.shift, draw), part.labels)
