@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BUILDERS = {
     "vision": ("fusewright.bench.pools.vision", "build_vision"),
+    "text": ("fusewright.bench.pools.text", "build_text"),
     "language": ("fusewright.bench.pools.language", "build_language"),
 }
 """Where each builder lives: called with (spec, out, data, seed, progress)."""

@@ -1,0 +1,153 @@
+"""Data sets of short texts, held in memory as tokens, and the tokenizer learnt from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fusewright.bench.pools.training import Examples, Recipe
+from fusewright.extras import needs
+from fusewright.tasks.tokens import pad_id, tokenised
+
+if TYPE_CHECKING:
+    from fusewright.bench.suite_file import TaskSpec
+
+PAD, UNKNOWN, START, SEPARATOR = SPECIAL = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
+SORTED = 8
+"""Batches among which texts are sorted by length, so that little padding is computed."""
+
+
+@dataclass(frozen=True)
+class TextRecipe(Recipe):
+    """A pool of text classifiers: at most ``vocabulary`` word pieces, texts cut at ``length``
+    tokens, and ``dropout`` of hidden states."""
+
+    vocabulary: int = 8000
+    length: int = 32
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The training rows of a task as they are: texts, perhaps their pairs, and labels (n,)."""
+
+    texts: list[str]
+    pairs: list[str] | None
+    labels: Tensor
+
+    @property
+    def everything(self) -> Iterator[str]:
+        """Texts and pairs."""
+        yield from self.texts
+        yield from self.pairs or ()
+
+    def digest(self) -> str:
+        """SHA-256 of texts and labels, in order: the same rows from any source."""
+        said = [self.texts, self.pairs, self.labels.tolist()]
+        return sha256(json.dumps(said, ensure_ascii=False).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Texts(Examples[TextRecipe]):
+    """Token ids and segments (n, length) int64, how many of them are real (n,), labels (n,)."""
+
+    ids: Tensor
+    segments: Tensor
+    lengths: Tensor
+    labels: Tensor
+
+    def __getitem__(self, at: Tensor | slice) -> Texts:
+        return Texts(self.ids[at], self.segments[at], self.lengths[at], self.labels[at])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Texts], labels: Tensor) -> Texts:
+        ids, segments, lengths = (
+            torch.cat([getattr(part, name) for part in parts])
+            for name in ("ids", "segments", "lengths")
+        )
+        return cls(ids, segments, lengths, labels)
+
+    def features(self, model: nn.Module, recipe: TextRecipe) -> Tensor:
+        """The mean of the last hidden states of all real tokens, as ``pooling: mean`` has it."""
+        longest = int(self.lengths.max())
+        mask = (torch.arange(longest) < self.lengths[:, None]).long()
+        found = model(input_ids=self.ids[:, :longest], attention_mask=mask,
+                      token_type_ids=self.segments[:, :longest])  # fmt: skip
+        shares = (mask / self.lengths[:, None])[..., None]
+        return (found.last_hidden_state.float() * shares).sum(1)
+
+    def batches(self, size: int, recipe: TextRecipe, draw: torch.Generator) -> Iterator[Texts]:
+        order = torch.randperm(len(self), generator=draw)
+        full = order[: len(self) // size * size]
+        for group in full.split(size * SORTED):
+            alike = group[self.lengths[group].argsort(stable=True)].split(size)
+            for at in torch.randperm(len(alike), generator=draw).tolist():
+                yield self[alike[at]]
+
+
+def load_corpora(tasks: Mapping[str, TaskSpec], data: Path | None) -> dict[str, Corpus]:
+    """The ``train`` split of each task.
+
+    Raises SuiteError if a task has none, DataError if it cannot be read.
+    """
+    from fusewright.bench.suite_tasks import open_split
+
+    found = {}
+    for name, spec in tasks.items():
+        split = open_split(name, spec, "train", data)
+        rows = split.rows(range(len(split)))
+        labels = torch.as_tensor(np.asarray(rows["label"], dtype=np.int64))
+        pairs = list(rows["text2"]) if "text2" in rows else None
+        found[name] = Corpus(list(rows["text"]), pairs, labels)
+    return found
+
+
+def train_tokenizer(corpora: Mapping[str, Corpus], recipe: TextRecipe) -> Any:
+    """A lower-casing WordPiece tokenizer of all training texts, as ``transformers`` opens it."""
+    tokenizers = needs("tokenizers", "demo")
+    model = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token=UNKNOWN))
+    model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    model.decoder = tokenizers.decoders.WordPiece()
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=recipe.vocabulary, special_tokens=list(SPECIAL), show_progress=False,
+        min_frequency=2,
+    )  # fmt: skip
+    model.train_from_iterator(
+        (text for corpus in corpora.values() for text in corpus.everything), trainer
+    )
+    model.post_processor = tokenizers.processors.BertProcessing(
+        (SEPARATOR, model.token_to_id(SEPARATOR)), (START, model.token_to_id(START))
+    )
+    return needs("transformers", "demo").PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token=PAD, unk_token=UNKNOWN, cls_token=START,
+        sep_token=SEPARATOR, model_max_length=recipe.length,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+def encoded(corpus: Corpus, tokenizer: Any, recipe: TextRecipe, name: str) -> Texts:
+    """Tokens of a task's rows, as evaluation sees them.
+
+    Raises DataError if a text gives no token.
+    """
+    count = len(corpus.labels)
+    found = tokenised(tokenizer, corpus.texts, corpus.pairs, recipe.length, name, range(count))
+    lengths = torch.tensor([len(ids) for ids in found["input_ids"]])
+    ids, segments = (
+        _table(found[key], recipe.length, fill)
+        for key, fill in (("input_ids", pad_id(tokenizer)), ("token_type_ids", 0))
+    )
+    return Texts(ids, segments, lengths, corpus.labels)
+
+
+def _table(lists: Sequence[Sequence[int]], length: int, fill: int) -> Tensor:
+    return torch.tensor([[*tokens, *[fill] * (length - len(tokens))] for tokens in lists])
