@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusewright.bench.pools.byte_pairs import byte_pairs
 from fusewright.extras import needs
 from fusewright.tasks.errors import DataError
 
@@ -54,19 +55,10 @@ def train_tokenizer(texts: Mapping[str, str], vocabulary: int, exponent: float) 
     It learns from the mixture's share of each text, from the text's beginning, as much as leaves
     the scarcest whole.
     """
-    tokenizers = needs("tokenizers", "demo")
     shares = shares_of({name: len(text) for name, text in texts.items()}, exponent)
     whole = min(len(text) / shares[name] for name, text in texts.items())
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[END], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    model.train_from_iterator(
-        (text[: round(whole * shares[name])] for name, text in texts.items()), trainer
-    )
+    learnt = (text[: round(whole * shares[name])] for name, text in texts.items())
+    model = byte_pairs(learnt, vocabulary, [END])
     return needs("transformers", "demo").PreTrainedTokenizerFast(
         tokenizer_object=model, eos_token=END
     )

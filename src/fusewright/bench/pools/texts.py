@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fusewright.bench.pools.byte_pairs import byte_pairs
 from fusewright.bench.pools.training import Examples, Recipe
 from fusewright.extras import needs
 from fusewright.tasks.tokens import pad_id, tokenised
@@ -20,14 +21,14 @@ from fusewright.tasks.tokens import pad_id, tokenised
 if TYPE_CHECKING:
     from fusewright.bench.suite_file import TaskSpec
 
-PAD, UNKNOWN, START, SEPARATOR = SPECIAL = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
+PAD, START, SEPARATOR = SPECIAL = "[PAD]", "[CLS]", "[SEP]"
 SORTED = 8
 """Batches among which texts are sorted by length, so that little padding is computed."""
 
 
 @dataclass(frozen=True)
 class TextRecipe(Recipe):
-    """A pool of text classifiers: at most ``vocabulary`` word pieces, texts cut at ``length``
+    """A pool of text classifiers: a vocabulary of bytes and their pairs, texts cut at ``length``
     tokens, and ``dropout`` of hidden states."""
 
     vocabulary: int = 8000
@@ -111,25 +112,17 @@ def load_corpora(tasks: Mapping[str, TaskSpec], data: Path | None) -> dict[str, 
 
 
 def train_tokenizer(corpora: Mapping[str, Corpus], recipe: TextRecipe) -> Any:
-    """A lower-casing WordPiece tokenizer of all training texts, as ``transformers`` opens it."""
-    tokenizers = needs("tokenizers", "demo")
-    model = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token=UNKNOWN))
-    model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    model.decoder = tokenizers.decoders.WordPiece()
-    trainer = tokenizers.trainers.WordPieceTrainer(
-        vocab_size=recipe.vocabulary, special_tokens=list(SPECIAL), show_progress=False,
-        min_frequency=2,
-    )  # fmt: skip
-    model.train_from_iterator(
-        (text for corpus in corpora.values() for text in corpus.everything), trainer
-    )
-    model.post_processor = tokenizers.processors.BertProcessing(
+    """A lower-casing tokenizer of all training texts, as ``transformers`` opens it: [CLS] text
+    [SEP], and the second text of a pair as another segment."""
+    learnt = (text for corpus in corpora.values() for text in corpus.everything)
+    model = byte_pairs(learnt, recipe.vocabulary, SPECIAL, words=True)
+    processors = needs("tokenizers.processors", "demo")
+    model.post_processor = processors.BertProcessing(
         (SEPARATOR, model.token_to_id(SEPARATOR)), (START, model.token_to_id(START))
     )
     return needs("transformers", "demo").PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token=PAD, unk_token=UNKNOWN, cls_token=START,
-        sep_token=SEPARATOR, model_max_length=recipe.length,
+        tokenizer_object=model, pad_token=PAD, cls_token=START, sep_token=SEPARATOR,
+        model_max_length=recipe.length,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )  # fmt: skip
 
