@@ -15,6 +15,7 @@ pytest.importorskip("tokenizers")
 import pyarrow  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+from fusewright.bench.joint.recipe import joint_recipe  # noqa: E402
 from fusewright.bench.pools import build, text, training  # noqa: E402
 from fusewright.bench.pools.texts import (  # noqa: E402
     Corpus,
@@ -159,6 +160,12 @@ def test_the_suite_opens_and_its_regime_is_measured(pool, data):
     regime = check_suite(opened, progress=False)
     assert list(regime.tasks) == ["colours", "same"]
     assert all(0 <= task.expert <= 1 and task.norm > 0 for task in regime.tasks.values())
+
+
+def test_joint_training_takes_as_many_steps_as_the_experts(pool, data):
+    recipe = joint_recipe(Suite("tiny", suite(), pool, data), ["colours", "same"])
+    assert recipe.steps == 2 * 2 * (32 // 8)
+    assert (recipe.batch, recipe.rate) == (8, RECIPE.expert_rate)
 
 
 def test_adapters_open_over_the_base(pool, data):

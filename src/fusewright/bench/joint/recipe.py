@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fusewright.bench.joint.train import Augment
+    from fusewright.bench.pools.training import Recipe
     from fusewright.bench.suite import Suite
     from fusewright.tasks.task import Batch
 
@@ -89,12 +90,27 @@ def _vision(suite: Suite, tasks: Sequence[str]) -> JointRecipe:
     from fusewright.bench.pools.vision import open_model, read_recipe
 
     recipe = read_recipe(suite.spec)
+    return replace(
+        _classifiers(suite, tasks, recipe, open_model), augment=partial(_shifted, recipe),
+        facts={"shift": recipe.shift}, uses=(shifted,),
+    )  # fmt: skip
+
+
+def _text(suite: Suite, tasks: Sequence[str]) -> JointRecipe:
+    from fusewright.bench.pools.text import open_model, read_recipe
+
+    return _classifiers(suite, tasks, read_recipe(suite.spec), open_model)
+
+
+def _classifiers(
+    suite: Suite, tasks: Sequence[str], recipe: Recipe, opens: Callable[[Path], nn.Module]
+) -> JointRecipe:
     counts = [len(suite.split(task, "train")) for task in tasks]
     seen = [min(n, recipe.expert_rows or n) for n in counts]
     return JointRecipe(
         sum(recipe.expert_epochs * (n // min(recipe.batch, n)) for n in seen),
-        recipe.batch, recipe.expert_rate, recipe.threads, open_model, recipe.bfloat16,
-        recipe.expert_rows, partial(_shifted, recipe), {"shift": recipe.shift}, (shifted,),
+        recipe.batch, recipe.expert_rate, recipe.threads, opens, recipe.bfloat16,
+        recipe.expert_rows,
     )  # fmt: skip
 
 
@@ -114,6 +130,6 @@ def _parameters(suite: Suite) -> dict[str, Any]:
 
 
 _BUILDERS: dict[str, Callable[[Suite, Sequence[str]], JointRecipe]] = {
-    "digits": _digits, "vision": _vision,
+    "digits": _digits, "vision": _vision, "text": _text,
 }  # fmt: skip
 """By the builder of the pool."""
