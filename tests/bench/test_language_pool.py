@@ -316,4 +316,5 @@ def test_the_regime_of_a_language_pool_is_in_shares_of_the_experts(pool, data):
     found = check_suite(Suite("tiny", suite(), pool, data), progress=False)
     assert found.mean("expert") == 1
     assert found.gap > 0
+    assert all(-1 <= task.rank <= 1 and min(task.entropy) > 0 for task in found.tasks.values())
     assert found.unseen["other"][0] == 1

@@ -55,6 +55,34 @@ def test_the_loss_of_a_batch_is_its_mean_over_tokens(tokenizer) -> None:
     assert loss.item() == pytest.approx(-evaluate(model, task, split).value, rel=1e-5)
 
 
+@torch.no_grad()
+def test_entropy_is_the_mean_of_the_predicted_distributions(tokenizer) -> None:
+    words, model = tokenizer(), gpt2()
+    found = evaluate(
+        model, LanguageModelling("toy", tokenizer=words, length=7), Rows({"text": LINES})
+    ).columns["entropy"]
+    ids, exact = stream(words), model.double()
+    windows = [ids[at : at + 7] for at in range(0, len(ids) - 1, 7)]
+    windows[-1] = windows[-1][: len(ids) - 1 - 7 * (len(windows) - 1)]
+    for window, entropy in zip(windows, found, strict=True):
+        shares = exact(torch.tensor([window])).logits[0].softmax(1)
+        assert entropy == pytest.approx(-(shares * shares.log()).sum(1).mean().item(), rel=1e-5)
+
+
+def test_a_certain_model_has_no_entropy(tokenizer) -> None:
+    words, first = tokenizer(), stream(tokenizer())[0]
+
+    class Certain(torch.nn.Module):
+        def forward(self, input_ids, attention_mask):
+            logits = torch.full((*input_ids.shape, 30), -torch.inf)
+            logits[..., first] = 0
+            return logits
+
+    task = LanguageModelling("toy", tokenizer=words, length=7)
+    found = evaluate(Certain(), task, Rows({"text": LINES})).columns
+    assert found["entropy"].tolist() == [0.0] * len(found["entropy"])
+
+
 def test_windows_are_items_and_limits_count_them(tokenizer) -> None:
     task, split = LanguageModelling("toy", tokenizer=tokenizer(), length=4), Rows({"text": LINES})
     windows = task.ready(split)

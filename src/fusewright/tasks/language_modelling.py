@@ -31,7 +31,8 @@ class LanguageModelling(BatchedTask):
     predicted tokens, so that ``Outcomes.shown`` is the corpus' perplexity.
 
     Batches: input_ids, attention_mask (n, length + 1), items (n,). Column "tokens": how many are
-    predicted; "loss": the negated score.
+    predicted; "loss": the negated score; "entropy": the mean entropy of the predicted
+    distributions, in nats a token.
     Raises DataError if the split has fewer than two tokens.
     """
 
@@ -84,28 +85,43 @@ class LanguageModelling(BatchedTask):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of the predicted tokens, in nats."""
-        sums, counts = self._likelihoods(model, batch)
-        return -sums.sum() / counts.sum()
+        import torch
+        import torch.nn.functional as F
+
+        answers = self._windows(model, batch)
+        sums, counts = zip(
+            *((F.cross_entropy(logits, ids, reduction="sum"), len(ids)) for logits, ids in answers),
+            strict=True,
+        )
+        return torch.stack(sums).sum() / sum(counts)
 
     def outcomes(self, model: nn.Module, batches: Iterator[Batch]) -> Outcomes:
         import torch
 
-        sums, counts = zip(*(self._likelihoods(model, batch) for batch in batches), strict=True)
-        total = torch.cat(sums).double().cpu().numpy()
-        tokens = torch.cat(counts).cpu().numpy()
-        score = total / tokens
-        columns = {"tokens": tokens, "loss": -score}
-        return Outcomes("log_likelihood", score, tokens.astype(np.float64), columns)
+        windows = (window for batch in batches for window in self._windows(model, batch))
+        tokens, losses, entropies = zip(*(_summed(*window) for window in windows), strict=True)
+        counts = np.asarray(tokens)
+        loss, entropy = (
+            torch.stack(sums).double().cpu().numpy() / counts for sums in (losses, entropies)
+        )
+        columns = {"tokens": counts, "loss": loss, "entropy": entropy}
+        return Outcomes("log_likelihood", -loss, counts.astype(np.float64), columns)
 
-    def _likelihoods(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Summed log-likelihood of each window, and how many tokens it predicts."""
-        import torch
-        import torch.nn.functional as F
-
+    def _windows(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each window's logits (tokens, vocabulary) float32 and targets (tokens,): one at a time,
+        since a batch of float32 logits would double the peak."""
         logits, targets = self.logits(model, batch), batch["input_ids"][:, 1:]
         mask = batch["attention_mask"][:, 1:] == 1
-        sums = [  # one window at a time: a batch of float32 logits would double the peak
-            -F.cross_entropy(row[real].float(), target[real], reduction="sum")
-            for row, target, real in zip(logits, targets, mask, strict=True)
-        ]
-        return torch.stack(sums), mask.sum(dim=1)
+        for row, target, real in zip(logits, targets, mask, strict=True):
+            yield row[real].float(), target[real]
+
+
+def _summed(logits: Tensor, targets: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Of one window: predicted tokens, their summed cross-entropy, their summed entropy."""
+    import torch.nn.functional as F
+
+    logs = logits.log_softmax(dim=1)
+    shares = logs.exp()
+    # 0 log 0 is 0, also where the logarithm is -inf.
+    entropy = -(shares * logs.masked_fill(shares == 0, 0)).sum()
+    return len(targets), F.nll_loss(logs, targets, reduction="sum"), entropy
