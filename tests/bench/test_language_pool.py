@@ -247,6 +247,62 @@ def test_another_recipe_in_the_same_folder_is_refused(pool, data):
         build(suite(expert_steps=2), pool / "seed-0", data, progress=False)
 
 
+SUMS = corpus("sums_{split}.jsonl", columns={"text": "{question} {answer}\n"},
+              splits={"train": "train", "test": "test"})  # fmt: skip
+
+
+def of_sums(template=None, **changed):
+    """The suite with a text of rows, which a template may write otherwise."""
+    columns = {} if template is None else {"columns": {"text": template}}
+    tasks = {**suite().tasks, "other": SUMS.model_copy(update=columns)}
+    return suite(base_steps=0, expert_steps=1).model_copy(update={"tasks": tasks} | changed)
+
+
+@pytest.fixture
+def sums(data, tmp_path):
+    build(of_sums(), tmp_path / "sums", data, progress=False)
+    return tmp_path / "sums"
+
+
+def test_a_pool_is_not_taken_for_one_of_another_template(sums, data):
+    build(of_sums(), sums, data, progress=False)
+    with pytest.raises(OutputError, match="other training data"):
+        build(of_sums("{question}{answer}"), sums, data, progress=False)
+
+
+def test_a_killed_build_is_not_continued_with_another_template(sums, data):
+    (sums / "provenance.json").unlink()
+    with pytest.raises(OutputError, match="other training data"):
+        build(of_sums("{question}{answer}"), sums, data, progress=False)
+
+
+def test_a_pool_from_before_sources_were_kept_is_known_by_its_texts(sums, data):
+    (sums / "sources.json").unlink()
+    before = (sums / "provenance.json").read_text("utf-8")
+    with pytest.raises(OutputError, match="other rows of 'other'"):
+        build(of_sums("{question}{answer}"), sums, data, progress=False)
+    assert not (sums / "sources.json").exists()
+    build(of_sums(), sums, data, progress=False)
+    assert (sums / "sources.json").exists()
+    assert (sums / "provenance.json").read_text("utf-8") == before
+
+
+def test_a_template_is_part_of_the_names_of_pools_and_cells():
+    other = of_sums("{question}{answer}")
+    assert other.pool_digest() != of_sums().pool_digest()
+    assert other.digest() != of_sums().digest()
+
+
+def test_what_is_not_trained_on_is_no_part_of_a_pools_name():
+    def held(template):
+        changed = {"splits": {"test": "test"}, "columns": {"text": template}}
+        task = SUMS.model_copy(update=changed)
+        return of_sums(tasks={**suite().tasks, "held": task})
+
+    one, two = held("{question}"), held("{answer}")
+    assert one.pool_digest() == two.pool_digest() and one.digest() != two.digest()
+
+
 def test_an_unknown_parameter_names_the_nearest(data, tmp_path):
     with pytest.raises(SuiteError, match="did you mean 'expert_steps'"):
         build(suite(expert_step=2), tmp_path, data, progress=False)

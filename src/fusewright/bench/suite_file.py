@@ -54,6 +54,13 @@ class TaskSpec(_Part):
     licence: str = Field("", description="of the data")
     note: str = ""
 
+    def source(self, part: str) -> dict[str, Any]:
+        """What the rows of a part depend on, as far as the suite says: where they are, their
+        slice, how columns are read. What is not said is left out."""
+        asked = {"question", "licence", "note", "head", "options", "splits"}
+        said = self.model_dump(exclude=asked, exclude_defaults=True)
+        return said | {"rows": self.splits[part]}
+
 
 class ZeroShot(_Part):
     """Heads from class names, by a CLIP model's text encoder: means over ``templates``."""
@@ -120,10 +127,26 @@ class SuiteSpec(_Part):
         left |= {key: True for key in ("own_heads", "crop_vocabulary") if not getattr(self, key)}
         return sha256(self.model_dump_json(exclude=left).encode()).hexdigest()[:12]
 
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """What the training rows of each task that has some depend on."""
+        return {n: t.source("train") for n, t in self.tasks.items() if "train" in t.splits}
+
     def pool_digest(self) -> str:
-        """Twelve hex digits of what the pool is trained from: a test split is no part of it."""
+        """Twelve hex digits of what the pool is trained from: a test split is no part of it, nor
+        are tunings, since another can be added."""
+        tasks = {n: self.sources().get(n, {}) for n in self.tasks}
+        return self._pool_digest(tasks, added={"tunings"})
+
+    def older_pool_digest(self) -> str:
+        """What pools were named by when columns were no part of it."""
         tasks = {n: [t.data, t.hub, t.splits.get("train")] for n, t in self.tasks.items()}
+        return self._pool_digest(tasks, added=set())
+
+    def _pool_digest(self, tasks: Mapping[str, Any], added: set[str]) -> str:
         build = self.build.model_dump() if self.build is not None else None
+        if build is not None:
+            for name in added:
+                build["parameters"].pop(name, None)
         said = json.dumps([build, self.base, self.experts, tasks], sort_keys=True, default=str)
         return sha256(said.encode()).hexdigest()[:12]
 

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusewright.bench.corpora import files_of, is_corpus
-from fusewright.bench.digits.model import threads
 from fusewright.bench.pools import language_data, language_training, llama2c, parts
 from fusewright.bench.pools.language_training import REPORTS, LanguageRecipe
+from fusewright.bench.pools.making import BASE, EXPERTS, Maker, read_parameters
 from fusewright.bench.pools.training import generator
 from fusewright.bench.progress import Stages, Step
-from fusewright.bench.suite_file import SuiteError
-from fusewright.errors import nearest
+from fusewright.bench.suite_file import SuiteError, SuiteSpec
 from fusewright.extras import needs
 
-if TYPE_CHECKING:
-    from fusewright.bench.suite_file import SuiteSpec
-
-BASE, EXPERTS, TOKENIZER = "base", "experts", "tokenizer"
+TOKENIZER = "tokenizer"
 OPENED_AT = 4096
 """The context that models are said to have; positions are rotary, so it costs nothing."""
 
@@ -43,77 +37,53 @@ def build_language(
     """
     for module in ("transformers", "tokenizers"):
         needs(module, "demo")
-    recipe = read_recipe(spec)
-    experts = [name for name in spec.tasks if name in spec.experts]
-    claim = {"recipe": asdict(recipe), "seed": seed, "tasks": list(spec.tasks), "experts": experts}
-    with parts.pool(out, claim), threads(recipe.threads):
-        if (out / parts.PROVENANCE).exists():
-            return
-        texts = language_data.load_texts(spec, data)
-        made = _Builder(out, recipe, seed, texts, data).build(experts, progress)
-        parts.write_json(out / parts.PROVENANCE, {
-            **claim, "data": _sources(spec, texts, data), "parts": made, "versions": _versions(),
-        })  # fmt: skip
+    _LanguageMaker(spec, out, read_recipe(spec), seed).run(data, progress)
 
 
 def read_recipe(spec: SuiteSpec) -> LanguageRecipe:
     """The suite's ``build.parameters``. Raises SuiteError for one that is not known."""
-    given = dict(spec.build.parameters if spec.build is not None else {})
-    known = [field.name for field in fields(LanguageRecipe)]
-    for key in given:
-        if key not in known:
-            close = nearest(key, known)
-            raise SuiteError("the recipe has an unknown parameter", where="build.parameters",
-                             found=key, expected=", ".join(known),
-                             fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
-    recipe = LanguageRecipe(**given)
+    recipe = read_parameters(spec, LanguageRecipe)
     if bool(recipe.start) != bool(recipe.start_tokenizer):
+        found = spec.build.parameters if spec.build is not None else {}
         raise SuiteError("a model to start from needs its own tokenizer", where="build.parameters",
-                         expected="both start and start_tokenizer", found=given)  # fmt: skip
+                         expected="both start and start_tokenizer", found=found)  # fmt: skip
     return recipe
 
 
-class _Builder:
-    """One pool, part after part."""
+class _LanguageMaker(Maker[LanguageRecipe]):
+    libraries = ("tokenizers",)
+    texts: Mapping[str, str]
+    data: Path | None
+    tokenizer: Any
 
-    def __init__(
-        self, out: Path, recipe: LanguageRecipe, seed: int, texts: Mapping[str, str],
-        data: Path | None,
-    ) -> None:  # fmt: skip
-        self.out, self.recipe, self.seed, self.texts = out, recipe, seed, texts
-        self.data = data or Path()
+    def load(self, data: Path | None) -> None:
+        self.texts, self.data = language_data.load_texts(self.spec, data), data
 
-    def build(self, experts: list[str], progress: bool) -> dict[str, Any]:
-        """Every part's facts, by its path."""
-        made: dict[str, Any] = {TOKENIZER: parts.make_part(self.out / TOKENIZER, self._tokenizer)}
+    def read(self) -> dict[str, dict[str, Any]]:
+        return {name: self._read(name, text) for name, text in self.texts.items()}
+
+    def _read(self, name: str, text: str) -> dict[str, Any]:
+        task = self.spec.tasks[name]
+        files = files_of(task, self.data) if is_corpus(task) else {}
+        digest = sha256(text.encode()).hexdigest()
+        return {"characters": len(text), "sha256": digest, "files": files}
+
+    def wanted(self) -> list[str]:
+        return [f"{EXPERTS}/{task}" for task in self.experts]
+
+    def make(self, progress: bool) -> None:
+        self.made[TOKENIZER] = parts.make_part(self.out / TOKENIZER, self._tokenizer)
         self.tokenizer = open_tokenizer(self.out / TOKENIZER)
         with Stages(progress).stage(BASE, REPORTS) as step:
-            made[BASE] = self._part(BASE, step, self._base)
-        with Stages(progress).stage(EXPERTS, len(experts) * REPORTS) as step:
-            for task in experts:
-                name = f"{EXPERTS}/{task}"
-                made[name] = self._part(name, step, partial(self._expert, task))
-        return made
-
-    def _part(
-        self, name: str, step: Step, make: Callable[[Path, Step], dict[str, Any]]
-    ) -> Mapping[str, Any]:
-        """A part of an earlier run, or made now."""
-
-        def said(what: str) -> None:
-            step(f"{name}, {what}")
-
-        path = self.out / name
-        if path.exists():
-            for _ in range(REPORTS):
-                said("kept")
-        path.parent.mkdir(exist_ok=True)
-        return parts.make_part(path, lambda at: make(at, said))
+            self.part(BASE, REPORTS, step, self._base)
+        with Stages(progress).stage(EXPERTS, len(self.experts) * REPORTS) as step:
+            for task in self.experts:
+                self.part(f"{EXPERTS}/{task}", REPORTS, step, partial(self._expert, task))
 
     def _tokenizer(self, at: Path) -> dict[str, Any]:
         recipe, began = self.recipe, perf_counter()
         if recipe.start:
-            path = self.data / recipe.start_tokenizer
+            path = self._below(recipe.start_tokenizer)
             made = llama2c.read_tokenizer(path, recipe.vocabulary)
         else:
             made = language_data.train_tokenizer(self.texts, recipe.vocabulary, recipe.mixture)
@@ -122,7 +92,7 @@ class _Builder:
 
     def _base(self, at: Path, step: Step) -> dict[str, Any]:
         began, start = perf_counter(), self.recipe.start
-        model = (llama2c.read_model(self.data / start) if start
+        model = (llama2c.read_model(self._below(start)) if start
                  else new_model(self.recipe, self.seed, self.tokenizer))  # fmt: skip
         streams = {name: self._stream(name) for name in self.texts}
         draw = generator(self.seed, BASE)
@@ -134,7 +104,7 @@ class _Builder:
     def _start(self) -> dict[str, str]:
         """What the base goes on from, by its hash."""
         start = self.recipe.start
-        return {"start": sha256((self.data / start).read_bytes()).hexdigest()} if start else {}
+        return {"start": sha256(self._below(start).read_bytes()).hexdigest()} if start else {}
 
     def _expert(self, task: str, at: Path, step: Step) -> dict[str, Any]:
         began, model = perf_counter(), open_model(self.out / BASE)
@@ -142,6 +112,9 @@ class _Builder:
         loss = language_training.fine_tune(model, self._stream(task), self.recipe, draw, step)
         self._save(model, at)
         return {"seconds": perf_counter() - began, "loss": loss}
+
+    def _below(self, name: str) -> Path:
+        return (self.data or Path()) / name
 
     def _stream(self, task: str) -> Tensor:
         return language_data.tokens_of(self.tokenizer, self.texts[task])
@@ -178,25 +151,3 @@ def open_tokenizer(path: Path) -> Any:
     """The tokenizer of a folder."""
     return needs("transformers", "demo").AutoTokenizer.from_pretrained(path)
 
-
-def _sources(spec: SuiteSpec, texts: Mapping[str, str], data: Path | None) -> dict[str, Any]:
-    return {
-        name: {
-            "data": spec.tasks[name].data, "hub": spec.tasks[name].hub,
-            "rows": spec.tasks[name].splits["train"], "characters": len(text),
-            "sha256": sha256(text.encode()).hexdigest(), "licence": spec.tasks[name].licence,
-            "files": files_of(spec.tasks[name], data) if is_corpus(spec.tasks[name]) else {},
-        }
-        for name, text in texts.items()
-    }  # fmt: skip
-
-
-def _versions() -> dict[str, str]:
-    import fusewright
-
-    return {
-        "fusewright": fusewright.__version__, "torch": torch.__version__,
-        "transformers": needs("transformers", "demo").__version__,
-        "tokenizers": needs("tokenizers", "demo").__version__,
-        "python": platform.python_version(), "processor": platform.machine(),
-    }  # fmt: skip

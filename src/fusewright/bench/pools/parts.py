@@ -14,6 +14,7 @@ from fusewright.errors import OutputError
 
 FACTS = "training.json"
 PROVENANCE = "provenance.json"
+SOURCES = "sources.json"
 _LOCK, _PARTIAL = ".building", ".partial"
 
 
@@ -31,22 +32,24 @@ def pool(root: Path, recipe: Mapping[str, Any]) -> Iterator[None]:
     try:
         for left in root.rglob(f"*{_PARTIAL}"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        _claim(root / "recipe.json", recipe)
+        claim(root / "recipe.json", recipe, "another recipe")
         yield
     finally:
         lock.release()
 
 
-def _claim(path: Path, recipe: Mapping[str, Any]) -> None:
+def claim(path: Path, wanted: Mapping[str, Any], other: str) -> None:
+    """What a folder belongs to, kept at ``path`` by who comes first. Raises OutputError, saying
+    that there are models of something ``other``, if it is not what is wanted."""
     if not path.exists():
-        write_json(path, recipe)
+        write_json(path, wanted)
         return
-    found = json.loads(path.read_text("utf-8"))
-    wanted = json.loads(json.dumps(recipe))
+    found, wanted = json.loads(path.read_text("utf-8")), json.loads(json.dumps(wanted))
+    found.get("recipe", {}).pop("tunings", None)  # older pools also claim what they make
     if found != wanted:
         keys = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
         raise OutputError(
-            "this folder holds models of another recipe", where=path,
+            f"this folder holds models of {other}", where=path,
             expected={k: wanted.get(k) for k in keys}, found={k: found.get(k) for k in keys},
             fix=f"choose another --pool, or remove '{path.parent}'",
         )  # fmt: skip
