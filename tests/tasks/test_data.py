@@ -170,6 +170,20 @@ def test_an_image_that_is_none_is_named_by_its_row(tmp_path) -> None:
         split.rows([1])
 
 
+def test_shuffled_rows_are_cut_after_they_are_mixed(image_folder, make_picture) -> None:
+    """Data sorted by class would give validation rows of the first classes alone."""
+    data = image_folder()
+    mixed = TOY.model_copy(update={"shuffle": 0})
+    order = [2, 8, 4, 9, 1, 6, 7, 3, 0, 5]  # of NumPy's legacy generator, which is frozen
+    first, rest = (open_split(mixed, part, data) for part in ("train[:4]", "train[4:]"))
+    plain = open_split(TOY, "train", data).labels()
+    assert first.labels().tolist() == plain[order[:4]].tolist()
+    assert rest.labels().tolist() == plain[order[4:]].tolist()
+    shown = [bytes_of(p) for p in rest.rows([5, 0])["image"]]
+    assert shown == [bytes_of(make_picture(order[n])) for n in (9, 4)]
+    assert len(open_split(mixed, "train", data)) == 10
+
+
 def test_an_empty_file_and_an_empty_slice_are_refused(image_folder) -> None:
     with pytest.raises(DataError, match="empty"):
         open_split(TOY, "train", image_folder(rows=0, labels=[]))

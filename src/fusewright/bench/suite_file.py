@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -30,10 +30,18 @@ class _Part(BaseModel):
 
 class Opens(_Part):
     """How a model's folder becomes a module: ``transformers.MODEL.from_pretrained(folder,
-    **arguments)``."""
+    **arguments)``, or ``create_model(MODEL, **arguments)`` of timm or OpenCLIP, filled with the
+    folder's tensors."""
 
-    model: str = Field("AutoModel", description="a class of transformers")
-    arguments: dict[str, Any] = Field({}, description="what from_pretrained is called with")
+    library: Literal["transformers", "timm", "open_clip"] = "transformers"
+    model: str = Field("AutoModel", description="a class of transformers, or a name that timm or "
+                       "OpenCLIP knows; AutoModel: what the folder's own config says")  # fmt: skip
+    arguments: dict[str, Any] = Field({}, description="what makes the module is called with them")
+
+    @property
+    def named(self) -> str | None:
+        """The model's name, if it is not left to the folder's config."""
+        return None if self.model == "AutoModel" else self.model
 
 
 class TaskSpec(_Part):
@@ -48,6 +56,7 @@ class TaskSpec(_Part):
     revision: str | None = Field(None, description="its revision on the Hub")
     columns: dict[str, str] = Field({}, description="role: column (image, text, text2, label)")
     splits: dict[str, str] = Field({})
+    shuffle: int | None = Field(None, description="seed of the rows' order before they are cut")
     head: str | None = Field(None, description="its tensor among the suite's heads; its own name")
     classes: list[str] | int | None = Field(None, description="names or number of classes")
     options: dict[str, Any] = Field({}, description="what else tasks of its kind take")
@@ -88,7 +97,8 @@ class Variant(_Part):
 class SuiteSpec(_Part):
     """A suite. With ``build``, models are paths inside the pool's folder of one seed
     (POOL/seed-0); without it they are Hub ids (org/name@revision). A file may start from another:
-    ``extends: NAME`` takes over its keys, adds to its tasks and experts, and replaces the rest."""
+    ``extends: NAME`` takes over what it says; mappings are merged key by key, null removes a key,
+    and the rest is replaced (a JSON merge patch, RFC 7396)."""
 
     suite: int = Field(VERSION, description="the schema's version")
     title: str
@@ -120,12 +130,13 @@ class SuiteSpec(_Part):
             object.__setattr__(self, "unseen", left)
 
     def digest(self) -> str:
-        """Twelve hex digits of everything in the suite that results can depend on."""
+        """Twelve hex digits of what the suite says and results can depend on; models count by
+        their bytes, wherever they come from."""
         words = {"__all__": {"question", "licence", "note"}}
-        left: Any = {"title": True, "about": True, "licence": True, "seeds": True, "tasks": words}
-        # younger than results that are to be found again
-        left |= {key: True for key in ("own_heads", "crop_vocabulary") if not getattr(self, key)}
-        return sha256(self.model_dump_json(exclude=left).encode()).hexdigest()[:12]
+        left: Any = {key: True for key in ("title", "about", "licence", "seeds", "variants", "build")}
+        left["tasks"] = words
+        said = self.model_dump_json(exclude=left, exclude_defaults=True)
+        return sha256(said.encode()).hexdigest()[:12]
 
     def sources(self) -> dict[str, dict[str, Any]]:
         """What the training rows of each task that has some depend on."""
@@ -196,11 +207,19 @@ def _fields(path: Path, above: tuple[Path, ...] = ()) -> dict[Any, Any]:
     other = find_suite(path.parent / name if (path.parent / str(name)).is_file() else str(name))
     if other.resolve() in (*above, path.resolve()):
         raise SuiteError("the suites extend each other", where=path, found=f"extends: {name}")
-    below = _fields(other, (*above, path.resolve()))
-    for key in ("tasks", "experts"):
-        if isinstance(fields.get(key), dict) and isinstance(below.get(key), dict):
-            fields[key] = {**below[key], **fields[key]}
-    return {**below, **fields}
+    return _patched(_fields(other, (*above, path.resolve())), fields)
+
+
+def _patched(below: Mapping[Any, Any], patch: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A JSON merge patch (RFC 7396) applied."""
+    found = {key: value for key, value in below.items() if patch.get(key, value) is not None}
+    for key, value in patch.items():
+        if isinstance(value, dict):
+            own = below.get(key)
+            found[key] = _patched(own if isinstance(own, dict) else {}, value)
+        elif value is not None:
+            found[key] = value
+    return found
 
 
 def _parsed(path: Path) -> dict[Any, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fusewright.tasks.errors import DataError
@@ -27,7 +28,8 @@ class DataSource(BaseModel):
     and ``files`` (split -> path) lie below the data folder; ``hub`` is "org/name@revision", with
     ``config`` where the data set has several. A folder that exists wins over the Hub.
     ``columns`` maps "image", "text", "text2", "label" to the data's own names; ``classes`` are the
-    class names in the order of labels, where the data do not name them.
+    class names in the order of labels, where the data do not name them. ``shuffle`` is a seed:
+    rows are put in its random order before they are cut, for data that are sorted by class.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +40,7 @@ class DataSource(BaseModel):
     config: str | None = None
     columns: Mapping[Role, str] = Field(default_factory=dict)
     classes: tuple[str, ...] | None = None
+    shuffle: int | None = Field(None, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _somewhere(self) -> DataSource:
@@ -67,7 +70,15 @@ def open_split(source: DataSource, split: str, data: Path | None = None) -> Data
         whole = open_hub(source, name)
     else:
         raise _nowhere(source, name, root)
+    if source.shuffle is not None:
+        whole = shuffled(whole, source.shuffle)
     return sliced(whole, split)
+
+
+def shuffled(whole: DataSplit, seed: int) -> DataSplit:
+    """All rows in an order that follows from ``seed`` and their number alone."""
+    # RandomState's streams never change; those of newer generators may.
+    return Part(whole, np.random.RandomState(seed).permutation(len(whole)), whole.name)
 
 
 def sliced(whole: DataSplit, split: str) -> DataSplit:
@@ -187,7 +198,7 @@ def _part(whole: DataSplit, start: str | None, stop: str | None, name: str) -> D
             "the split is empty", where=f"{whole.name}, {name}", expected="at least one row",
             found=f"rows {first} to {last} of {size}",
         )  # fmt: skip
-    return Part(whole, first, last, f"{whole.name}, {name}")
+    return Part(whole, range(first, last), f"{whole.name}, {name}")
 
 
 def _row(bound: str | None, size: int) -> int | None:

@@ -61,22 +61,22 @@ class Rows(DataSplit):
 
 
 class Part(DataSplit):
-    """Consecutive rows of another split, numbered from 0."""
+    """Some rows of another split, in an order of their own, numbered from 0."""
 
-    def __init__(self, whole: DataSplit, start: int, stop: int, name: str) -> None:
-        self.whole, self.start, self.stop, self.name = whole, start, stop, name
+    def __init__(self, whole: DataSplit, chosen: Sequence[int] | Labels, name: str) -> None:
+        self.whole, self.chosen, self.name = whole, chosen, name
         self.classes = whole.classes
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(self.chosen)
 
     def rows(self, numbers: Sequence[int]) -> Mapping[str, Sequence[Any]]:
         if len(numbers) and not (min(numbers) >= 0 and max(numbers) < len(self)):
             raise IndexError(f"{self.name} has rows 0 to {len(self) - 1}")
-        return self.whole.rows([n + self.start for n in numbers])
+        return self.whole.rows([int(self.chosen[n]) for n in numbers])
 
     def labels(self) -> Labels:
-        return self.whole.labels()[self.start : self.stop]
+        return self.whole.labels()[np.asarray(self.chosen, dtype=np.int64)]
 
 
 def as_labels(values: Sequence[Any], classes: Sequence[str] | None, where: str) -> Labels:

@@ -148,7 +148,8 @@ def _keyed(job: Job, suite: Suite, models: Mapping[str, str], asked: Asked) -> J
     said = {
         "format": FORMAT, "fusewright": fusewright.__version__, "suite": suite.spec.digest(),
         "how": job.how, "row": job.row, "trials": job.trials, "limit": asked.limit,
-        "seed": job.pool.seed, "variant": job.pool.variant, "experts": job.pool.experts,
+        "seed": job.pool.seed, "variant": job.pool.variant, "axes": suite.axes,
+        "experts": job.pool.experts,
         "conditions": asked.conditions, "models": _used(job, models), "data": models["data"],
     }  # fmt: skip
     if job.how in ("merge", "tuned"):
