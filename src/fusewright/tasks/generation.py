@@ -49,6 +49,7 @@ class Generation(BatchedTask):
     """
 
     kind: ClassVar[str] = "generation"
+    has_logits: ClassVar[bool] = False  # answers are written token by token, not read off logits
 
     tokenizer: Any = field(kw_only=True, repr=False, compare=False)
     template: str = field(default="{text}", kw_only=True)

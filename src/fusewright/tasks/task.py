@@ -37,6 +37,8 @@ class Task(ABC):
 
     kind: ClassVar[str] = ""
     """How suites name it: "image-classification", "text-classification", …"""
+    has_logits: ClassVar[bool] = True
+    """Whether ``outcomes`` follow from ``logits``, so that outputs of models can be combined."""
 
     name: str
 
