@@ -18,6 +18,7 @@ from fusewright.tasks.batching import Prepared
 from fusewright.tasks.classification import Classification
 from fusewright.tasks.corruptions import CORRUPTIONS, Corruption
 from fusewright.tasks.data import DataSource, open_split
+from fusewright.tasks.dense_prediction import Depth, Normals, Segmentation, corpus
 from fusewright.tasks.errors import DataError
 from fusewright.tasks.evaluate import evaluate, evaluating
 from fusewright.tasks.generation import Generation
@@ -33,8 +34,8 @@ from fusewright.tasks.verbalisers import VerbaliserClassification
 
 __all__ = [
     "CORRUPTIONS", "Batch", "Classification", "Corruption", "DataError", "DataSource", "DataSplit",
-    "DecoderClassification", "EncoderClassification", "Generation", "ImageClassification",
-    "ImagePreparation", "LanguageModelling", "Outcomes", "Prepared", "Progress", "Rows", "Split",
-    "Task", "VerbaliserClassification", "clip_head", "evaluate", "evaluating", "image_features",
-    "open_split",
+    "DecoderClassification", "Depth", "EncoderClassification", "Generation", "ImageClassification",
+    "ImagePreparation", "LanguageModelling", "Normals", "Outcomes", "Prepared", "Progress", "Rows",
+    "Segmentation", "Split", "Task", "VerbaliserClassification", "clip_head", "corpus", "evaluate",
+    "evaluating", "image_features", "open_split",
 ]  # fmt: skip

@@ -52,23 +52,34 @@ def segmentation(confused: Tensor) -> dict[str, float]:
     Raises DataError if no pixel counts.
     """
     counts = confused.double()
-    hits, union = counts.diag(), counts.sum(0) + counts.sum(1) - counts.diag()
     _some(counts.sum())
-    occurs = union > 0
     return {
-        "mean_iou": float((hits[occurs] / union[occurs]).mean()),
-        "pixel_accuracy": float(hits.sum() / counts.sum()),
+        "mean_iou": float(mean_iou(*overlaps(counts))),
+        "pixel_accuracy": float(counts.diag().sum() / counts.sum()),
     }
 
 
+def overlaps(confused: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels in the intersection and in the union of truth and prediction, of each class:
+    (classes,) twice. Those of several confusion matrices add."""
+    hits = confused.diag()
+    return hits, confused.sum(0) + confused.sum(1) - hits
+
+
+def mean_iou(intersection: Tensor, union: Tensor) -> Tensor:
+    """The mean of intersection / union over classes that occur; NaN if none does."""
+    occurs = union > 0
+    return (intersection[occurs].double() / union[occurs].double()).mean()
+
+
 def depth_errors(predicted: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
-    """|p - d| (in the data's unit) and |p - d| / d of each pixel whose depth d is not 0.
+    """|p - d| (in the data's unit) and |p - d| / d of each pixel whose depth d is above 0.
 
     Shapes (items, 1, h, w) or (items, h, w) -> two vectors (pixels,). Raises DataError for shapes
     that differ.
     """
     _same(predicted, depth)
-    real = depth != 0
+    real = depth > 0
     error = (predicted[real] - depth[real]).abs()
     return error, error / depth[real]
 

@@ -120,7 +120,10 @@ def _fed(
     done = 0
     for batch in batches:
         done += len(batch["items"])
-        yield {name: _moved(value, device, own) for name, value in batch.items()}
+        yield {  # what is true keeps its precision, whatever the weights'
+            name: _moved(value, device, None if name == "labels" else own)
+            for name, value in batch.items()
+        }
         del batch  # before the next is made, which then finds warm memory
         if progress is not None:
             progress(done, total)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from fusewright.tasks.units import unit_of
+
 Column = NDArray[np.generic]
 
 
@@ -16,7 +18,9 @@ class Outcomes:
     """Scores of items, larger is better.
 
     ``metric`` names what ``score`` is: "accuracy" (1 or 0 an item), "exact_match", "rouge_l"
-    (in [0, 1]), "log_likelihood" (mean over an item's tokens, in nats; shown as perplexity).
+    (in [0, 1]), "log_likelihood" (mean over an item's tokens, in nats; shown as perplexity),
+    "pixel_accuracy", "absolute_error" (negated; means over an item's pixels). What they are shown
+    as: :mod:`fusewright.tasks.units`.
     ``weight`` is how much an item counts (1; an item's number of tokens or pixels). ``columns``
     hold what else was seen of each item, all of the same length: "label", "prediction", "loss"
     (cross-entropy in nats), "confidence" (probability of the prediction), "entropy" (nats).
@@ -42,5 +46,5 @@ class Outcomes:
 
     @property
     def shown(self) -> float:
-        """As people read it: percent, or perplexity."""
-        return float(np.exp(-self.value)) if self.metric == "log_likelihood" else 100 * self.value
+        """As people read it: percent, perplexity, or an error."""
+        return unit_of(self.metric).shown(self.value)
