@@ -54,7 +54,7 @@ class TaskSpec(_Part):
     hub: str | None = Field(None, description="data set on the Hugging Face Hub")
     config: str | None = Field(None, description="its configuration, if it has several")
     revision: str | None = Field(None, description="its revision on the Hub")
-    columns: dict[str, str] = Field({}, description="role: column (image, text, text2, label)")
+    columns: dict[str, str] = Field({}, description="role: column (image, text, label, target)")
     splits: dict[str, str] = Field({})
     shuffle: int | None = Field(None, description="seed of the rows' order before they are cut")
     head: str | None = Field(None, description="its tensor among the suite's heads; its own name")

@@ -18,7 +18,7 @@ from fusewright.tasks.rows import DataSplit, Part, Rows
 
 VARIABLE = "FUSEWRIGHT_DATA"
 
-Role = Literal["image", "text", "text2", "label"]
+Role = Literal["image", "text", "text2", "label", "target"]
 
 
 class DataSource(BaseModel):
@@ -27,9 +27,9 @@ class DataSource(BaseModel):
     ``folder`` ("vision/mnist", with ``train.parquet`` and ``test.parquet``, or .jsonl, or .txt)
     and ``files`` (split -> path) lie below the data folder; ``hub`` is "org/name@revision", with
     ``config`` where the data set has several. A folder that exists wins over the Hub.
-    ``columns`` maps "image", "text", "text2", "label" to the data's own names; ``classes`` are the
-    class names in the order of labels, where the data do not name them. ``shuffle`` is a seed:
-    rows are put in its random order before they are cut, for data that are sorted by class.
+    ``columns`` maps "image", "text", "text2", "label", "target" to the data's own names;
+    ``classes`` are the class names in the order of labels, where the data do not name them.
+    ``shuffle`` is a seed: rows are put in its random order before they are cut, for data that are sorted by class.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fusewright.tasks.errors import DataError
 from fusewright.tasks.task import Split
 
-ROLES = ("image", "text", "text2", "label")
+ROLES = ("image", "text", "text2", "label", "target")
 """What columns are called here, however a file names them."""
 
 Labels = NDArray[np.int64]
