@@ -29,6 +29,9 @@ KINDS = {
     "text-to-text-classification": ("fusewright.tasks.verbalisers", "VerbaliserClassification"),
     "generation": ("fusewright.tasks.generation", "Generation"),
     "language-modelling": ("fusewright.tasks.language_modelling", "LanguageModelling"),
+    "segmentation": ("fusewright.tasks.dense_prediction", "Segmentation"),
+    "depth": ("fusewright.tasks.dense_prediction", "Depth"),
+    "normals": ("fusewright.tasks.dense_prediction", "Normals"),
 }
 """Where the class of each kind of task lives."""
 
