@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
+import yaml
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -15,10 +17,13 @@ image = pytest.importorskip("PIL.Image")
 
 import pyarrow  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
-from fusewright.bench.pools import build, parts, training, vision  # noqa: E402
+import fusewright as fw  # noqa: E402
+from fusewright.bench.pools import build, making, parts, training, vision  # noqa: E402
 from fusewright.bench.pools.images import Images, VisionRecipe, shifted  # noqa: E402
 from fusewright.bench.suite_file import SuiteError, SuiteSpec, find_suite, read_suite  # noqa: E402
+from fusewright.cli.app import app  # noqa: E402
 from fusewright.errors import FusewrightError, OutputError  # noqa: E402
 
 SMALL = {
@@ -120,6 +125,66 @@ def test_nothing_half_done_is_left(built):
 
 def test_a_complete_pool_is_not_built_again(built, tmp_path):
     build(suite(tunings=["full", "lora"]), built, tmp_path / "no data", seed=0, progress=False)
+
+
+def test_a_pool_is_given_another_tuning_later(data, built, tmp_path, monkeypatch):
+    out = tmp_path / "seed-0"
+    build(suite(), out, data, seed=0, progress=False)
+    before = json.loads((out / "provenance.json").read_text())
+    kept = [path for path in out.rglob("*") if path.is_file() and path.suffix == ".safetensors"]
+    times = {path: path.stat().st_mtime_ns for path in kept}
+    monkeypatch.setattr(making, "versions", lambda *modules: {"torch": "another"})
+    adapters = {name: f"lora/{name}" for name in TASKS[:2]}
+    build(suite().model_copy(update={"experts": adapters}), out, data, seed=0, progress=False)
+    after = json.loads((out / "provenance.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in kept} == times
+    assert after["parts"].keys() - before["parts"].keys() == {"lora/light", "lora/dark"}
+    assert {name: after["parts"][name] for name in before["parts"]} == before["parts"]
+    assert after["versions"] == before["versions"]
+    assert after["parts"]["lora/dark"]["versions"] == {"torch": "another"}
+    for name in TASKS[:2]:
+        ours, theirs = (p / "lora" / name / "adapter_model.safetensors" for p in (out, built))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_only_the_models_that_the_suite_names_are_made(data, tmp_path):
+    adapters = {name: f"lora/{name}" for name in TASKS[:2]}
+    spec = suite().model_copy(update={"experts": adapters})
+    build(spec, tmp_path / "seed-0", data, seed=0, progress=False)
+    assert sorted(p.name for p in (tmp_path / "seed-0" / "lora").iterdir()) == ["dark", "light"]
+    assert not (tmp_path / "seed-0" / "experts").exists()
+
+
+def test_a_variant_is_built_by_its_name_and_missed_with_it(data, tmp_path):
+    def built(*words):
+        found = CliRunner().invoke(app, ["suite", "build", *given, "--json", *words])
+        assert found.exit_code == 0, found.output
+
+    path = tmp_path / "tiny.yaml"
+    fields = suite().model_dump(mode="json", exclude_defaults=True)
+    fields["variants"] = {"lora": {"experts": {name: f"lora/{name}" for name in TASKS[:2]}}}
+    path.write_text(yaml.safe_dump(fields))
+    pool = tmp_path / "pool"
+    given = [str(path), "--pool", str(pool), "--data", str(data)]
+    built()
+    assert not (pool / "seed-0" / "lora").exists()
+    with pytest.raises(SuiteError, match="--variant lora"):
+        fw.suite(path, pool=pool, data=data, variant="lora").check()
+    built("--variant", "lora")
+    assert len(fw.suite(path, pool=pool, data=data, variant="lora").experts) == 2
+
+
+@pytest.mark.parametrize("tunings", [["full"], ["full", "lora"]])
+def test_a_pool_that_claims_its_tunings_is_still_known(data, built, tmp_path, tunings):
+    """They say what was made, not how."""
+    shutil.copytree(built, tmp_path / "old")
+    claim = json.loads((built / "recipe.json").read_text())
+    assert "tunings" not in claim["recipe"]
+    claim["recipe"]["tunings"] = tunings
+    (tmp_path / "old" / "recipe.json").write_text(json.dumps(claim))
+    build(suite(), tmp_path / "old", data, seed=0, progress=False)
+    with pytest.raises(OutputError, match="shots"):
+        build(suite(shots=4), tmp_path / "old", data, seed=0, progress=False)
 
 
 def killed_at(monkeypatch, call):

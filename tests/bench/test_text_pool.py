@@ -16,7 +16,7 @@ import pyarrow  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from fusewright.bench.joint.recipe import joint_recipe  # noqa: E402
-from fusewright.bench.pools import build, text, training  # noqa: E402
+from fusewright.bench.pools import architectures, build, text, training  # noqa: E402
 from fusewright.bench.pools.texts import (  # noqa: E402
     Corpus,
     TextRecipe,
@@ -26,12 +26,7 @@ from fusewright.bench.pools.texts import (  # noqa: E402
 )
 from fusewright.bench.regime import check_suite  # noqa: E402
 from fusewright.bench.suite import Suite  # noqa: E402
-from fusewright.bench.suite_file import (  # noqa: E402
-    SuiteError,
-    SuiteSpec,
-    find_suite,
-    read_suite,
-)
+from fusewright.bench.suite_file import SuiteError, SuiteSpec  # noqa: E402
 from fusewright.errors import FusewrightError, OutputError  # noqa: E402
 
 SMALL = {
@@ -213,7 +208,7 @@ def test_a_killed_build_goes_on_and_gives_the_same_models(data, pool, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         build(spec, out, data, seed=0, progress=False)
     assert not (out / "provenance.json").exists()
-    monkeypatch.setattr(text, "new_model", None)  # the base is not trained again
+    monkeypatch.setattr(architectures, "new_model", None)  # the base is not trained again
     monkeypatch.setattr(text, "train_tokenizer", None)
     torch.rand(7)
     build(spec, out, data, seed=0, progress=False)
@@ -242,13 +237,3 @@ def test_parameters_of_another_kind_of_pool_are_refused(data, tmp_path):
 def test_missing_data_are_named(tmp_path):
     with pytest.raises(FusewrightError, match="colours"):
         build(suite(), tmp_path / "pool", tmp_path, progress=False)
-
-
-def test_the_shipped_suite_is_of_two_to_four_million_parameters():
-    spec = read_suite(find_suite("text-mini"))
-    recipe = text.read_recipe(spec)
-    model = text.new_model(recipe, 0, recipe.vocabulary, 0)
-    assert 2e6 < sum(p.numel() for p in model.parameters()) < 4e6
-    assert len(spec.merged) >= 5 and len(spec.unseen) >= 2
-    asked = [task.options for task in spec.tasks.values()]
-    assert all(o["length"] == recipe.length and o["scale"] == recipe.scale for o in asked)

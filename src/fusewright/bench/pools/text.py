@@ -1,4 +1,5 @@
-"""The pool of ``text-mini``: a small encoder and its tokenizer, experts, heads of prototypes."""
+"""The pools of ``text-mini`` and its kin: a small BERT or GPT-2 with heads of prototypes, or a
+small T5 without heads, each with its tokenizer."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-
-from fusewright.bench.pools import parts
-from fusewright.bench.pools.builder import Builder, read_parameters
+from fusewright.bench.pools import architectures, parts
+from fusewright.bench.pools.builder import Builder
+from fusewright.bench.pools.classifiers import ClassifierBuilder
+from fusewright.bench.pools.making import read_parameters
+from fusewright.bench.pools.text_to_text import TextToText
 from fusewright.bench.pools.texts import (
     Corpus,
     TextRecipe,
@@ -19,7 +21,8 @@ from fusewright.bench.pools.texts import (
     load_corpora,
     train_tokenizer,
 )
-from fusewright.bench.suite_file import SuiteSpec
+from fusewright.bench.suite_file import SuiteError, SuiteSpec
+from fusewright.errors import nearest
 from fusewright.extras import needs
 
 TOKENIZER = "tokenizer"
@@ -35,37 +38,43 @@ def build_text(
     """
     for module in ("transformers", "pyarrow", "tokenizers"):
         needs(module, "demo")
-    _TextBuilder(spec, out, read_recipe(spec), seed).run(data, progress)
+    recipe = read_recipe(spec)
+    builder = _T5Builder if recipe.architecture == "t5" else _ClassifierBuilder
+    builder(spec, out, recipe, seed).run(data, progress)
 
 
 def read_recipe(spec: SuiteSpec) -> TextRecipe:
-    """The suite's ``build.parameters``. Raises SuiteError for one that is not known."""
-    return read_parameters(spec, TextRecipe)
+    """The suite's ``build.parameters``. Raises SuiteError for what is not known."""
+    recipe = read_parameters(spec, TextRecipe)
+    known = list(architectures.ARCHITECTURES)
+    if recipe.architecture not in known:
+        close = nearest(recipe.architecture, known)
+        raise SuiteError("there is no such architecture", where="build.parameters.architecture",
+                         found=recipe.architecture, expected=", ".join(known),
+                         fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
+    return recipe
 
 
 class _TextBuilder(Builder[TextRecipe]):
+    """What all have: corpora and a tokenizer."""
+
     libraries = ("tokenizers",)
     corpora: Mapping[str, Corpus]
 
-    def load(self, data: Path | None) -> dict[str, Texts]:
+    def open(self, data: Path | None) -> None:
+        """The texts, and the tokenizer, learnt from them if there is none yet."""
         self.corpora = load_corpora(self.spec.tasks, data)
         self.made[TOKENIZER] = parts.make_part(self.out / TOKENIZER, self._tokenizer)
         self.tokenizer = needs("transformers", "demo").AutoTokenizer.from_pretrained(
             self.out / TOKENIZER
         )
-        return {
-            task: encoded(corpus, self.tokenizer, self.recipe, task)
-            for task, corpus in self.corpora.items()
-        }
 
-    def digest(self, task: str) -> str:
-        return self.corpora[task].digest()
+    def read(self) -> dict[str, dict[str, Any]]:
+        return {name: {"count": len(c.labels), "sha256": c.digest()}
+                for name, c in self.corpora.items()}  # fmt: skip
 
     def new_model(self) -> Any:
-        return new_model(self.recipe, self.seed, len(self.tokenizer), self.tokenizer.pad_token_id)
-
-    def open_model(self, path: Path) -> Any:
-        return open_model(path)
+        return architectures.new_model(self.recipe, self.seed, self.tokenizer)
 
     def save(self, model: Any, at: Path) -> None:
         needs("transformers", "demo").utils.logging.disable_progress_bar()
@@ -79,24 +88,16 @@ class _TextBuilder(Builder[TextRecipe]):
         return {"seconds": perf_counter() - began, "tokens": len(made)}
 
 
-def new_model(recipe: TextRecipe, seed: int, vocabulary: int, pad: int) -> Any:
-    """A ``transformers.BertModel`` (Devlin et al. 2019, arXiv:1810.04805) with fresh weights,
-    without a pooler: heads see mean hidden states."""
-    transformers = needs("transformers", "demo")
-    width = recipe.width
-    config = transformers.BertConfig(
-        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=recipe.layers,
-        num_attention_heads=max(1, width // 32), intermediate_size=4 * width,
-        max_position_embeddings=recipe.length, hidden_dropout_prob=recipe.dropout,
-        attention_probs_dropout_prob=0.0, initializer_range=0.05, pad_token_id=pad,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return transformers.BertModel(config, add_pooling_layer=False)
+class _ClassifierBuilder(_TextBuilder, ClassifierBuilder[TextRecipe]):
+    def examples(self, data: Path | None) -> dict[str, Texts]:
+        self.open(data)
+        return {
+            task: encoded(corpus, self.tokenizer, self.recipe, task)
+            for task, corpus in self.corpora.items()
+        }
 
 
-def open_model(path: Path) -> Any:
-    """The model of a folder, read by ``transformers`` alone."""
-    transformers = needs("transformers", "demo")
-    transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModel.from_pretrained(path, add_pooling_layer=False)
+class _T5Builder(_TextBuilder, TextToText):
+    def load(self, data: Path | None) -> None:
+        self.open(data)
+        self.prepare(data)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,12 +28,16 @@ SORTED = 8
 
 @dataclass(frozen=True)
 class TextRecipe(Recipe):
-    """A pool of text classifiers: a vocabulary of bytes and their pairs, texts cut at ``length``
-    tokens, and ``dropout`` of hidden states."""
+    """A pool of text models: an ``architecture`` ("bert", "gpt2", "t5"), a vocabulary of bytes and
+    their pairs, texts cut at ``length`` tokens (T5: as each task says), and ``dropout`` of hidden
+    states."""
 
     vocabulary: int = 8000
     length: int = 32
     dropout: float = 0.1
+    architecture: str = "bert"
+
+    younger: ClassVar[tuple[str, ...]] = ("architecture",)
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,17 @@ class Texts(Examples[TextRecipe]):
         return cls(ids, segments, lengths, labels)
 
     def features(self, model: nn.Module, recipe: TextRecipe) -> Tensor:
-        """The mean of the last hidden states of all real tokens, as ``pooling: mean`` has it."""
+        """Of an encoder, the mean of the last hidden states of all real tokens, as ``pooling:
+        mean`` has it; of a decoder, that of the last real token."""
         longest = int(self.lengths.max())
         mask = (torch.arange(longest) < self.lengths[:, None]).long()
-        found = model(input_ids=self.ids[:, :longest], attention_mask=mask,
-                      token_type_ids=self.segments[:, :longest])  # fmt: skip
+        given = {"input_ids": self.ids[:, :longest], "attention_mask": mask}
+        if recipe.architecture == "gpt2":
+            hidden = model(**given).last_hidden_state.float()
+            return hidden[torch.arange(len(self)), self.lengths - 1]
+        hidden = model(**given, token_type_ids=self.segments[:, :longest]).last_hidden_state
         shares = (mask / self.lengths[:, None])[..., None]
-        return (found.last_hidden_state.float() * shares).sum(1)
+        return (hidden.float() * shares).sum(1)
 
     def batches(self, size: int, recipe: TextRecipe, draw: torch.Generator) -> Iterator[Texts]:
         order = torch.randperm(len(self), generator=draw)
@@ -112,18 +120,26 @@ def load_corpora(tasks: Mapping[str, TaskSpec], data: Path | None) -> dict[str, 
 
 
 def train_tokenizer(corpora: Mapping[str, Corpus], recipe: TextRecipe) -> Any:
-    """A lower-casing tokenizer of all training texts, as ``transformers`` opens it: [CLS] text
-    [SEP], and the second text of a pair as another segment."""
+    """A lower-casing tokenizer of all training texts, as ``transformers`` opens it.
+
+    For BERT: [CLS] text [SEP], and the second text of a pair as another segment. For the others
+    there are no segments, nothing comes first, and [SEP] is the end of text.
+    """
     learnt = (text for corpus in corpora.values() for text in corpus.everything)
     model = byte_pairs(learnt, recipe.vocabulary, SPECIAL, words=True)
     processors = needs("tokenizers.processors", "demo")
-    model.post_processor = processors.BertProcessing(
-        (SEPARATOR, model.token_to_id(SEPARATOR)), (START, model.token_to_id(START))
-    )
+    start, end = ((token, model.token_to_id(token)) for token in (START, SEPARATOR))
+    if recipe.architecture == "bert":
+        model.post_processor = processors.BertProcessing(end, start)
+        more, inputs = {"cls_token": START, "sep_token": SEPARATOR}, ["token_type_ids"]
+    else:
+        model.post_processor = processors.TemplateProcessing(
+            f"$A {SEPARATOR}", f"$A {SEPARATOR} $B {SEPARATOR}", [end]
+        )
+        more, inputs = {"eos_token": SEPARATOR}, []
     return needs("transformers", "demo").PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token=PAD, cls_token=START, sep_token=SEPARATOR,
-        model_max_length=recipe.length,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        tokenizer_object=model, pad_token=PAD, **more, model_max_length=recipe.length,
+        model_input_names=["input_ids", *inputs, "attention_mask"],
     )  # fmt: skip
 
 
@@ -135,10 +151,9 @@ def encoded(corpus: Corpus, tokenizer: Any, recipe: TextRecipe, name: str) -> Te
     count = len(corpus.labels)
     found = tokenised(tokenizer, corpus.texts, corpus.pairs, recipe.length, name, range(count))
     lengths = torch.tensor([len(ids) for ids in found["input_ids"]])
-    ids, segments = (
-        _table(found[key], recipe.length, fill)
-        for key, fill in (("input_ids", pad_id(tokenizer)), ("token_type_ids", 0))
-    )
+    ids = _table(found["input_ids"], recipe.length, pad_id(tokenizer))
+    segments = (_table(found["token_type_ids"], recipe.length, 0) if "token_type_ids" in found
+                else torch.zeros_like(ids))  # fmt: skip
     return Texts(ids, segments, lengths, corpus.labels)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,8 @@ class Recipe:
     thrown away. The heads that stay are prototypes of ``shots`` examples of each class: few, so
     that the base is not yet competent and experts have something to learn. Experts take small
     steps, so that they stay close to the base and nearly orthogonal to each other.
-    ``tunings`` are "full" and "lora". Rates are peaks of one cycle; ``scale`` multiplies cosines.
+    ``tunings`` ("full", "lora") are made besides those of the suite's experts. Rates are peaks of
+    one cycle; ``scale`` multiplies cosines.
     """
 
     width: int = 192
@@ -41,7 +42,7 @@ class Recipe:
     expert_rows: int | None = None
     expert_epochs: int = 5
     expert_rate: float = 1.5e-4
-    tunings: tuple[str, ...] = ("full",)
+    tunings: tuple[str, ...] = ()
     lora_rank: int = 8
     lora_rate: float = 1e-3
     batch: int = 128
@@ -49,8 +50,20 @@ class Recipe:
     bfloat16: bool = True
     threads: int = 2  # sums depend on the number
 
+    younger: ClassVar[tuple[str, ...]] = ()
+    """Fields that pools may be older than."""
+
+    def claim(self) -> dict[str, Any]:
+        """What a pool of this recipe is made by. ``tunings`` say what is made, not how; a younger
+        field says nothing at its default."""
+        said = asdict(self)
+        left = {f.name for f in fields(self) if f.name in self.younger
+                and said[f.name] == f.default} | {"tunings"}  # fmt: skip
+        return {name: value for name, value in said.items() if name not in left}
+
 
 R = TypeVar("R", bound=Recipe)
+P = TypeVar("P")
 
 
 class Examples(ABC, Generic[R]):
@@ -108,10 +121,7 @@ def pretrain(
         even = -logs.masked_fill(other[labels], 0).sum(1) / (~other[labels]).sum(1)
         return torch.lerp(right, even, recipe.smoothing).mean()
 
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": recipe.base_decay},
-              {"params": [*others, heads], "weight_decay": 0.0}]  # fmt: skip
+    groups = [*decayed(model, recipe.base_decay), {"params": [heads], "weight_decay": 0.0}]
     return _descend(model, groups, together, loss, recipe.base_rate, recipe.base_epochs,
                     recipe, draw, tell)  # fmt: skip
 
@@ -147,25 +157,46 @@ def prototypes(
     return F.normalize(torch.stack(found), dim=1)
 
 
+def decayed(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """What can be trained of a model; ``decay`` is for matrices alone."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [{"params": [p for p in trained if p.dim() > 1], "weight_decay": decay},
+            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
+
+
 def _descend(
     model: nn.Module, groups: list[dict[str, Any]], data: Examples[R],
     loss: Callable[[Tensor, Tensor], Tensor], rate: float, epochs: int, recipe: R,
     draw: torch.Generator, tell: Tell,
 ) -> float:  # fmt: skip
-    """AdamW under a one-cycle schedule; answers with the last epoch's mean loss."""
     batch = min(recipe.batch, len(data))
+
+    def found(part: Examples[R]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+            features = part.features(model, recipe)
+        return loss(features, part.labels)
+
+    def epoch() -> Iterator[Examples[R]]:
+        return data.batches(batch, recipe, draw)
+
     descent = OneCycle(groups, epochs * (len(data) // batch), rate)
+    return descend(model, descent, epoch, found, epochs, draw, tell)
+
+
+def descend(
+    model: nn.Module, descent: OneCycle, epoch: Callable[[], Iterator[P]],
+    loss: Callable[[P], Tensor], epochs: int, draw: torch.Generator, tell: Tell,
+) -> float:  # fmt: skip
+    """A step for each batch of each epoch; answers with the last epoch's mean loss."""
     model.train()
     mean = float("nan")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw.initial_seed())  # of dropout
         for _ in range(epochs):
             seen = []
-            for part in data.batches(batch, recipe, draw):
+            for part in epoch():
                 descent.begin()
-                with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
-                    features = part.features(model, recipe)
-                found = loss(features, part.labels)
+                found = loss(part)
                 found.backward()
                 descent.step()
                 seen.append(found.detach())

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from fusewright.bench.pools import parts
-from fusewright.bench.pools.builder import Builder, read_parameters
+from fusewright.bench.pools.classifiers import ClassifierBuilder
 from fusewright.bench.pools.images import Images, VisionRecipe, load_images
+from fusewright.bench.pools.making import read_parameters
 from fusewright.bench.suite_file import SuiteSpec
 from fusewright.extras import needs
 from fusewright.tasks.images import RESAMPLING
@@ -22,7 +23,7 @@ ATTENTION = "eager"
 def build_vision(
     spec: SuiteSpec, out: Path, data: Path | None, seed: int = 0, progress: bool = True
 ) -> None:
-    """The folders that :class:`Builder` names. Raises what
+    """The folders that :class:`ClassifierBuilder` names. Raises what
     :func:`fusewright.bench.pools.build` says."""
     for module in ("transformers", "pyarrow", "PIL"):
         needs(module, "demo")
@@ -34,15 +35,15 @@ def read_recipe(spec: SuiteSpec) -> VisionRecipe:
     return read_parameters(spec, VisionRecipe)
 
 
-class _VisionBuilder(Builder[VisionRecipe]):
+class _VisionBuilder(ClassifierBuilder[VisionRecipe]):
     images: dict[str, Images]
 
-    def load(self, data: Path | None) -> dict[str, Images]:
+    def examples(self, data: Path | None) -> dict[str, Images]:
         self.images = load_images(self.spec.tasks, data, self.recipe.prepared)
         return self.images
 
-    def digest(self, task: str) -> str:
-        return self.images[task].digest()
+    def read(self) -> dict[str, dict[str, Any]]:
+        return {n: {"count": len(i), "sha256": i.digest()} for n, i in self.images.items()}
 
     def new_model(self) -> Any:
         return new_model(self.recipe, self.seed)

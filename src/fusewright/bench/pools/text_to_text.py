@@ -1,0 +1,96 @@
+"""A pool of text-to-text models: base and experts learn to answer tasks with their verbalisers, by
+the loss that the tasks themselves have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusewright.bench.descent import OneCycle
+from fusewright.bench.pools.builder import Builder
+from fusewright.bench.pools.texts import TextRecipe
+from fusewright.bench.pools.training import decayed, descend, generator
+from fusewright.bench.progress import Step
+from fusewright.bench.suite_file import SuiteError, SuiteSpec
+from fusewright.bench.suite_tasks import open_split, taken
+from fusewright.tasks.batching import Prepared
+from fusewright.tasks.task import Batch
+from fusewright.tasks.verbalisers import VerbaliserClassification
+
+Item = tuple[VerbaliserClassification, Batch]
+
+
+class TextToText(Builder[TextRecipe]):
+    """Each step is on a batch of one task; in pre-training tasks come in random order."""
+
+    tokenizer: Any
+
+    def prepare(self, data: Path | None) -> None:
+        """Every task and its training rows as tokens."""
+        self.tasks = {name: text_task(self.spec, name, self.tokenizer) for name in self.spec.tasks}
+        self.prompts: Mapping[str, Prepared] = {
+            name: task.prepared(open_split(name, self.spec.tasks[name], "train", data))
+            for name, task in self.tasks.items()
+        }
+
+    def pretrain(self, model: Any, step: Step) -> float:
+        recipe, limit = self.recipe, self.recipe.base_rows
+        examples = {n: Prepared(p.examples[:limit], n, "") for n, p in self.prompts.items()}
+        groups, draw = decayed(model, recipe.base_decay), generator(self.seed, "base")
+        return self._descend(model, groups, examples, recipe.base_rate, recipe.base_epochs,
+                             draw, step)  # fmt: skip
+
+    def fine_tune(
+        self, model: Any, task: str, rate: float, draw: torch.Generator, step: Step
+    ) -> float:
+        limit = self.recipe.expert_rows
+        examples = {task: Prepared(self.prompts[task].examples[:limit], task, "")}
+        return self._descend(model, decayed(model, 0.0), examples, rate,
+                             self.recipe.expert_epochs, draw, step)  # fmt: skip
+
+    def _descend(
+        self, model: nn.Module, groups: list[dict[str, Any]], examples: Mapping[str, Prepared],
+        rate: float, epochs: int, draw: torch.Generator, step: Step,
+    ) -> float:  # fmt: skip
+        def loss(item: Item) -> Tensor:
+            task, batch = item
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bfloat16):
+                return task.loss(model, batch)
+
+        def epoch() -> Iterator[Item]:
+            return self._epoch(examples, draw)
+
+        steps = sum(len(p) // self._size(p) for p in examples.values())
+        descent = OneCycle(groups, epochs * steps, rate)
+        return descend(model, descent, epoch, loss, epochs, draw, step)
+
+    def _epoch(self, examples: Mapping[str, Prepared], draw: torch.Generator) -> Iterator[Item]:
+        """Every row at most once, in full batches."""
+        streams: dict[str, Iterator[Batch]] = {}
+        turns: list[str] = []
+        for name, rows in examples.items():
+            seed = int(torch.randint(2**31, (), generator=draw))
+            streams[name] = self.tasks[name].batches(rows, self._size(rows), seed=seed)
+            turns += [name] * (len(rows) // self._size(rows))
+        for turn in torch.randperm(len(turns), generator=draw).tolist():
+            name = turns[turn]
+            yield self.tasks[name], next(streams[name])
+
+    def _size(self, rows: Prepared) -> int:
+        return min(self.recipe.batch, len(rows))
+
+
+def text_task(spec: SuiteSpec, name: str, tokenizer: Any) -> VerbaliserClassification:
+    """A task as evaluation makes it. Raises SuiteError for one of another kind."""
+    said = spec.tasks[name]
+    if said.kind != VerbaliserClassification.kind or not isinstance(said.classes, list):
+        raise SuiteError("a T5 learns tasks that are answered in words", where=f"tasks.{name}",
+                         expected=f"kind: {VerbaliserClassification.kind}, classes: [...]",
+                         found=f"kind: {said.kind}, classes: {said.classes}")  # fmt: skip
+    return VerbaliserClassification(
+        name=name, classes=tuple(said.classes), tokenizer=tokenizer, **taken(said.options)
+    )

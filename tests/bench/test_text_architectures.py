@@ -1,0 +1,244 @@
+"""Pools of small BERT, GPT-2 and T5 models: what they are trained on is what evaluation asks."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+parquet = pytest.importorskip("pyarrow.parquet")
+pytest.importorskip("tokenizers")
+
+import pyarrow  # noqa: E402
+
+import fusewright as fw  # noqa: E402
+from fusewright.bench.joint.recipe import joint_recipe  # noqa: E402
+from fusewright.bench.pools import architectures, build, text, texts  # noqa: E402
+from fusewright.bench.pools.text_to_text import text_task  # noqa: E402
+from fusewright.bench.pools.texts import TextRecipe, encoded, load_corpora  # noqa: E402
+from fusewright.bench.suite import Suite  # noqa: E402
+from fusewright.bench.suite_file import (  # noqa: E402
+    SuiteError,
+    SuiteSpec,
+    find_suite,
+    read_suite,
+    shipped,
+)
+from fusewright.tasks.heads import linear  # noqa: E402
+
+SMALL = {
+    "width": 32, "layers": 1, "vocabulary": 290, "length": 16, "base_rows": 8, "base_epochs": 1,
+    "expert_epochs": 15, "batch": 8, "threads": 1, "shots": 2, "dropout": 0.0, "bfloat16": False,
+    "expert_rate": 1e-2, "lora_rate": 2e-2, "lora_rank": 4,
+}  # fmt: skip
+WORDS = {"colours": ("red blue", "green pink"), "same": ("sun moon", "star sky")}
+KINDS = {
+    "gpt2": ("decoder-classification", {"length": 16, "scale": 16.0, "normalise": True}),
+    "t5": ("text-to-text-classification",
+           {"length": 16, "template": "is it: {text}", "verbalisers": ["no", "yes"]}),
+}  # fmt: skip
+OPENS = {"gpt2": "GPT2Model", "t5": "T5ForConditionalGeneration"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    for name, words in WORDS.items():
+        draw, folder = random.Random(name), root / name
+        folder.mkdir()
+        for split, count in (("train", 72), ("test", 40)):
+            labels = [row % 2 for row in range(count)]
+            chosen = [" ".join(draw.choices(words[y].split(), k=draw.randint(1, 4)))
+                      for y in labels]  # fmt: skip
+            table = pyarrow.table({"text": chosen, "label": labels})
+            parquet.write_table(table, folder / f"{split}.parquet")
+    return root
+
+
+def suite(name, /, **parameters):
+    kind, options = KINDS[name]
+    tasks = {
+        task: {"kind": kind, "data": task, "classes": ["no", "yes"], "options": options,
+               "splits": {"train": "train[8:]", "validation": "train[:8]", "test": "test"}}
+        for task in WORDS
+    }  # fmt: skip
+    return SuiteSpec(
+        title="tiny", base="base", tasks=tasks, opens={"model": OPENS[name]},
+        heads="heads.safetensors" if name == "gpt2" else None,
+        experts={task: f"experts/{task}" for task in WORDS},
+        variants={"lora": {"axes": {"tuning": "LoRA"},
+                           "experts": {task: f"lora/{task}" for task in WORDS}}},
+        build={"builder": "text",
+               "parameters": {**SMALL, "architecture": name, **parameters}},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pools(data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("pools")
+    for architecture in KINDS:
+        for variant in (None, "lora"):
+            opened = Suite("tiny", suite(architecture), root / architecture, data, variant=variant)
+            opened.build(progress=False)
+    return root
+
+
+@pytest.fixture(params=sorted(KINDS))
+def opened(request, pools, data):
+    return Suite("tiny", suite(request.param), pools / request.param, data)
+
+
+@pytest.fixture
+def adapted(opened):
+    pytest.importorskip("peft")
+    return opened.at(opened.seed, "lora")
+
+
+def test_models_are_ordinary_folders_of_their_class(opened):
+    model = getattr(transformers, opened.spec.opens.model).from_pretrained(opened.experts["same"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(opened.experts["same"])
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    ids = tokenizer(["red sun"])["input_ids"][0]
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer.pad_token_id not in ids
+
+
+@pytest.mark.parametrize("variant", [None, "lora"])
+def test_experts_learn_their_task_and_only_theirs(opened, variant):
+    if variant:
+        pytest.importorskip("peft")
+    models = opened.at(opened.seed, variant)
+    for task in WORDS:
+        base, own = (models.evaluate(m, task) for m in (models.base, models.experts[task]))
+        assert own.score.mean() > 0.9
+        assert own.columns["loss"].mean() < 0.7 * base.columns["loss"].mean()
+
+
+def test_a_decoder_is_trained_by_the_features_that_evaluation_takes(pools, data):
+    """Padding on the right, of other lengths in the same batch, changes none."""
+    opened = Suite("tiny", suite("gpt2"), pools / "gpt2", data)
+    model = opened.open(opened.experts["same"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(opened.base)
+    recipe = text.read_recipe(opened.spec)
+    for name, corpus in load_corpora(opened.spec.tasks, data).items():
+        rows = encoded(corpus, tokenizer, recipe, name)
+        assert len(set(rows.lengths.tolist())) > 1
+        task = opened.tasks[name]
+        batch = next(task.batches(opened.split(name, "train"), 64))
+        with torch.no_grad():
+            features, logits = rows.features(model, recipe), task.logits(model, batch)
+        head = opened.heads[name]
+        ours = linear(features, head, scale=recipe.scale, normalise=True)
+        torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-4)
+        assert torch.equal(rows.labels, batch["labels"])
+
+
+def test_a_t5_is_trained_by_the_loss_of_its_tasks(pools, data, monkeypatch, tmp_path):
+    """Base and experts: cross-entropy of the right verbaliser's tokens and the end of text."""
+    spec = suite("t5", base_epochs=1, expert_epochs=1)
+    opened = Suite("tiny", spec, pools / "t5", data)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(opened.base)
+    asked = {name: text_task(spec, name, tokenizer) for name in WORDS}
+    assert asked == opened.tasks
+
+    seen, cls = [], type(asked["same"])
+    whole = cls.loss
+
+    def watched(task, model, batch):
+        found = whole(task, model, batch)
+        labels = [[*tokenizer(task.words[c], add_special_tokens=False)["input_ids"],
+                   tokenizer.eos_token_id] for c in batch["labels"].tolist()]  # fmt: skip
+        longest = max(map(len, labels))
+        target = torch.tensor([ids + [-100] * (longest - len(ids)) for ids in labels])
+        own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                    labels=target).loss  # fmt: skip
+        torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5)
+        seen.append(task.name)
+        return found
+
+    monkeypatch.setattr(cls, "loss", watched)
+    build(spec, tmp_path / "seed-0", data, progress=False)
+    assert sorted(seen[:2]) == ["colours", "same"]  # of 8 rows each, in batches of 8
+    assert seen[2:] == ["colours"] * 8 + ["same"] * 8  # of 64 rows
+
+
+def test_adapters_are_those_of_peft(adapted):
+    """Also where the base's matrices are transposed, as GPT-2's are."""
+    peft = pytest.importorskip("peft")
+    path = adapted.experts["same"]
+    whole = peft.PeftModel.from_pretrained(adapted.open(adapted.base), path).merge_and_unload()
+    found = adapted.open(path).state_dict()
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", [None, "lora"])
+def test_a_sweep_merges_them(opened, variant, tmp_path):
+    if variant:
+        pytest.importorskip("peft")
+    results = fw.bench(Suite("tiny", opened.spec, opened.pool, opened.data), ["ties"],
+                       out=tmp_path, variants=[variant], joint="none", limit=16,
+                       progress=False)  # fmt: skip
+    assert results.facts["failed"] == {}
+    models = opened.at(opened.seed, variant)
+    base, *experts = (models.open(p).state_dict() for p in (models.base, *models.experts.values()))
+    base = {n: t.clone() for n, t in base.items()}
+    module = models.open(models.base)
+    module.load_state_dict({n: sum(e[n] for e in experts) / len(experts) for n in base})
+    (found,) = results.of("average")
+    assert found.axes.get("tuning") == ("LoRA" if variant else None)
+    for task in WORDS:
+        expected = models.evaluate(module, task, limit=16).columns["loss"]
+        assert found.outcomes[task]["clean"].columns["loss"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_joint_training_of_them_takes_the_experts_steps(opened):
+    recipe = joint_recipe(opened, list(WORDS))
+    assert recipe.steps == 2 * SMALL["expert_epochs"] * 64 // 8
+    assert type(recipe.opens(opened.base)).__name__ == opened.spec.opens.model
+
+
+def test_an_architecture_that_is_not_known_is_refused(data, tmp_path):
+    with pytest.raises(SuiteError, match=r"gpt3[\s\S]*did you mean 'gpt2'"):
+        build(suite("gpt2", architecture="gpt3"), tmp_path / "pool", data, progress=False)
+    assert not (tmp_path / "pool").exists()
+
+
+def test_a_t5_needs_tasks_that_are_answered_in_words(data, tmp_path):
+    with pytest.raises(SuiteError, match=r"colours[\s\S]*text-to-text-classification"):
+        build(suite("gpt2", architecture="t5"), tmp_path / "pool", data, progress=False)
+
+
+def test_pools_of_bert_say_what_they_said_before_there_were_others():
+    assert "architecture" not in TextRecipe().claim()
+    assert TextRecipe(architecture="gpt2").claim()["architecture"] == "gpt2"
+
+
+MINI = sorted(name for name in shipped() if name.startswith("text-mini"))
+
+
+@pytest.mark.parametrize("name", MINI)
+def test_the_shipped_suites_are_of_two_to_four_million_parameters(name):
+    spec = read_suite(find_suite(name))
+    recipe = text.read_recipe(spec)
+    tokens = texts.train_tokenizer({}, recipe)
+    tokens.add_tokens([f"word {n}" for n in range(recipe.vocabulary - len(tokens))])
+    model = architectures.new_model(recipe, 0, tokens)
+    assert 2e6 < sum(p.numel() for p in model.parameters()) < 4e6
+    assert len(spec.merged) >= 4 and len(spec.unseen) >= 2
+    assert type(model).__name__ == spec.opens.model or spec.opens.model == "AutoModel"
+    asked = [task.options for task in spec.tasks.values()]
+    assert all(o["length"] == recipe.length for o in asked)
+    assert all(o.get("scale", recipe.scale) == recipe.scale for o in asked)
+
+
+def test_the_three_suites_ask_the_same_questions_of_the_same_rows():
+    specs = [read_suite(find_suite(name)) for name in MINI]
+    assert len(specs) == 3
+    for spec in specs[1:]:
+        for name, task in spec.tasks.items():
+            first = specs[0].tasks[name]
+            assert (task.data, task.splits, task.classes) == (first.data, first.splits,
+                                                              first.classes)  # fmt: skip
