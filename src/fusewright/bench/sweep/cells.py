@@ -11,6 +11,7 @@ import fusewright
 from fusewright.bench.corpora import files_of, is_corpus
 from fusewright.bench.entries import Entry
 from fusewright.bench.results import CLEAN
+from fusewright.bench.sweep.ensembles import fitting
 from fusewright.bench.sweep.identity import code_digest, digest, files_digest
 from fusewright.bench.sweep.joint import TITLES, Recipes, training_key
 from fusewright.bench.sweep.space import space
@@ -114,7 +115,7 @@ def _references(suite: Suite, pool: Pool, whole: bool) -> Iterator[Job]:
         yield Job("model", f"expert {name}", f"Expert on {name}", "expert", pool, name)
     yield Job(OWN, OWN, "Each task's own expert", "task id", pool)
     yield Job(BEST, BEST, "Best single expert", "expert", pool)
-    for name, ensemble in ENSEMBLES.items():
+    for name, ensemble in fitting(suite).items():
         yield Job("ensemble", f"ensemble, {name}", ensemble.card.title, "reference", pool, name)
     for row in suite.extras if whole else ():
         yield Job("model", row, row.capitalize(), "reference", pool, row)
@@ -171,11 +172,17 @@ def _used(job: Job, models: Mapping[str, str]) -> list[str]:
     return [models[name] for name in names] + [models["heads"]]
 
 
+def _head_digest(head: Any) -> str:
+    if isinstance(head, Mapping):
+        return digest({name: digest(tensor.tolist()) for name, tensor in head.items()})
+    return digest(head.tolist())
+
+
 def _digests(suite: Suite) -> dict[str, str]:
     """The bytes of every model, of the heads, and of the data where they are local files."""
     paths: dict[str, Path] = {BASE: suite.base, **suite.experts, **suite.extras}
     found = {name: files_digest(path) for name, path in paths.items()}
-    found["heads"] = digest({name: digest(head.tolist()) for name, head in suite.heads.items()})
+    found["heads"] = digest({name: _head_digest(head) for name, head in suite.heads.items()})
     tasks = suite.spec.tasks.values()
     texts = [files_of(t, suite.data, list(t.splits)) for t in tasks if is_corpus(t)]
     folders = [suite.data / t.data for t in tasks if suite.data and t.data and not is_corpus(t)]
