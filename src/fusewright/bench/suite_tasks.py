@@ -83,7 +83,9 @@ def classes_of(suite: Suite, name: str) -> tuple[str, ...]:
     named = getattr(suite.split(name, "test"), "classes", None)
     if named is not None:
         return tuple(named)
-    count = said or (0 if suite.spec.zero_shot else len(suite.heads.get(name, ())))
+    from fusewright.bench.stored_heads import classes_in
+
+    count = said or (0 if suite.spec.zero_shot else classes_in(suite.heads.get(name)))
     if not count:
         raise SuiteError(f"nothing names the classes of {name!r}",
                          fix=f"tasks: {{{name}: {{classes: [...]}}}}")  # fmt: skip
