@@ -20,8 +20,9 @@ from fusewright.bench.suite_file import (
 from fusewright.errors import nearest
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
+    from fusewright.tasks.dense_maps import Head
     from fusewright.tasks.outcomes import Outcomes
     from fusewright.tasks.task import Batch, Split, Task
 
@@ -140,8 +141,8 @@ class Suite:
         return path
 
     @cached_property
-    def heads(self) -> dict[str, Tensor]:
-        """The frozen head (classes, width) of each task that has one."""
+    def heads(self) -> Mapping[str, Head]:
+        """The frozen head of each task that has one: (classes, width), or a decoder's tensors."""
         if self.spec.zero_shot is not None:
             from fusewright.bench.zero_shot import text_heads
 
