@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fusewright.bench.suite import Suite
+    from fusewright.tasks.dense_maps import Head
 
 
-def stored_heads(suite: Suite, path: Path, where: str) -> dict[str, Tensor]:
-    """Each task's head (classes, width) from a file that holds one for every task.
+def stored_heads(suite: Suite, path: Path, where: str) -> dict[str, Head]:
+    """Each task's head (classes, width) from a file that holds one for every task; a decoder of
+    many tensors is stored as NAME.TENSOR, by the names that its tensors have in the model.
 
     ``where`` is what errors call the file. Raises SuiteError for a task without a head, or one for
     other classes.
@@ -22,17 +25,21 @@ def stored_heads(suite: Suite, path: Path, where: str) -> dict[str, Tensor]:
     from fusewright.engine.state import read_state
 
     stored = read_state(path)
-    found = {}
+    found: dict[str, Head] = {}
     for name, task in suite.spec.tasks.items():
-        head = stored.get(task.head or name)
+        key = task.head or name
+        head = stored.get(key)
+        if head is None and (decoder := _decoder(stored, f"{key}.")):
+            found[name] = decoder
+            continue
         if head is None:
             raise SuiteError(f"the task {name!r} has no head", where=where,
-                             expected=task.head or name, found=", ".join(stored))  # fmt: skip
+                             expected=key, found=", ".join(stored))  # fmt: skip
         found[name] = _for_its_classes(suite, name, head, where)
     return found
 
 
-def heads_of_experts(suite: Suite) -> dict[str, Tensor]:
+def heads_of_experts(suite: Suite) -> dict[str, Head]:
     """Each task's head (classes, width) from the checkpoint of its own expert, which carries the
     head that it was trained with: the tensor ``own_heads``, or the task's ``head``.
 
@@ -40,7 +47,7 @@ def heads_of_experts(suite: Suite) -> dict[str, Tensor]:
     """
     from fusewright.engine.state import read_tensor
 
-    found = {}
+    found: dict[str, Head] = {}
     for name, task in suite.spec.tasks.items():
         path, tensor = suite.experts[name], task.head or str(suite.spec.own_heads)
         head = read_tensor(path, tensor)
@@ -49,6 +56,15 @@ def heads_of_experts(suite: Suite) -> dict[str, Tensor]:
                              fix="own_heads: TENSOR, as the checkpoints name it")  # fmt: skip
         found[name] = _for_its_classes(suite, name, head, str(path))
     return found
+
+
+def classes_in(head: Head | None) -> int:
+    """How many classes a head tells apart; 0 if it does not say, as a decoder's tensors do not."""
+    return 0 if head is None or isinstance(head, Mapping) else len(head)
+
+
+def _decoder(stored: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
 
 
 def _for_its_classes(suite: Suite, name: str, head: Tensor, where: str) -> Tensor:

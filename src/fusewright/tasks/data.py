@@ -29,7 +29,8 @@ class DataSource(BaseModel):
     ``config`` where the data set has several. A folder that exists wins over the Hub.
     ``columns`` maps "image", "text", "text2", "label", "target" to the data's own names;
     ``classes`` are the class names in the order of labels, where the data do not name them.
-    ``shuffle`` is a seed: rows are put in its random order before they are cut, for data that are sorted by class.
+    ``shuffle`` is a seed: rows are put in its random order before they are cut, for data that are
+    sorted by class.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

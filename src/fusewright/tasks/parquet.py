@@ -24,8 +24,8 @@ set reads it once, while a large one stays on disk."""
 class ParquetSplit(DataSplit):
     """One parquet file. Images are decoded when a row is asked for, never kept decoded.
 
-    ``columns`` maps roles ("image", "text", "text2", "label", "target") to the file's columns; None takes
-    those of these names. ``classes`` default to the names in the file's ``huggingface`` metadata,
+    ``columns`` maps roles ("image", "text", "text2", "label", "target") to the file's columns; None
+    takes those of these names. ``classes`` default to the names in the file's ``huggingface`` metadata,
     else to a ``dataset_info.json`` beside it.
 
     Raises DataError if the file is damaged, empty, or lacks a column that was named.

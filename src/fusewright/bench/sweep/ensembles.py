@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fusewright.bench.results import CLEAN
-from fusewright.methods.outputs import combine
+from fusewright.methods.outputs import ENSEMBLES, OutputEnsemble, WeightedEnsemble, combine
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,7 +43,18 @@ def answers(
     weights: Sequence[float] | None,
 ) -> Tensor:  # fmt: skip
     """The combined logits of a batch."""
-    return combine([task.logits(each, batch) for each in models], how, weights)
+    said = [task.logits(each, batch) for each in models]
+    if getattr(task, "NUMBERS", False):  # no logits of classes: they are averaged as they are
+        shares = weights or [1.0] * len(said)
+        return WeightedEnsemble(tuple(shares), of="logits")(said)
+    return combine(said, how, weights)
+
+
+def fitting(suite: Suite) -> dict[str, type[OutputEnsemble]]:
+    """The ensembles that all tasks of a suite have an answer for, by name: no maximum where answers
+    are depths or directions."""
+    numbers = any(getattr(task, "NUMBERS", False) for task in suite.tasks.values())
+    return {name: one for name, one in ENSEMBLES.items() if name != "max" or not numbers}
 
 
 def accuracy_weights(scores: Sequence[float]) -> list[float]:
