@@ -91,7 +91,8 @@ class Suite:
         return Suite, said
 
     @property
-    def _models(self) -> dict[str, Any]:
+    def models(self) -> dict[str, Any]:
+        """What the suite, or its variant, calls its "base", "experts" and "heads"."""
         said: dict[str, Any] = {
             key: getattr(self.spec, key) for key in ("base", "experts", "heads")
         }
@@ -108,11 +109,11 @@ class Suite:
 
     @cached_property
     def base(self) -> Path:
-        return self.model(self._models["base"])
+        return self.model(self.models["base"])
 
     @cached_property
     def experts(self) -> dict[str, Path]:
-        found = {name: self.model(ref) for name, ref in self._models["experts"].items()}
+        found = {name: self.model(ref) for name, ref in self.models["experts"].items()}
         if not self.spec.crop_vocabulary:
             return found
         from fusewright.bench.vocabulary import cropped
@@ -136,6 +137,7 @@ class Suite:
                 f"a model of the suite {self.name!r} is missing", where=path,
                 expected="a model's folder", found="nothing",
                 fix=f"fusewright suite build {self.name} --pool '{self.pool}'"
+                    f"{'' if self.variant is None else f' --variant {self.variant}'}"
                     f"{'' if self.seed == self.spec.seeds[0] else f' --seeds {self.seed}'}",
             )  # fmt: skip
         return path
@@ -151,7 +153,7 @@ class Suite:
 
         if self.spec.own_heads is not None:
             return heads_of_experts(self)
-        ref = self._models["heads"]
+        ref = self.models["heads"]
         return {} if ref is None else stored_heads(self, self.model(ref), ref)
 
     @cached_property

@@ -49,9 +49,7 @@ def make_task(suite: Suite, name: str) -> Task:
                          fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
     module, attribute = KINDS[spec.kind]
     cls = getattr(import_module(module), attribute)
-    given: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in spec.options.items()
-    }
+    given = taken(spec.options)
     asked = {field.name for field in fields(cls)}
     if "head" in asked and name in suite.heads:
         given["head"] = suite.heads[name]
@@ -79,6 +77,12 @@ def classes_of(suite: Suite, name: str) -> tuple[str, ...]:
     """The class names that the suite gives, else those of the test data, else numbers."""
     said = suite.spec.tasks[name].classes
     if isinstance(said, list):
+def taken(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a suite says, as tasks take it: lists are tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value
+            for key, value in options.items()}  # fmt: skip
+
+
         return tuple(said)
     named = getattr(suite.split(name, "test"), "classes", None)
     if named is not None:
@@ -176,7 +180,7 @@ def quiet(logging: Any) -> Iterator[None]:
 
 
 def build_pool(suite: Suite, progress: bool) -> None:
-    """Train the models of one seed into the pool's folder."""
+    """Train the models of one seed, those of the suite's variant, into the pool's folder."""
     if suite.spec.build is None:
         raise SuiteError(f"the suite {suite.name!r} uses public models: there is nothing to build",
                          fix=f"fusewright bench {suite.name} -o results/")  # fmt: skip
@@ -187,4 +191,5 @@ def build_pool(suite: Suite, progress: bool) -> None:
         return
     from fusewright.bench.pools import build
 
-    build(suite.spec, suite.root, data=suite.data, seed=suite.seed, progress=progress)
+    spec = suite.spec.model_copy(update={"experts": suite.models["experts"]})
+    build(spec, suite.root, data=suite.data, seed=suite.seed, progress=progress)

@@ -21,7 +21,8 @@ def register(app: typer.Typer) -> None:
     add(group, list_, "fusewright suite list", name="list")
     add(group, show, "fusewright suite show digits")
     add(group, build, "fusewright suite build digits --seeds 3",
-        "fusewright suite build vision-mini --data data/ --pool pools/vision-mini")  # fmt: skip
+        "fusewright suite build vision-mini --data data/ --pool pools/vision-mini",
+        "fusewright suite build vision-mini --data data/ --variant lora")  # fmt: skip
     add(group, check, "fusewright suite check digits")
     app.add_typer(group, name="suite")
 
@@ -46,6 +47,9 @@ Data = Annotated[
 ]
 Seeds = Annotated[
     int, typer.Option(min=1, metavar="K", help="How many of the pool's trainings, from the first.")
+]
+Variant = Annotated[
+    str | None, typer.Option(metavar="NAME", help="One of the suite's other kinds of models.")
 ]
 
 
@@ -110,18 +114,20 @@ def _facts(suite: Suite) -> Table:
 
 
 def build(
-    name: Name, pool: Pool = None, data: Data = None, seeds: Seeds = 1, json: Json = False
-) -> None:
+    name: Name, pool: Pool = None, data: Data = None, seeds: Seeds = 1, variant: Variant = None,
+    json: Json = False,
+) -> None:  # fmt: skip
     """Train a suite's models: a base, experts and heads.
 
-    What is trained already stays; a build that was killed goes on where it was.
+    What is trained already stays; a build that was killed goes on where it was. With --variant,
+    the experts are that variant's, in the same pool.
     """
     from fusewright.bench.suite import suite
 
-    first = suite(name, pool=pool, data=data)
+    first = suite(name, pool=pool, data=data, variant=variant)
     built = []
     for seed in first.spec.seeds[:seeds]:
-        one = first.at(seed)
+        one = first.at(seed, variant)
         one.build(progress=not json)
         one.check()
         built.append(str(one.root))
@@ -134,7 +140,7 @@ def build(
 def check(
     name: Name, pool: Pool = None, data: Data = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows of each split, at most.")] = None,
-    json: Json = False,
+    variant: Variant = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Measure a suite's regime: whether it can tell methods apart.
 
@@ -147,7 +153,7 @@ def check(
     from fusewright.bench.regime import check_suite
     from fusewright.bench.suite import suite
 
-    found = suite(name, pool=pool, data=data)
+    found = suite(name, pool=pool, data=data, variant=variant)
     found.check()
     regime = check_suite(found, limit=limit, progress=not json)
     if json:

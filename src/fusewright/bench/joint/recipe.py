@@ -97,9 +97,9 @@ def _vision(suite: Suite, tasks: Sequence[str]) -> JointRecipe:
 
 
 def _text(suite: Suite, tasks: Sequence[str]) -> JointRecipe:
-    from fusewright.bench.pools.text import open_model, read_recipe
+    from fusewright.bench.pools.text import read_recipe
 
-    return _classifiers(suite, tasks, read_recipe(suite.spec), open_model)
+    return _classifiers(suite, tasks, read_recipe(suite.spec), suite.open)
 
 
 def _classifiers(
