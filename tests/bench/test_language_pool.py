@@ -17,6 +17,8 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("optuna")
 
 from fusewright.bench.corpora import files_of, is_corpus, open_corpus  # noqa: E402
+from fusewright.bench.joint import train_joint  # noqa: E402
+from fusewright.bench.joint.recipe import joint_recipe  # noqa: E402
 from fusewright.bench.pools import build, language, language_data, language_training  # noqa: E402
 from fusewright.bench.regime import check_suite  # noqa: E402
 from fusewright.bench.report.summary import summarise  # noqa: E402
@@ -31,6 +33,7 @@ from fusewright.bench.suite_file import (  # noqa: E402
 from fusewright.bench.sweep import bench  # noqa: E402
 from fusewright.bench.sweep.cells import _digests  # noqa: E402
 from fusewright.errors import OutputError  # noqa: E402
+from fusewright.tasks.batching import Prepared  # noqa: E402
 from fusewright.tasks.errors import DataError  # noqa: E402
 
 SMALL = {
@@ -350,6 +353,51 @@ def test_a_sweep_ranks_by_perplexity_and_normalises_by_the_experts(pool, data, t
     assert base.worst[1] == min(base.shares.values())
     tuned = lines["ties, tuned"]
     assert tuned.quality >= lines["ties"].quality - 5
+
+
+def test_joint_training_takes_crops_of_the_experts_streams(pool, data):
+    opened = Suite("tiny", suite(), pool, data)
+    recipe = joint_recipe(opened, opened.spec.merged)
+    assert (recipe.steps, recipe.batch) == (2 * SMALL["expert_steps"], SMALL["batch"])
+    train = "".join(texts_of(opened.split("left", "train")))
+    stream = language_data.tokens_of(language.open_tokenizer(opened.base), train)
+    places = recipe.reads("left")
+    assert len(places) == len(stream) - SMALL["length"]
+    (batch,) = opened.tasks["left"].batches(places, len(places))
+    firsts, lasts = batch["input_ids"][:, 0], batch["input_ids"][:, -1]
+    assert torch.equal(firsts, stream[: len(places)])
+    assert torch.equal(lasts, stream[SMALL["length"] :])
+    assert bool(batch["attention_mask"].all())
+
+
+def test_joint_training_descends_as_the_experts_do(pool, data):
+    opened = Suite("tiny", suite(), pool, data)
+    recipe = joint_recipe(opened, ["left"])
+    stream = torch.arange(4).repeat(1, 3)[0][: SMALL["length"] + 1]  # one crop: nothing is drawn
+    alone = language.open_model(opened.base)
+    small = language_training.LanguageRecipe(**SMALL, bfloat16=False)
+    language_training.fine_tune(alone, stream, small, torch.Generator(), lambda said: None)
+    crop = language_data.all_crops(stream, SMALL["length"]).numpy()
+    joint = train_joint(
+        recipe.opens(opened.base), [opened.tasks["left"]],
+        {"left": Prepared(crop, "left", "train")}, steps=recipe.steps, batch_size=recipe.batch,
+        lr=recipe.rate, seed=0, betas=recipe.betas,
+    )  # fmt: skip
+    for one, other in zip(alone.parameters(), joint.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_a_language_pool_is_trained_jointly(pool, data, tmp_path):
+    pytest.importorskip("torchjd")
+    opened = Suite("tiny", suite(), pool, data)
+    found = bench(opened, ["average"], joint="sum,pcgrad", out=tmp_path, progress=False)
+    assert not found.facts["failed"] and not found.facts["left out"]
+    (base,) = found.of("base")
+    for row in ("joint training, sum", "joint training, pcgrad"):
+        (cell,) = found.of(row)
+        assert cell.note == "24 steps of 4 items, as all experts together"
+        for task in ("left", "right"):
+            assert cell.outcomes[task]["clean"].value > base.outcomes[task]["clean"].value
 
 
 def test_a_changed_text_is_measured_again(pool, data, tmp_path):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fusewright.bench.joint.train import Augment
     from fusewright.bench.pools.training import Recipe
     from fusewright.bench.suite import Suite
-    from fusewright.tasks.task import Batch
+    from fusewright.tasks.task import Batch, Split
 
 NO_FIX = "joint training needs a pool that is built here, so that its steps can be the same"
 
@@ -27,7 +27,8 @@ class JointRecipe:
     """Joint training as the experts were trained.
 
     ``steps`` are those of all experts together, ``batch`` and ``rate`` (the peak) those of each;
-    ``rows`` the most of each task's training rows; ``augment`` what is done to a batch, ``facts``
+    ``betas`` AdamW's; ``rows`` the most of each task's training rows, ``reads`` how they are read
+    where it is not as evaluation reads them; ``augment`` what is done to a batch, ``facts``
     what that depends on, ``uses`` the code that does it. ``opens`` gives the base as it is
     trained; ``threads`` is part of it, because sums depend on their number.
     """
@@ -38,14 +39,16 @@ class JointRecipe:
     threads: int
     opens: Callable[[Path], nn.Module]
     bfloat16: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
     rows: int | None = None
+    reads: Callable[[str], Split] | None = None
     augment: Augment | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     uses: tuple[Callable[..., Any], ...] = ()
 
     def said(self) -> dict[str, Any]:
         """Everything but the code, as JSON."""
-        names = ("steps", "batch", "rate", "threads", "bfloat16", "rows")
+        names = ("steps", "batch", "rate", "betas", "threads", "bfloat16", "rows")
         return {**{name: getattr(self, name) for name in names}, "facts": dict(self.facts)}
 
 
@@ -110,8 +113,35 @@ def _classifiers(
     return JointRecipe(
         sum(recipe.expert_epochs * (n // min(recipe.batch, n)) for n in seen),
         recipe.batch, recipe.expert_rate, recipe.threads, opens, recipe.bfloat16,
-        recipe.expert_rows,
+        rows=recipe.expert_rows,
     )  # fmt: skip
+
+
+def _language(suite: Suite, tasks: Sequence[str]) -> JointRecipe:
+    """Batches are crops of the experts' streams, of which each task has one."""
+    from fusewright.bench.pools.language import open_model, read_recipe
+    from fusewright.bench.pools.language_data import all_crops
+    from fusewright.bench.pools.language_training import BETAS
+
+    recipe = read_recipe(suite.spec)
+    for task in tasks:
+        suite.split(task, "train")  # refused before anything is trained
+    return JointRecipe(
+        recipe.expert_steps * len(tasks), recipe.batch, recipe.expert_rate, recipe.threads,
+        open_model, recipe.bfloat16, BETAS, reads=partial(_crops, suite, recipe.length),
+        facts={"length": recipe.length}, uses=(all_crops,),
+    )  # fmt: skip
+
+
+def _crops(suite: Suite, length: int, task: str) -> Split:
+    """Every place of a task's training text; kept as a view of its tokens."""
+    from fusewright.bench.pools.language import open_tokenizer
+    from fusewright.bench.pools.language_data import all_crops, text_of, tokens_of
+    from fusewright.tasks.batching import Prepared
+
+    stream = tokens_of(open_tokenizer(suite.base), text_of(suite.split(task, "train")))
+    examples: Any = all_crops(stream, length).numpy()
+    return Prepared(examples, task, "train")
 
 
 def _shifted(recipe: Any, batch: Batch, draw: torch.Generator) -> Batch:
@@ -130,6 +160,6 @@ def _parameters(suite: Suite) -> dict[str, Any]:
 
 
 _BUILDERS: dict[str, Callable[[Suite, Sequence[str]], JointRecipe]] = {
-    "digits": _digits, "vision": _vision, "text": _text,
+    "digits": _digits, "vision": _vision, "text": _text, "language": _language,
 }  # fmt: skip
 """By the builder of the pool."""

@@ -36,6 +36,7 @@ def train_joint(
     lr: float,
     seed: int,
     weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
     autocast: torch.dtype | None = None,
     augment: Augment | None = None,
     progress: Progress | None = None,
@@ -46,7 +47,8 @@ def train_joint(
     ``steps`` of ``batch_size`` items, which the tasks share equally: with the steps of all experts
     together and their batch size, as many steps are made and items seen as all experts' training
     took. ``lr``: the peak, AdamW under a one-cycle schedule with a tenth of warm-up, gradients
-    clipped at norm 1, as the experts are trained. ``autocast``: the dtype of the losses' forward
+    clipped at norm 1, as the experts are trained. ``betas``: AdamW's, torch's by default.
+    ``autocast``: the dtype of the losses' forward
     passes, None for the model's own; not to be wrapped around this function, because torch keeps
     cast weights until such a region ends. ``augment``: what the experts' training does to a batch
     (shifts of pictures …), if anything. Only parameters that require gradients are trained.
@@ -65,7 +67,7 @@ def train_joint(
     plan, share = combination(how, len(tasks)), batch_size // len(tasks)
     with _seeded(seed, parameters[0].device):
         streams = [_stream(task, splits[task.name], share, seed, augment) for task in tasks]
-        descent = _descent(parameters, plan, steps, lr, weight_decay)
+        descent = _descent(parameters, plan, steps, lr, weight_decay, betas)
 
         def losses(step: int) -> list[Tensor]:
             given = zip(tasks, streams, strict=True)
@@ -92,12 +94,13 @@ def _steps(
 
 
 def _descent(
-    parameters: list[nn.Parameter], plan: Combination, steps: int, lr: float, decay: float
-) -> OneCycle:
+    parameters: list[nn.Parameter], plan: Combination, steps: int, lr: float, decay: float,
+    betas: tuple[float, float],
+) -> OneCycle:  # fmt: skip
     groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": decay}]
     if learned := plan.parameters():
         groups.append({"params": learned, "weight_decay": 0.0, "lr": COMBINATION_RATE})
-    return OneCycle(groups, steps, lr, clipped=parameters)
+    return OneCycle(groups, steps, lr, clipped=parameters, betas=betas)
 
 
 def _stream(

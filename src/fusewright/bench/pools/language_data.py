@@ -16,6 +16,7 @@ from fusewright.tasks.errors import DataError
 
 if TYPE_CHECKING:
     from fusewright.bench.suite_file import SuiteSpec
+    from fusewright.tasks.task import Split
 
 END = "<|end|>"
 """Ends a document; the only special token."""
@@ -33,9 +34,13 @@ def load_texts(spec: SuiteSpec, data: Path | None) -> dict[str, str]:
     found = {}
     for name, task in spec.tasks.items():
         if "train" in task.splits:
-            split = open_split(name, task, "train", data)
-            found[name] = "".join(split.rows(range(len(split)))["text"])
+            found[name] = text_of(open_split(name, task, "train", data))
     return found
+
+
+def text_of(split: Split) -> str:
+    """All rows' texts, one after the other."""
+    return "".join(split.rows(range(len(split)))["text"])
 
 
 def shares_of(sizes: Mapping[str, int], exponent: float) -> dict[str, float]:
@@ -76,16 +81,21 @@ def tokens_of(tokenizer: Any, text: str) -> Tensor:
     return torch.from_numpy(np.concatenate([np.asarray(i, np.int64) for i in ids]))
 
 
-def crops(stream: Tensor, count: int, length: int, draw: torch.Generator) -> Tensor:
-    """``count`` places of a stream (n,), each with what follows: (count, length + 1).
+def all_crops(stream: Tensor, length: int) -> Tensor:
+    """Every place of a stream (n,) with what follows, as a view: (n - length, length + 1).
 
     Raises DataError if it is not that long.
     """
     if len(stream) <= length:
         raise DataError("a training text is too short", expected=f"over {length} tokens",
                         found=len(stream))  # fmt: skip
-    starts = torch.randint(0, len(stream) - length, (count, 1), generator=draw)
-    return stream[starts + torch.arange(length + 1)]
+    return stream.unfold(0, length + 1, 1)
+
+
+def crops(stream: Tensor, count: int, length: int, draw: torch.Generator) -> Tensor:
+    """``count`` of :func:`all_crops`, drawn: (count, length + 1)."""
+    found = all_crops(stream, length)
+    return found[torch.randint(0, len(found), (count,), generator=draw)]
 
 
 def mixed(

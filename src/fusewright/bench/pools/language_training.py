@@ -50,6 +50,8 @@ class LanguageRecipe:
     threads: int = 1  # sums depend on the number
 
 
+BETAS = (0.9, 0.95)
+"""AdamW's: as language models are trained since GPT-3 (Brown et al. 2020, arXiv:2005.14165)."""
 REPORTS = 10
 """How often a training tells its loss."""
 
@@ -90,7 +92,7 @@ def _descend(
 ) -> float:  # fmt: skip
     if not steps:
         return float("nan")
-    descent = OneCycle(groups, steps, rate, betas=(0.9, 0.95))
+    descent = OneCycle(groups, steps, rate, betas=BETAS)
     model.train()
     ends = [ceil(steps * part / REPORTS) for part in range(1, REPORTS + 1)]
     seen, mean = [], float("nan")

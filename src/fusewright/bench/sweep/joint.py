@@ -112,12 +112,13 @@ def _train_into(folder: Path, suite: Suite, how: str) -> None:
 
     names = suite.spec.merged
     recipe = joint_recipe(suite, names)
-    splits = {name: _rows(suite, name, recipe.rows) for name in names}
+    splits = {name: _rows(suite, name, recipe) for name in names}
     with threads(recipe.threads), measured() as cost:
         model = train_joint(
             recipe.opens(suite.base), [suite.tasks[name] for name in names], splits, how=how,
             steps=recipe.steps, batch_size=recipe.batch, lr=recipe.rate, seed=suite.seed,
             autocast=torch.bfloat16 if recipe.bfloat16 else None, augment=recipe.augment,
+            betas=recipe.betas,
         )  # fmt: skip
     partial = folder.with_name(f"{folder.name}.of-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -138,10 +139,12 @@ def _appear(partial: Path, folder: Path) -> None:
         shutil.rmtree(partial)
 
 
-def _rows(suite: Suite, task: str, limit: int | None) -> Split:
+def _rows(suite: Suite, task: str, recipe: JointRecipe) -> Split:
     """A task's training rows, decoded once where the task can."""
+    if recipe.reads is not None:
+        return recipe.reads(task)
     split, prepare = suite.split(task, "train"), getattr(suite.tasks[task], "prepared", None)
-    found: Split = prepare(split, limit) if prepare else split
+    found: Split = prepare(split, recipe.rows) if prepare else split
     return found
 
 
