@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fusewright.bench.opening import quiet
 from fusewright.bench.suite_file import Opens, SuiteError
-from fusewright.bench.suite_tasks import quiet
+from fusewright.engine.libraries import TRANSFORMERS
 from fusewright.extras import needs
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class Exchange:
         self._module, self._base, self._opens = module, base, opens
         start = read_state(base)
         own = module.state_dict()
-        self._names = {} if own.keys() == start.keys() else self._found(start)
+        renames = opens.library == TRANSFORMERS and own.keys() != start.keys()
+        self._names = self._found(start) if renames else {}
         if self._names and not _proved(own, start, self._names):
             raise SuiteError(
                 "the module's tensors are not those of its checkpoint, renamed", where=base,

@@ -217,9 +217,9 @@ class Suite:
                 yield {"task": name, **{k: v for k, v in batch.items() if k not in LABELS}}
 
     def open(self, path: str | Path) -> nn.Module:
-        """A model as a module in evaluation mode, read by transformers alone; an adapter is
-        added to its base."""
-        from fusewright.bench.suite_tasks import open_model
+        """A model as a module in evaluation mode, made by the library that ``opens`` names; an
+        adapter is added to its base."""
+        from fusewright.bench.opening import open_model
 
         if not (Path(path) / "adapter_config.json").is_file():
             return open_model(Path(path), self.spec.opens)

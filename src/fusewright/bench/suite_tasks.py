@@ -1,22 +1,18 @@
-"""From a suite's words to things: tasks by kind, splits, modules, and pools that are built."""
+"""From a suite's words to things: tasks by kind, splits, and pools that are built."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusewright.bench.suite_file import Opens, SuiteError, TaskSpec
+from fusewright.bench.suite_file import SuiteError, TaskSpec
 from fusewright.errors import nearest
 from fusewright.extras import needs
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from fusewright.bench.suite import Suite
     from fusewright.tasks.task import Split, Task
 
@@ -61,9 +57,11 @@ def make_task(suite: Suite, name: str) -> Task:
         from fusewright.bench.zero_shot import reading
 
         given.pop("templates", None)
-        given |= reading(suite.model(suite.spec.zero_shot.model))
+        given |= reading(suite.model(suite.spec.zero_shot.model), suite.spec.opens)
     if "preparation" in asked:
-        given["preparation"] = _preparation(suite, given.get("preparation"))
+        from fusewright.bench.preparing import preparation
+
+        given["preparation"] = preparation(suite, given.get("preparation"))
     try:
         task: Task = cls(name=name, **given)
     except TypeError as error:
@@ -96,24 +94,6 @@ def taken(options: Mapping[str, Any]) -> dict[str, Any]:
     return tuple(map(str, range(count)))
 
 
-def _preparation(suite: Suite, said: Any) -> Any:
-    """How pictures are prepared: as the suite says, else as the base's folder does."""
-    from fusewright.tasks.images import ImagePreparation
-
-    if said is not None:
-        given: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in said.items()
-        }
-        return ImagePreparation(**given)
-    path = suite.base / "preprocessor_config.json"
-    if not path.is_file():
-        raise SuiteError(
-            "nothing says how pictures are prepared", where=path,
-            fix="tasks: {NAME: {options: {preparation: {size: 32, ...}}}}",
-        )  # fmt: skip
-    return ImagePreparation.read(json.loads(path.read_text("utf-8")))
-
-
 def open_split(name: str, spec: TaskSpec, part: str, data: Path | None) -> Split:
     """One part of a task's data. Raises SuiteError if the suite does not have it, DataError if it
     cannot be read."""
@@ -142,41 +122,6 @@ def open_split(name: str, spec: TaskSpec, part: str, data: Path | None) -> Split
 
 def _pinned(spec: TaskSpec) -> str:
     return f"{spec.hub}@{spec.revision}" if spec.revision else str(spec.hub)
-
-
-def open_model(path: Path, opens: Opens) -> nn.Module:
-    """The module of a folder, as the suite says."""
-    transformers: Any = needs("transformers", "demo")
-    cls = getattr(transformers, opens.model, None)
-    if cls is None:
-        raise SuiteError(f"transformers has no class {opens.model!r}", where="opens.model",
-                         fix="pip install --upgrade transformers, or name another")  # fmt: skip
-    with quiet(transformers.utils.logging):
-        module, loading = cls.from_pretrained(path, output_loading_info=True, **opens.arguments)
-    missing = sorted(loading["missing_keys"])
-    if missing:  # transformers would fill them with random numbers
-        raise SuiteError("the model lacks tensors of its class", where=path,
-                         expected=f"all of transformers.{opens.model}",
-                         found=f"without {', '.join(missing[:4])}",
-                         fix="another class in the suite's opens: {model: ...}")  # fmt: skip
-    found: nn.Module = module.eval()
-    return found
-
-
-@contextmanager
-def quiet(logging: Any) -> Iterator[None]:
-    """transformers without its bars and reports of what a checkpoint holds besides."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
-
-
 
 
 def build_pool(suite: Suite, progress: bool) -> None:

@@ -6,6 +6,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusewright.bench.opening import open_model
+from fusewright.bench.suite_file import Opens
+from fusewright.engine.libraries import OPEN_CLIP, tokenizer_of
 from fusewright.extras import needs
 
 if TYPE_CHECKING:
@@ -20,8 +23,8 @@ def text_heads(suite: Suite, path: Path) -> dict[str, Tensor]:
     from fusewright.bench.suite_tasks import classes_of
     from fusewright.tasks.heads import clip_head
 
-    model = _clip(path)
-    tokenizer = needs("transformers", "demo").AutoTokenizer.from_pretrained(path)
+    opens = suite.spec.opens
+    model, tokenizer = _clip(path, opens), _tokenizer(path, opens)
     assert suite.spec.zero_shot is not None
     heads = {}
     for name, spec in suite.spec.tasks.items():
@@ -31,15 +34,30 @@ def text_heads(suite: Suite, path: Path) -> dict[str, Tensor]:
     return heads
 
 
-def reading(path: Path) -> dict[str, Any]:
-    """How features meet these heads: projected, normalised, and scaled by CLIP's own scale."""
-    model = _clip(path)
+def reading(path: Path, opens: Opens) -> dict[str, Any]:
+    """How features meet these heads: projected (OpenCLIP's are), normalised, and scaled by CLIP's
+    own scale."""
+    model = _clip(path, opens)
+    projection = getattr(model, "visual_projection", None)
     return {
-        "projection": model.visual_projection.weight.detach(), "normalise": True,
-        "scale": model.logit_scale.detach().exp().item(),
+        "projection": None if projection is None else projection.weight.detach(),
+        "normalise": True, "scale": model.logit_scale.detach().exp().item(),
     }  # fmt: skip
 
 
+def _clip(path: Path, opens: Opens) -> Any:
+    """The whole CLIP model, by OpenCLIP if that opens the suite's models."""
+    return _opened(path, opens.model_dump_json() if opens.library == OPEN_CLIP else None)
+
+
 @lru_cache(maxsize=1)
-def _clip(path: Path) -> Any:
-    return needs("transformers", "demo").CLIPModel.from_pretrained(path).eval()
+def _opened(path: Path, opens: str | None) -> Any:
+    if opens is None:
+        return needs("transformers", "demo").CLIPModel.from_pretrained(path).eval()
+    return open_model(path, Opens.model_validate_json(opens))
+
+
+def _tokenizer(path: Path, opens: Opens) -> Any:
+    if opens.library == OPEN_CLIP:
+        return tokenizer_of(path, opens.named)
+    return needs("transformers", "demo").AutoTokenizer.from_pretrained(path)

@@ -106,7 +106,7 @@ def _facts(suite: Suite) -> Table:
         f"{suite.pool}; trained: {', '.join(map(str, built)) or 'none'}"
         f" of seeds {', '.join(map(str, spec.seeds))}"
     )  # fmt: skip
-    rows = (("models", models), ("opened as", f"transformers.{spec.opens.model}"),
+    rows = (("models", models), ("opened as", f"{spec.opens.library}.{spec.opens.model}"),
             ("data", str(suite.data or "the Hugging Face Hub")),
             ("variants", ", ".join(spec.variants) or "none"),
             ("licence", spec.licence), ("digest", spec.digest()))  # fmt: skip

@@ -20,7 +20,7 @@ COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
     "sentencepiece.bpe.model", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "model_index.json",
+    "video_preprocessor_config.json", "model_index.json", "open_clip_config.json",
 )  # fmt: skip
 
 

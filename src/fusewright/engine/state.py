@@ -75,7 +75,13 @@ def _whole(weights: Weights, name: str) -> Tensor:
 
 
 def load_module(path: Path) -> nn.Module:
-    """The folder's model, of the class its config names, by transformers."""
+    """The folder's model, of the class its config names, by transformers; by timm or OpenCLIP if
+    the config is theirs."""
+    from fusewright.engine.libraries import TRANSFORMERS, library_of, open_module
+
+    library = library_of(path)
+    if library != TRANSFORMERS:
+        return open_module(path, library)
     try:
         import transformers
     except ImportError as error:

@@ -84,7 +84,8 @@ ROLES = (
         Role.PROJECTION,
         r"(visual|vision|text|image|audio|multi_?modal|mm)_(projection|projector|proj)"
         r"|(^|[._])(merger|connector|aligner)\.|(^|\.)visual\.proj$"
-        r"|(text|vision)_model\.head\.weight$|patch_embed|hidden_mapping|embeddings_project",
+        r"|(^|\.)visual\.head\.|(text|vision)_model\.head\.weight$|patch_embed|hidden_mapping"
+        r"|embeddings_project",
         "outside",
     ),
     _rule(
@@ -102,7 +103,7 @@ ROLES = (
     ),
     _rule(
         Role.ATTENTION,
-        r"(^|[._])\w*(attn|attention)\d*([._]|$)|(^|\.)att\."
+        r"(^|[._])\w*(attn|attention)(pool|\d*)([._]|$)|(^|\.)att\."
         r"|(^|[._])(q|k|v|o|qkv|kv)_(proj|lin|linear)([._]|$)",
     ),
     _rule(
@@ -116,7 +117,8 @@ ROLES = (
 
 #: Outside blocks, used after the last one. Norms are, unless BEFORE says otherwise.
 AFTER = re.compile(
-    r"(^|[._])(pooler|visual_projection|text_projection|visual\.proj|final|post|conv_out|norm_out)"
+    r"(^|[._])(pooler|visual_projection|text_projection|visual\.(proj|head)|final|post|conv_out"
+    r"|norm_out|attn_?pool\.|logit_(scale|bias))"
     r"|(text|vision)_model\.head\.|(^|\.)(cls|predictions|lm_head|classifier)\."
 )
 BEFORE = re.compile(

@@ -25,8 +25,9 @@ def image_features(model: nn.Module, pixels: Tensor) -> Tensor:
     The rule, in this order: the projected embedding of a CLIP tower (``image_embeds``); the pooled
     output, flattened (ResNet and ConvNeXt: mean over space; DINOv2 and CLIP's tower: the
     normalised class token; ViT built with its pooling layer: that layer); the class token, first of
-    the last hidden state (ViT without it). A model with a head of its own is asked below it. Plain
-    modules return features themselves, (n, width), or maps (n, width, h, w), averaged over space.
+    the last hidden state (ViT without it). A model with a head of its own is asked below it:
+    OpenCLIP's ``encode_image``, timm's ``forward_head(..., pre_logits=True)``. Plain modules return
+    features themselves, (n, width), or maps (n, width, h, w), averaged over space.
 
     Raises FusewrightError if the model returns none of these.
     """
@@ -48,6 +49,10 @@ def image_features(model: nn.Module, pixels: Tensor) -> Tensor:
 def _seen(model: Any, pixels: Tensor) -> Any:
     if hasattr(model, "get_image_features"):  # a whole CLIP: its projected embedding
         return model.get_image_features(pixel_values=pixels)
+    if hasattr(model, "encode_image"):
+        return model.encode_image(pixels)
+    if hasattr(model, "forward_head"):  # timm: pooled as its own head would see it
+        return model.forward_head(model.forward_features(pixels), pre_logits=True)
     # Images are the first argument of every vision model, in ``transformers`` and outside it.
     return backbone(model)(pixels)
 
@@ -100,7 +105,8 @@ def clip_head(
 
     Each template ("a photo of a {}.") is filled with each class name and embedded; embeddings are
     normalised, averaged over templates, normalised again. ``model`` is a ``CLIPModel`` or
-    ``CLIPTextModelWithProjection``. Use it with ``normalise=True`` and the model's logit scale.
+    ``CLIPTextModelWithProjection`` with its tokenizer, or OpenCLIP's with its own. Use it
+    with ``normalise=True`` and the model's logit scale.
 
     Raises FusewrightError if there is no class or template, or a template has no place for one.
     """
@@ -119,14 +125,16 @@ def clip_head(
     with torch.inference_mode():
         for name in classes:
             texts = [template.replace("{}", name) for template in templates]
-            tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
-            embedded = F.normalize(_text_features(model, tokens).float(), dim=-1)
+            embedded = F.normalize(_text_features(model, tokenizer, texts, device).float(), dim=-1)
             rows.append(F.normalize(embedded.mean(dim=0), dim=-1))
     model.train(training)
     return torch.stack(rows).cpu().clone()
 
 
-def _text_features(model: Any, tokens: Any) -> Tensor:
+def _text_features(model: Any, tokenizer: Any, texts: list[str], device: Any) -> Tensor:
+    if hasattr(model, "encode_text"):
+        return model.encode_text(tokenizer(texts).to(device))
+    tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
     if not hasattr(model, "get_text_features"):
         return model(**tokens).text_embeds
     found = model.get_text_features(**tokens)

@@ -27,7 +27,8 @@ class ImagePreparation:
     """What is done to a picture: mode, size, [0, 1], mean and deviation.
 
     ``size`` in pixels; ``fit="stretch"`` resizes to the square (ViT), ``"crop"`` resizes the
-    shorter edge and cuts the centre (CLIP). A picture of the right size is not touched.
+    shorter edge and cuts the centre (CLIP). A picture of the right size is not touched,
+    unless ``resize`` enlarges it first.
     ``mean`` and ``std`` are of values in [0, 1], one for each channel. ``channels`` 3 makes RGB of
     grey pictures, 1 grey of RGB.
     """
@@ -72,7 +73,7 @@ class ImagePreparation:
     def pixels(self, picture: Any) -> Pixels:
         """A PIL image -> (channels, size, size) uint8."""
         picture = picture.convert("RGB" if self.channels == 3 else "L")
-        if picture.size != (self.size, self.size):
+        if picture.size != (self.size, self.size) or self.resize not in (None, self.size):
             picture = self._cropped(picture) if self.fit == "crop" else self._resized(
                 picture, (self.size, self.size)
             )  # fmt: skip

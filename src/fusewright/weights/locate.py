@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from ..errors import WeightsError
@@ -11,6 +12,8 @@ from .inside import inside
 from .json_text import read_object
 
 MODEL_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+OPEN_CLIP_STEMS = ("open_clip_model", "open_clip_pytorch_model")
+"""OpenCLIP's, whose folders often hold the same model for transformers too: read if alone."""
 ADAPTER_STEMS = ("adapter_model",)
 _SUFFIXES = (".safetensors", ".bin")  # the earlier is preferred
 _WEIGHT_LIKE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack)$")
@@ -34,8 +37,9 @@ def locate(root: Path, stems: tuple[str, ...] = MODEL_STEMS) -> Located:
     answer (a single file and an index; two stems; several variants), or only part of one.
     """
     present = {entry.name for entry in root.iterdir() if not entry.is_dir()}
-    for suffix in _SUFFIXES:
-        found = _candidates(present, stems, suffix)
+    groups = (stems, OPEN_CLIP_STEMS) if stems == MODEL_STEMS else (stems,)
+    for group, suffix in product(groups, _SUFFIXES):
+        found = _candidates(present, group, suffix)
         if len(found) > 1:
             raise WeightsError(
                 "more than one set of weights in the directory",

@@ -63,7 +63,7 @@ def is_adapter(path: Path) -> bool:
     adapter = list(path.glob("adapter_model.*"))
     models = [
         p.name
-        for stem in ("model", "pytorch_model")
+        for stem in ("model", "pytorch_model", "open_clip_")
         for p in path.glob(f"{stem}*")
         if p.suffix in (".safetensors", ".bin") or p.name.endswith(".index.json")
     ]

@@ -1,0 +1,60 @@
+"""From a model's folder to its module, by the library that the suite's ``opens`` names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusewright.bench.suite_file import Opens, SuiteError
+from fusewright.engine.libraries import TRANSFORMERS
+from fusewright.extras import needs
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def open_model(path: Path, opens: Opens) -> nn.Module:
+    """The module of a checkpoint, as the suite says, in evaluation mode.
+
+    Raises SuiteError or WeightsError if the library has no such model, or the checkpoint lacks
+    tensors of it.
+    """
+    if opens.library == TRANSFORMERS:
+        return _of_transformers(path, opens)
+    from fusewright.engine.libraries import open_module
+
+    return open_module(path, opens.library, opens.named, opens.arguments)
+
+
+def _of_transformers(path: Path, opens: Opens) -> nn.Module:
+    transformers: Any = needs("transformers", "demo")
+    cls = getattr(transformers, opens.model, None)
+    if cls is None:
+        raise SuiteError(f"transformers has no class {opens.model!r}", where="opens.model",
+                         fix="pip install --upgrade transformers, or name another")  # fmt: skip
+    with quiet(transformers.utils.logging):
+        module, loading = cls.from_pretrained(path, output_loading_info=True, **opens.arguments)
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers would fill them with random numbers
+        raise SuiteError("the model lacks tensors of its class", where=path,
+                         expected=f"all of transformers.{opens.model}",
+                         found=f"without {', '.join(missing[:4])}",
+                         fix="another class in the suite's opens: {model: ...}")  # fmt: skip
+    found: nn.Module = module.eval()
+    return found
+
+
+@contextmanager
+def quiet(logging: Any) -> Iterator[None]:
+    """transformers without its bars and reports of what a checkpoint holds besides."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
