@@ -46,7 +46,7 @@ def test_log_likelihoods_are_shares_of_the_experts_perplexity():
     found = check(BASE, EXPERTS, log_likelihood, unseen=["c"])
     task = found.tasks["a"]
     assert (task.base, task.average, task.expert) == pytest.approx((0.25, 0.5, 1))
-    assert task.perplexity == pytest.approx((8, 4, 2))
+    assert task.shown == pytest.approx((8, 4, 2)) and task.shown_in == "perplexity"
     assert found.unseen["c"] == pytest.approx((1, 2))
     assert "8.00, 4.00, 2.00" in found.table()
 

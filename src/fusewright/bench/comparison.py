@@ -27,6 +27,7 @@ from fusewright.bench.statistics import (
 )
 from fusewright.errors import FusewrightError
 from fusewright.tasks.outcomes import Outcomes
+from fusewright.tasks.units import unit_of
 
 LOG_LIKELIHOOD = "log_likelihood"
 OWN = "own expert"
@@ -118,11 +119,8 @@ def metric_of(cell: Cell, task: str) -> str:
 
 def share(metric: str, ours: Array, reference: Array) -> Array:
     """Score as a share of the reference's, 1 = as good: a ratio of accuracies, or of perplexities
-    (the reference's over ours). A reference of zero has no ratio and gives NaN."""
-    if metric == LOG_LIKELIHOOD:
-        return np.exp(ours - reference)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(reference > 0, ours / reference, np.nan)
+    or errors (the reference's over ours). What has no ratio, as to an accuracy of 0, is NaN."""
+    return unit_of(metric).share(ours, reference)
 
 
 class Experts:
@@ -149,9 +147,10 @@ class Experts:
 
 @dataclass(frozen=True)
 class Difference:
-    """Ours minus theirs. ``measure`` says in what: "normalised" (points of each task's expert),
-    "mean" (points of the mean score) or "log-likelihood" (nats); ``value`` and ``tasks`` are in
-    points, a log-likelihood's in nats.
+    """Ours minus theirs, above 0 where ours is better. ``measure`` says in what: "normalised"
+    (points of each task's expert), "mean" (points of the mean score; of tasks that all have errors,
+    how much smaller ours is) or "log-likelihood" (nats); ``value`` and ``tasks`` are in points, a
+    log-likelihood's in nats, an error's in its unit.
 
     ``p`` is two-sided and agrees with ``value``'s interval; ``adjusted`` is Holm's over all that
     were compared with it; ``items`` is McNemar's exact test, task by task and over all of them.
@@ -200,12 +199,14 @@ def difference(
     by_task = [normal_interval(row, level)[0] for row in np.mean(gains, axis=0)]
     signs = {task: _item_gains(pairs, task) for task in tasks}
     first, second = pairs[0]
-    nats = {task: metric_of(first, task) == LOG_LIKELIHOOD for task in tasks}
-    measure = "normalised" if references else "log-likelihood" if all(nats.values()) else "mean"
-    units = {task: 1.0 if nats[task] else POINTS for task in tasks}
+    metrics = {metric_of(first, task) for task in tasks}
+    logs = metrics == {LOG_LIKELIHOOD}
+    measure = "normalised" if references else "log-likelihood" if logs else "mean"
+    units = {task: unit_of(metric_of(first, task)).scale for task in tasks}
+    scale = units[tasks[0]] if measure != "normalised" and len(metrics) == 1 else POINTS
     return Difference(
         first.row, second.row, measure,
-        value.scaled(1.0 if measure == "log-likelihood" else POINTS), p,
+        value.scaled(scale), p,
         {t: one.scaled(units[t]) for t, one in zip(tasks, by_task, strict=True)},
         {t: mcnemar(gain) for t, gain in signs.items()},
         mcnemar(np.concatenate(list(signs.values()))), len(pairs),
@@ -218,7 +219,7 @@ def _gains(
     """Differences of scores (tasks, 1 + R), with the disagreements that a few items more add."""
     found = np.stack([samples(ours, task) - samples(theirs[task], task) for task in tasks])
     outcomes = [ours.outcomes[task][CLEAN] for task in tasks]
-    bounded = np.array([one.metric != LOG_LIKELIHOOD for one in outcomes])
+    bounded = np.array([unit_of(one.metric).bounded for one in outcomes])
     items = [effective(one.weight) for one in outcomes]
     more = with_disagreements(found, items, samples.seed)
     return np.where(bounded[:, None], more, found)
@@ -234,8 +235,8 @@ def shares(
         expert = samples(own[task], task)
         if own[task] is cell:
             rows.append(np.ones_like(gain))
-        elif metric_of(cell, task) == LOG_LIKELIHOOD:
-            rows.append(share(LOG_LIKELIHOOD, samples(cell, task), expert))
+        elif not unit_of(metric := metric_of(cell, task)).bounded:
+            rows.append(share(metric, samples(cell, task), expert))
         else:
             rows.append(1 + share("accuracy", gain, expert))
     return np.stack(rows)
@@ -248,7 +249,7 @@ def _difference_of_shares(
     rows = []
     for gain, task in zip(gains, tasks, strict=True):
         metric, expert = metric_of(ours, task), samples(own[task], task)
-        if metric == LOG_LIKELIHOOD:
+        if not unit_of(metric).bounded:
             a, b = (share(metric, samples(cell, task), expert) for cell in (ours, theirs))
             rows.append(a - b)
         else:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fusewright.bench.comparison import LOG_LIKELIHOOD, share
+from fusewright.tasks.units import unit_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,8 +40,9 @@ Evaluate = Callable[["State", str], "Outcomes"]
 class TaskRegime:
     """One merged task. Scores are means of outcomes; ``norm`` is |expert - base| / |base|.
 
-    Of language modelling, scores are shares of the expert's: its perplexity over the model's, so
-    that 1 is as good as the expert. ``perplexity`` then holds those of base, average and expert.
+    Of perplexities and errors, scores are shares of the expert's: its own over the model's, so
+    that 1 is as good as the expert. ``shown`` then holds those of base, average and expert, in
+    the unit ``shown_in``.
 
     ``barrier`` is the largest excess of the loss between base and expert over the straight line
     between their losses (Frankle et al. 2020, arXiv:1912.05671), in nats. ``loss`` and
@@ -58,7 +59,8 @@ class TaskRegime:
     loss: tuple[float, ...] | None = None
     entropy: tuple[float, ...] | None = None
     rank: float | None = None
-    perplexity: tuple[float, ...] | None = None
+    shown: tuple[float, ...] | None = None
+    shown_in: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ def check(
             scores[0], scores[1], scores[2], _length(vector) / size,
             _barrier(ends, [evaluate(state, name) for state in between]),
             *_ranked([evaluate(state, name) for state in along]),
-            tuple(found.shown for found in said) if ends[0].metric == LOG_LIKELIHOOD else None,
+            *((None, "") if (unit := unit_of(ends[0].metric)).bounded
+              else (tuple(found.shown for found in said), unit.name)),
         )  # fmt: skip
         step(name)
     others = {}
@@ -185,11 +188,13 @@ def check_suite(
 
 
 def _scores(outcomes: Sequence[Outcomes], reference: Outcomes) -> list[float]:
-    """Values; of log-likelihoods, which have no fixed scale, the ratio of perplexities."""
+    """Values; of what has no fixed scale, shares of the reference: ratios of perplexities or of
+    errors."""
     values = [found.value for found in outcomes]
-    if reference.metric != LOG_LIKELIHOOD:
+    unit = unit_of(reference.metric)
+    if unit.bounded:
         return values
-    found = share(LOG_LIKELIHOOD, np.asarray(values), np.asarray(reference.value))
+    found = unit.share(np.asarray(values), np.asarray(reference.value))
     return [float(value) for value in found]
 
 
@@ -275,8 +280,9 @@ def _table(regime: Regime) -> Iterator[str]:
         yield f"{name} *".ljust(wide) + _number(base) + _number(average)
     if regime.unseen:
         yield "* unseen: no expert was merged"
-    if any(task.perplexity is not None for task in regime.tasks.values()):
-        yield ("language modelling: shares of the expert's, its perplexity over the model's "
+    units = dict.fromkeys(task.shown_in for task in regime.tasks.values() if task.shown_in)
+    if units:
+        yield (f"{', '.join(units)}: shares of the expert's, its own over the model's "
                "(unseen: the base's)")  # fmt: skip
     yield (f"gap of experts {regime.gap:+.3f}, gain of averaging {regime.gain:+.3f}, "
            f"experts above the average {regime.room:+.3f}")  # fmt: skip
@@ -285,9 +291,9 @@ def _table(regime: Regime) -> Iterator[str]:
         yield (f"cosines of task vectors: mean {fmean(found):+.4f}, "
                f"from {min(found):+.4f} to {max(found):+.4f}")  # fmt: skip
     for name, task in regime.tasks.items():
-        if task.perplexity is not None:
-            shown = (f"{value:.2f}" for value in task.perplexity)
-            yield f"{name}: perplexity of base, average, expert {', '.join(shown)}"
+        if task.shown is not None:
+            shown = (f"{value:.2f}" for value in task.shown)
+            yield f"{name}: {task.shown_in} of base, average, expert {', '.join(shown)}"
     norms = [task.norm for task in regime.tasks.values()]
     yield f"|task vector| / |base|: mean {fmean(norms):.4f}, {min(norms):.4f} to {max(norms):.4f}"
     for doubt in regime.doubts():

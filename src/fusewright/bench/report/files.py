@@ -12,12 +12,13 @@ from fusewright.bench.published import Published
 from fusewright.bench.report.summary import Line, Section, Summary
 from fusewright.bench.results import REQUIREMENTS
 from fusewright.bench.statistics import Interval
+from fusewright.tasks.units import unit_of
 
 SCHEMA = 1
 
 
 def to_json(summary: Summary, against: Published | None = None) -> dict[str, Any]:
-    """Every number with its interval; percent, perplexity for language modelling."""
+    """Every number with its interval, in the units of ``metrics``."""
     results = summary.results
     return {
         "schema": SCHEMA, "suite": results.suite, "title": results.title,
@@ -165,7 +166,12 @@ def _p(p: float) -> str:
 
 
 def _preface(summary: Summary) -> str:
-    kinds = "perplexity" if "log_likelihood" in summary.metrics.values() else "percent"
+    units = {task: unit_of(metric).name for task, metric in summary.metrics.items()}
+    kinds = "; ".join(
+        name if len(set(units.values())) == 1 else
+        f"{name} ({', '.join(t for t in units if units[t] == name)})"
+        for name in dict.fromkeys(units.values())
+    )
     return (
         f"Suite {summary.results.suite}; scores in {kinds}; normalised: percent of each task's own "
         f"expert; {100 * summary.level:g} % intervals over items; ranks inside a class, = where "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusewright.bench.comparison import LOG_LIKELIHOOD, OWN
+from fusewright.bench.comparison import OWN
 from fusewright.bench.published import Published
 from fusewright.bench.report.marks import (
     COLOURS,
@@ -23,6 +23,7 @@ from fusewright.bench.report.summary import Line, Section, Summary
 from fusewright.bench.results import REQUIREMENTS
 from fusewright.bench.statistics import Interval
 from fusewright.extras import needs
+from fusewright.tasks.units import PERCENT, unit_of
 
 _TEMPLATE = Path(__file__).with_name("results.html.j2")
 _MARK = 150.0  # pixels of an interval in a table's cell
@@ -96,8 +97,17 @@ class Shown:
 
     def heat(self) -> tuple[float, float]:
         """From the least to the largest share of an expert (or score) in the heat map."""
-        values = [v for line in self.merging() for v in self.heats(line).values()]
+        values = [v for line in self.merging() for task, v in self.heats(line).items()
+                  if self._shaded(line, task)]  # fmt: skip
         return (min(values), max(values)) if values else (0.0, 1.0)
+
+    def heat_style(self, line: Line, task: str) -> str:
+        """The colour of a cell of the heat map; none for what has no place on its one scale."""
+        value = self.heats(line)[task]
+        return shade(value, *self.heat()) if self._shaded(line, task) else ""
+
+    def _shaded(self, line: Line, task: str) -> bool:
+        return bool(line.shares) or unit_of(self.summary.metrics[task]) == PERCENT
 
     def heats(self, line: Line) -> Mapping[str, float]:
         return line.shares or {t: line.tasks[t].value for t in self.merged if t in line.tasks}
@@ -166,7 +176,8 @@ def _label(shown: Shown) -> str:
 
 def percent(summary: Summary, task: str) -> str:
     """The unit of a task's scores."""
-    return "perplexity" if summary.metrics[task] == LOG_LIKELIHOOD else "%"
+    unit = unit_of(summary.metrics[task])
+    return "%" if unit == PERCENT else unit.name
 
 
 def number(value: float | None, sign: str = "") -> str:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from fusewright.bench.comparison import (
-    LOG_LIKELIHOOD,
     OWN,
     Difference,
     Experts,
@@ -34,6 +33,7 @@ from fusewright.bench.statistics import (
     percentiles,
     with_successes,
 )
+from fusewright.tasks.units import Unit, unit_of
 
 PERCENT = 100.0
 BASELINES = ("average", "base")
@@ -52,14 +52,14 @@ class PoolValue:
 
 @dataclass(frozen=True)
 class Line:
-    """One row, means over its pools. Scores are percent, or perplexity for language modelling.
+    """One row, means over its pools. Scores are as people read them: percent, perplexity, errors.
 
     ``normalised`` is percent of each task's own expert, the mean over merged tasks; ``worst`` the
     merged task with the least of it; ``unseen`` the mean score over tasks left out of the merge;
     ``corruptions`` mean scores over merged tasks; ``calibration`` the expected calibration error
     in points; ``versus`` the paired difference from the baseline. ``rank`` is 1 + the number of
     rows of its class that are told to be better; ``level_with`` are those it is not told apart
-    from.
+    from. ``bounded``: the mean is percent; otherwise smaller is better.
     """
 
     row: str
@@ -80,12 +80,14 @@ class Line:
     rank: int | None = None
     level_with: tuple[str, ...] = ()
     versus: Difference | None = None
+    bounded: bool = True
 
     @property
     def quality(self) -> float:
         """What rows are ordered by: larger is better."""
-        found = self.normalised or self.mean
-        return found.value if found else float("-inf")
+        if self.normalised or not self.mean:
+            return self.normalised.value if self.normalised else float("-inf")
+        return self.mean.value if self.bounded else -self.mean.value
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ def _line(tools: _Tools, cells: Sequence[Cell]) -> Line:
         corruptions=_corruptions(tools, cells, merged), calibration=_calibration(cells, merged),
         pools=tuple(_pool_value(tools, cell, merged) for cell in cells),
         costs=_costs(cells), method=first.method, note=first.note,
+        bounded=(unit := _unit(first, merged)) is None or unit.bounded,
     )  # fmt: skip
 
 
@@ -204,16 +207,22 @@ def _mean(
     tools: _Tools, cells: Sequence[Cell], tasks: Sequence[str], condition: str = CLEAN
 ) -> Interval | None:
     """The mean score over tasks and cells as people read it; None where units differ."""
-    units = {metric_of(cells[0], task) == LOG_LIKELIHOOD for task in tasks}
-    if len(units) != 1:
+    unit = _unit(cells[0], tasks)
+    if unit is None:
         return None
     found = np.stack([np.mean([tools.samples(c, t, condition) for c in cells], 0) for t in tasks])
-    if units == {True}:
+    if not unit.bounded:  # what is shown is smaller for better scores
         inner = tools.interval(found.mean(axis=0))
-        return Interval(*(float(np.exp(-x)) for x in (inner.value, inner.high, inner.low)))
+        return Interval(*(unit.shown(x) for x in (inner.value, inner.high, inner.low)))
     items = [effective(cells[0].outcomes[task][condition].weight) for task in tasks]
     more = with_successes(found, items, tools.samples.seed)
     return tools.interval(more.mean(axis=0)).scaled(PERCENT)
+
+
+def _unit(cell: Cell, tasks: Sequence[str]) -> Unit | None:
+    """What all these tasks are measured in, if that is one unit."""
+    units = {unit_of(metric_of(cell, task)) for task in tasks}
+    return units.pop() if len(units) == 1 else None
 
 
 def _shares(tools: _Tools, cells: Sequence[Cell], tasks: Sequence[str]) -> Array | None:
@@ -234,7 +243,7 @@ def _worst(
     """The merged task that lost most; by share of its expert, or by score."""
     if not known and len({metric_of(cells[0], task) for task in tasks}) == 1:
         known = {t: PERCENT * float(np.mean([tools.samples(c, t)[0] for c in cells]))
-                 for t in tasks if metric_of(cells[0], t) != LOG_LIKELIHOOD}  # fmt: skip
+                 for t in tasks if unit_of(metric_of(cells[0], t)).bounded}  # fmt: skip
     finite = [(value, task) for task, value in known.items() if np.isfinite(value)]
     if not finite:
         return None
@@ -270,11 +279,10 @@ def _calibration(cells: Sequence[Cell], merged: Sequence[str]) -> float | None:
 
 def _pool_value(tools: _Tools, cell: Cell, tasks: Sequence[str]) -> PoolValue:
     parts = _shares(tools, [cell], tasks)
-    logs = {metric_of(cell, task) == LOG_LIKELIHOOD for task in tasks}
+    unit = _unit(cell, tasks)
     value = float(np.mean([tools.samples(cell, task)[0] for task in tasks])) if tasks else 0.0
-    shown = float(np.exp(-value)) if logs == {True} else PERCENT * value
     return PoolValue(
-        cell.seed, cell.experts, shown if len(logs) == 1 else None,
+        cell.seed, cell.experts, None if unit is None else unit.shown(value),
         None if parts is None else PERCENT * float(parts[:, 0].mean()),
     )  # fmt: skip
 
@@ -309,8 +317,7 @@ def _difference(
     if not pairs or not tasks:
         return None
     references = references_of(pairs, tasks, tools.results, tools.experts)
-    mixed = len({metric_of(pairs[0][0], task) == LOG_LIKELIHOOD for task in tasks}) > 1
-    if references is None and mixed:
+    if references is None and _unit(pairs[0][0], tasks) is None:
         return None
     return difference(pairs, tasks, tools.samples, references, tools.level)
 

@@ -7,10 +7,12 @@ from statistics import fmean
 
 from fusewright.bench.results import CLEAN, REQUIREMENTS, Cell, Results
 from fusewright.engine.tables import Table
+from fusewright.tasks.units import Unit, unit_of
 
 
 def tables(results: Results) -> list[Table]:
-    """One table for each class of requirements, rows from the best mean to the worst."""
+    """One table for each class of requirements, rows from the best mean to the worst; in the order
+    of the run, without means, where the merged tasks are measured in different units."""
     found = []
     whole = [c for c in results.cells if set(c.experts) == set(results.merged)]
     for requirement, title in REQUIREMENTS.items():
@@ -19,8 +21,9 @@ def tables(results: Results) -> list[Table]:
             if cell.requirement == requirement:
                 by_row.setdefault(cell.row, []).append(cell)
         rows = [_row(results, row, cells) for row, cells in by_row.items()]
-        if requirement != "reference":
-            rows.sort(key=lambda row: -float(str(row[1])))
+        unit = _unit(results, whole)
+        if requirement != "reference" and unit is not None:
+            rows.sort(key=lambda row: float(str(row[1])), reverse=unit.bounded)
         columns = ("", "mean", *results.tasks, "note")
         found.append(Table(title, columns, tuple(rows)))
     return found
@@ -32,7 +35,15 @@ def _row(results: Results, row: str, cells: Sequence[Cell]) -> tuple[object, ...
     notes = {cell.note for cell in cells if cell.note}
     note = notes.pop() if len(notes) == 1 else ""
     values = (None if v is None else round(v, 1) for v in shown.values())
-    return (row, round(fmean(merged), 1), *values, note)
+    mean = None if _unit(results, cells) is None else round(fmean(merged), 1)
+    return (row, mean, *values, note)
+
+
+def _unit(results: Results, cells: Sequence[Cell]) -> Unit | None:
+    """What all merged tasks are measured in, if that is one unit."""
+    found = {unit_of(c.outcomes[task][CLEAN].metric) for c in cells for task in results.merged
+             if task in c.outcomes}  # fmt: skip
+    return found.pop() if len(found) == 1 else None
 
 
 def _mean(cells: Sequence[Cell], task: str) -> float | None:
