@@ -71,16 +71,16 @@ def make_task(suite: Suite, name: str) -> Task:
     return task
 
 
-def classes_of(suite: Suite, name: str) -> tuple[str, ...]:
-    """The class names that the suite gives, else those of the test data, else numbers."""
-    said = suite.spec.tasks[name].classes
-    if isinstance(said, list):
 def taken(options: Mapping[str, Any]) -> dict[str, Any]:
     """What a suite says, as tasks take it: lists are tuples."""
     return {key: tuple(value) if isinstance(value, list) else value
             for key, value in options.items()}  # fmt: skip
 
 
+def classes_of(suite: Suite, name: str) -> tuple[str, ...]:
+    """The class names that the suite gives, else those of the test data, else numbers."""
+    said = suite.spec.tasks[name].classes
+    if isinstance(said, list):
         return tuple(said)
     named = getattr(suite.split(name, "test"), "classes", None)
     if named is not None:
