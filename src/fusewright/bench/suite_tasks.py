@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusewright.bench import benchmarks
 from fusewright.bench.suite_file import SuiteError, TaskSpec
 from fusewright.errors import nearest
 from fusewright.extras import needs
@@ -25,6 +26,7 @@ KINDS = {
     "text-to-text-classification": ("fusewright.tasks.verbalisers", "VerbaliserClassification"),
     "generation": ("fusewright.tasks.generation", "Generation"),
     "language-modelling": ("fusewright.tasks.language_modelling", "LanguageModelling"),
+    benchmarks.KIND: ("fusewright.tasks.harness", "LmEval"),
     "segmentation": ("fusewright.tasks.dense_prediction", "Segmentation"),
     "depth": ("fusewright.tasks.dense_prediction", "Depth"),
     "normals": ("fusewright.tasks.dense_prediction", "Normals"),
@@ -47,6 +49,10 @@ def make_task(suite: Suite, name: str) -> Task:
     cls = getattr(import_module(module), attribute)
     given = taken(spec.options)
     asked = {field.name for field in fields(cls)}
+    if "benchmark" in asked:
+        own = benchmarks.options()
+        given = {option: value for option, value in given.items() if option not in own}
+        given["benchmark"], asked = benchmarks.benchmark(name, spec, suite.data), asked | own
     if "head" in asked and name in suite.heads:
         given["head"] = suite.heads[name]
     if "classes" in asked:
@@ -105,6 +111,8 @@ def open_split(name: str, spec: TaskSpec, part: str, data: Path | None) -> Split
         raise SuiteError(f"the task {name!r} has no {part} split",
                          expected=", ".join(spec.splits) or "splits: {test: ...}",
                          found=part)  # fmt: skip
+    if spec.kind == benchmarks.KIND:
+        return benchmarks.open_documents(name, spec, part, data)
     from fusewright.bench.corpora import is_corpus, open_corpus
 
     if is_corpus(spec):

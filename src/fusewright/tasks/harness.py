@@ -116,7 +116,7 @@ class LmEval(BatchedTask):
             )  # fmt: skip
         return metric, found
 
-    def _named(self, what: str, name: str | None, known: Sequence[str]) -> str:
+    def _named(self, what: str, name: str | None, known: list[str]) -> str:
         if name is None and known:
             return known[0]
         if name in known:
@@ -127,9 +127,10 @@ class LmEval(BatchedTask):
                         fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
 
     def _refuse(self, what: str) -> NoReturn:
-        raise FusewrightError(f"a task of lm-eval has no {what}", where=f"task {self.name}",
-                              expected="outcomes only",
-                              fix="a task of the kind language-modelling or generation")  # fmt: skip
+        raise FusewrightError(
+            f"a task of lm-eval has no {what}", where=f"task {self.name}", expected="outcomes only",
+            fix="a task of the kind language-modelling or generation",
+        )  # fmt: skip
 
 
 Item = tuple[float, bool, str | None]

@@ -1,4 +1,4 @@
-"""Documents of lm-eval's tasks: of the benchmarks that it brings, or of a task file beside its data.
+"""Documents of lm-eval's tasks: of benchmarks that it brings, or of a task file of one's own.
 
 A task file is a YAML as lm-eval documents it. Its ``data_files`` may be relative: they are looked
 for beside the file, then in the data folder. Functions that it names (``!function``) are run.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fusewright.errors import nearest
@@ -114,53 +115,58 @@ def _documents(benchmark: Benchmark, stamps: tuple[Any, ...]) -> Documents:
 
 
 def _opened(benchmark: Benchmark) -> Any:
-    manager, entry = _found(benchmark)
-    asked: Any = entry.name
-    if benchmark.file is not None:
-        # A group of one is lm-eval's way to overrule some of a task's settings.
-        own = _local(entry.cfg or {}, benchmark.file.parent, benchmark.root)
-        asked = {"group": "fusewright", "task": [{"task": entry.name, **own}]}
-    try:
-        (task,) = manager.load([asked])["tasks"].values()
-    except Exception as error:  # a task's file may run anything
-        raise DataError(
-            "lm-eval cannot open a task", where=benchmark, found=f"{type(error).__name__}: {error}",
-            fix="connect to the Hub once, or write a task file whose data_files are local",
-        ) from error  # fmt: skip
+    with TemporaryDirectory() as folder:
+        manager, entry = _found(benchmark, Path(folder))
+        asked: Any = entry.name
+        if benchmark.file is not None:
+            # A group of one is lm-eval's way to overrule some of a task's settings.
+            own = _local(entry.cfg or {}, benchmark.file.parent, benchmark.root)
+            asked = {"group": "fusewright", "task": [{"task": entry.name, **own}]}
+        try:
+            (task,) = manager.load([asked])["tasks"].values()
+        except Exception as error:  # a task's file may run anything
+            raise DataError(
+                "lm-eval cannot open a task", where=benchmark,
+                found=f"{type(error).__name__}: {error}",
+                fix="connect to the Hub once, or write a task file whose data_files are local",
+            ) from error  # fmt: skip
     return _settled(task, benchmark)
 
 
-def _found(benchmark: Benchmark) -> tuple[Any, Any]:
+def _found(benchmark: Benchmark, folder: Path) -> tuple[Any, Any]:
     """lm-eval's index and its entry of the task."""
-    file, name = benchmark.file, benchmark.task
-    if file is not None and not file.is_file():
-        raise DataError("there is no such task file", where=file, expected="a YAML of lm-eval",
-                        fix="--data DIR with the folder that holds it")  # fmt: skip
-    manager = _manager(None if file is None else file.parent.resolve(), _stamps(file))
-    index = {
-        key: entry for key, entry in manager.task_index.items()
-        if file is None or entry.yaml_path == file.resolve()
-    }  # fmt: skip
+    name = benchmark.task
+    manager = _shipped() if benchmark.file is None else _index_of(benchmark.file, folder)
+    index = manager.task_index
     entry = next(iter(index.values()), None) if name is None else index.get(name)
     if entry is None:
-        close = nearest(name or "", list(index))
+        close, own = nearest(name or "", list(index)), benchmark.file is not None
         raise DataError(
-            f"lm-eval has no task {name!r}" if file is None else "the file holds no such task",
-            where=benchmark, expected=name if file else "a task of `lm-eval ls tasks`",
-            found=", ".join(index) or "no task that lm-eval can read" if file else None,
-            fix=f"did you mean {close!r}?" if close else None,
+            "the file holds no such task" if own else f"lm-eval has no task {name!r}",
+            where=benchmark, expected=name or "a task that lm-eval can read",
+            found=(", ".join(index) or "none") if own else None,
+            fix=f"did you mean {close!r}?" if close else None if own else "lm-eval ls tasks",
         )  # fmt: skip
     if entry.kind.name not in ("TASK", "PY_TASK"):
         raise DataError("lm-eval knows this name as a group of tasks", where=benchmark,
-                        expected="one task", fix="a task of the suite for each of them")  # fmt: skip
+                        expected="one task", fix="one task of the suite for each")  # fmt: skip
     return manager, entry
 
 
 @cache
-def _manager(folder: Path | None, stamps: tuple[Any, ...]) -> Any:
-    tasks = needs("lm_eval.tasks", EXTRA)
-    with quietly():
-        return tasks.TaskManager(include_path=folder, include_defaults=folder is None)
+def _shipped() -> Any:
+    """The index of lm-eval's own tasks: it takes seconds to read."""
+    return needs("lm_eval.tasks", EXTRA).TaskManager()
+
+
+def _index_of(file: Path, folder: Path) -> Any:
+    """An index of one file. lm-eval reads folders, with all below them: so an empty one is given a
+    file that includes it."""
+    if not file.is_file():
+        raise DataError("there is no such task file", where=file, expected="a YAML of lm-eval",
+                        fix="--data DIR with the folder that holds it")  # fmt: skip
+    (folder / "task.yaml").write_text(json.dumps({"include": str(file.resolve())}), "utf-8")
+    return needs("lm_eval.tasks", EXTRA).TaskManager(include_path=folder, include_defaults=False)
 
 
 def _local(said: Mapping[str, Any], folder: Path, root: Path | None) -> dict[str, Any]:

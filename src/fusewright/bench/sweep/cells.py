@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import fusewright
+from fusewright.bench.benchmarks import digests
 from fusewright.bench.corpora import files_of, is_corpus
 from fusewright.bench.entries import Entry
 from fusewright.bench.results import CLEAN
@@ -187,5 +188,5 @@ def _digests(suite: Suite) -> dict[str, str]:
     texts = [files_of(t, suite.data, list(t.splits)) for t in tasks if is_corpus(t)]
     folders = [suite.data / t.data for t in tasks if suite.data and t.data and not is_corpus(t)]
     files = sorted(f for folder in folders if folder.is_dir() for f in folder.glob("*.parquet"))
-    found["data"] = digest([*(files_digest(path) for path in files), *texts])
+    found["data"] = digest([*(files_digest(path) for path in files), *texts, *digests(suite)])
     return found

@@ -52,9 +52,16 @@ def answers(
 
 def fitting(suite: Suite) -> dict[str, type[OutputEnsemble]]:
     """The ensembles that all tasks of a suite have an answer for, by name: no maximum where answers
-    are depths or directions."""
+    are depths or directions; none at all where answers are not made from logits."""
+    if without_logits(suite):
+        return {}
     numbers = any(getattr(task, "NUMBERS", False) for task in suite.tasks.values())
     return {name: one for name, one in ENSEMBLES.items() if name != "max" or not numbers}
+
+
+def without_logits(suite: Suite) -> list[str]:
+    """Tasks whose outcomes do not follow from logits: what models write cannot be averaged."""
+    return [name for name, task in suite.tasks.items() if not task.has_logits]
 
 
 def accuracy_weights(scores: Sequence[float]) -> list[float]:

@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any
 
 import fusewright
+from fusewright.bench.benchmarks import KIND as LM_EVAL
 from fusewright.bench.entries import Entry, entries
 from fusewright.bench.progress import Stages
 from fusewright.bench.results import CLEAN, Results
@@ -22,6 +23,7 @@ from fusewright.bench.suite import Suite
 from fusewright.bench.suite import suite as open_suite
 from fusewright.bench.suite_file import SuiteError
 from fusewright.bench.sweep.cells import Asked, Group, groups
+from fusewright.bench.sweep.ensembles import without_logits
 from fusewright.bench.sweep.execute import execute
 from fusewright.bench.sweep.joint import DEFAULT, recipes
 from fusewright.bench.sweep.joint import chosen as chosen_joint
@@ -80,7 +82,7 @@ def bench(
             one.build(progress)
         one.check()
     how, not_trained = recipes(suites, asked.joint)
-    left_out |= not_trained
+    left_out |= not_trained | _not_combined(first)
     work = groups(suites, chosen, asked, how)
     with _folder(out) as folder:
         return _swept(folder, suites, work, asked, left_out, jobs, progress)
@@ -178,15 +180,26 @@ def _by_layer(suite: Suite, folder: Path) -> dict[str, Any]:
     return {"layers": rows, "layers of": f"seed {suite.seed}, {count} merged experts; {chance}"}
 
 
+def _not_combined(suite: Suite) -> dict[str, str]:
+    """Why there is no output ensemble, by row."""
+    found = ", ".join(without_logits(suite))
+    return {"ensembles of outputs": f"{found}: answers are not made from logits"} if found else {}
+
+
 def _items(suite: Suite) -> dict[str, str]:
     """Which tasks ask about the same test rows: a name for each set of them."""
-    return {name: f"{task.kind} {task.data or task.hub or ''} {task.splits.get('test', '')}".strip()
-            for name, task in suite.spec.tasks.items()}  # fmt: skip
+    found = {}
+    for name, task in suite.spec.tasks.items():
+        rows = task.data or task.hub or (
+            task.options.get("task", name) if task.kind == LM_EVAL else ""
+        )
+        found[name] = f"{task.kind} {rows} {task.splits.get('test', '')}".strip()
+    return found
 
 
 def _facts(suites: Sequence[Suite], asked: Asked) -> dict[str, Any]:
     packages = {}
-    for package in ("torch", "transformers", "numpy", "optuna"):
+    for package in ("torch", "transformers", "numpy", "optuna", "lm_eval"):
         try:
             packages[package] = version(package)
         except PackageNotFoundError:

@@ -26,10 +26,10 @@ Questions = Sequence[tuple["Task", "Batch"]]
 
 
 def questions(suite: Suite, tasks: Sequence[str], limit: int | None) -> Questions:
-    """The fixed batch of each task."""
+    """The fixed batch of each task that is answered by logits."""
     size = min(ITEMS, limit or ITEMS)
     found = []
-    for name in tasks:
+    for name in (name for name in tasks if suite.tasks[name].has_logits):
         asked, ready = suite.tasks[name], suite.ready(name, "test", limit)
         found.append((asked, next(asked.batches(asked.ready(ready), size, limit=size))))
     return found

@@ -116,10 +116,9 @@ class Worker:
                         for task in self._tasks(job) if task in experts}  # fmt: skip
         modules = {name: self.suite.open(self.suite.experts[name]) for name in job.pool.experts}
         base = self.suite.open(self.suite.base)
-        costs = {
-            "slowdown": of_experts(self._questions(job), base, modules),
-            "extra_parameters": (len(modules) - 1) * self._stored,
-        }
+        costs: dict[str, float] = {"extra_parameters": (len(modules) - 1) * self._stored}
+        if asked := self._questions(job):
+            costs["slowdown"] = of_experts(asked, base, modules)
         note = "told the task of every input: what routing can reach"
         return self._as_cell(job, found, costs, note=note)
 
