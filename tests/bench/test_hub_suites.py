@@ -89,6 +89,31 @@ def test_an_extended_suite_adds_tasks_and_experts_and_replaces_the_rest(tmp_path
     assert found.digest() != below.digest()
 
 
+def test_an_extension_is_a_merge_patch(tmp_path):
+    """Mappings are merged at every depth, null removes, anything else is replaced."""
+    tasks = {"one": {"kind": "digits", "options": {"a": 1, "b": [1, 2]}}, "two": {"kind": "digits"}}
+    written(tmp_path, "below", base="base", experts={"one": "x"}, tasks=tasks, heads="heads",
+            build={"builder": "digits", "parameters": {"depth": 1, "width": 2}})  # fmt: skip
+    found = read_suite(written(
+        tmp_path, "above", extends="below.yaml", heads=None, build={"parameters": {"width": 3}},
+        tasks={"one": {"options": {"a": None, "b": [3]}, "question": "?"}, "two": None},
+        experts={"three": "y"}, merged=["one"], variants={"v": {"heads": None, "axes": {"s": "1"}}},
+    ))  # fmt: skip
+    assert list(found.tasks) == ["one"] and found.heads is None
+    assert (found.tasks["one"].options, found.tasks["one"].question) == ({"b": [3]}, "?")
+    assert found.build.parameters == {"depth": 1, "width": 3}
+    assert found.experts == {"one": "x", "three": "y"}
+    assert found.variants["v"].axes == {"s": "1"}
+
+
+def test_what_a_pool_can_be_given_later_names_no_other_pool(tmp_path):
+    one = read_suite(find_suite("vision-mini"))
+    both = one.build.model_copy(update={"parameters": {**one.build.parameters,
+                                                       "tunings": ["full", "lora"]}})  # fmt: skip
+    more = one.model_copy(update={"variants": {}, "build": both})
+    assert (more.digest(), more.pool_digest()) == (one.digest(), one.pool_digest())
+
+
 def test_a_suite_beside_the_file_can_be_extended(tmp_path):
     written(tmp_path, "first", extends="digits", base="near")
     assert read_suite(written(tmp_path, "second", extends="first.yaml")).base == "near"
