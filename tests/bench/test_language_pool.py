@@ -254,11 +254,12 @@ SUMS = corpus("sums_{split}.jsonl", columns={"text": "{question} {answer}\n"},
               splits={"train": "train", "test": "test"})  # fmt: skip
 
 
-def of_sums(template=None, **changed):
+def of_sums(template=None, lora_rank=8, **changed):
     """The suite with a text of rows, which a template may write otherwise."""
     columns = {} if template is None else {"columns": {"text": template}}
     tasks = {**suite().tasks, "other": SUMS.model_copy(update=columns)}
-    return suite(base_steps=0, expert_steps=1).model_copy(update={"tasks": tasks} | changed)
+    made = suite(base_steps=0, expert_steps=1, lora_rank=lora_rank)
+    return made.model_copy(update={"tasks": tasks} | changed)
 
 
 @pytest.fixture
@@ -306,6 +307,38 @@ def test_what_is_not_trained_on_is_no_part_of_a_pools_name():
     assert one.pool_digest() == two.pool_digest() and one.digest() != two.digest()
 
 
+def test_a_pool_of_an_older_recipe_is_continued(sums, data):
+    path = sums / "recipe.json"
+    claim = json.loads(path.read_text("utf-8"))
+    assert not {"tunings", "lora_rank", "lora_rate"} & claim["recipe"].keys()
+    claim["recipe"]["tunings"] = ["full"]  # as claims once did
+    path.write_text(json.dumps(claim), "utf-8")
+    build(of_sums(), sums, data, progress=False)
+    with pytest.raises(OutputError, match="another recipe"):
+        build(of_sums(lora_rank=2), sums, data, progress=False)
+
+
+def test_adapters_are_added_to_a_pool_and_open_over_its_base(pool, data, tmp_path):
+    pytest.importorskip("peft")
+    shutil.copytree(pool, tmp_path / "pool")
+    lora = {"lora": {"experts": {n: f"lora/{n}" for n in ("left", "right")}}}
+    spec = SuiteSpec(**suite().model_dump() | {"variants": lora})
+    opened = Suite("tiny", spec, tmp_path / "pool", data, variant="lora")
+    opened.build(progress=False)
+    for part in ("base", "experts/left"):
+        one, other = (root / "seed-0" / part / "model.safetensors"
+                      for root in (pool, tmp_path / "pool"))  # fmt: skip
+        assert one.read_bytes() == other.read_bytes()
+    said = json.loads((opened.root / "provenance.json").read_text("utf-8"))
+    assert said["parts"].keys() >= {"experts/left", "lora/left", "lora/right"}
+    assert (opened.experts["left"] / "adapter_model.safetensors").is_file()
+    for task, other in (("left", "right"), ("right", "left")):
+        scores = {name: opened.evaluate(opened.experts[name], task).value for name in (task, other)}
+        assert scores[task] > max(scores[other], opened.evaluate(opened.base, task).value)
+    with pytest.raises(SuiteError, match="adapters"):
+        joint_recipe(opened, ["left"])
+
+
 def test_an_unknown_parameter_names_the_nearest(data, tmp_path):
     with pytest.raises(SuiteError, match="did you mean 'expert_steps'"):
         build(suite(expert_step=2), tmp_path, data, progress=False)
@@ -316,7 +349,7 @@ def test_losses_are_told_ten_times_however_few_the_steps(pool):
     recipe = language_training.LanguageRecipe(**SMALL | {"expert_steps": 3})
     said = []
     draw = torch.Generator().manual_seed(0)
-    loss = language_training.fine_tune(model, torch.arange(40), recipe, draw, said.append)
+    loss = language_training.fine_tune(model, torch.arange(40), recipe, 1e-3, draw, said.append)
     assert len(said) == language_training.REPORTS
     assert said[-1] == f"loss {loss:.3f}"
 
@@ -376,7 +409,7 @@ def test_joint_training_descends_as_the_experts_do(pool, data):
     stream = torch.arange(4).repeat(1, 3)[0][: SMALL["length"] + 1]  # one crop: nothing is drawn
     alone = language.open_model(opened.base)
     small = language_training.LanguageRecipe(**SMALL, bfloat16=False)
-    language_training.fine_tune(alone, stream, small, torch.Generator(), lambda said: None)
+    language_training.fine_tune(alone, stream, small, 1e-3, torch.Generator(), lambda said: None)
     crop = language_data.all_crops(stream, SMALL["length"]).numpy()
     joint = train_joint(
         recipe.opens(opened.base), [opened.tasks["left"]],

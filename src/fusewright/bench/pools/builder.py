@@ -11,17 +11,15 @@ from typing import Any
 import torch
 
 from fusewright.bench.opening import open_model
-from fusewright.bench.pools.making import BASE, EXPERTS, LORA, Maker
-from fusewright.bench.pools.training import R, generator
+from fusewright.bench.pools.making import BASE, TUNINGS, Maker, P
+from fusewright.bench.pools.training import generator
 from fusewright.bench.progress import Stages, Step
 from fusewright.extras import needs
 
 HEADS = "heads.safetensors"
-TUNINGS = {"full": EXPERTS, "lora": LORA}
-"""How experts are tuned, and the folder of those that are."""
 
 
-class Builder(Maker[R]):
+class Builder(Maker[P]):
     """``base/``, ``experts/TASK/``, ``lora/TASK/``, ``provenance.json``, perhaps heads.
 
     The base is pre-trained on every task of the suite, each task with an expert gets one, tuned
@@ -39,7 +37,7 @@ class Builder(Maker[R]):
 
     @abstractmethod
     def pretrain(self, model: Any, step: Step) -> float:
-        """Train the base on all tasks; answers with the last epoch's mean loss."""
+        """Train the base on all tasks; answers with the mean loss at the end."""
 
     @abstractmethod
     def fine_tune(
@@ -54,23 +52,20 @@ class Builder(Maker[R]):
         """The model of a folder, opened as the suite says."""
         return open_model(path, self.spec.opens)
 
-    def how(self) -> dict[str, Any]:
-        return self.recipe.claim()
-
     def wanted(self) -> list[str]:
         return [f"{TUNINGS[tuning]}/{task}" for tuning in self._tunings() for task in self.experts]
 
     def make(self, progress: bool) -> None:
-        recipe = self.recipe
-        with Stages(progress).stage(BASE, recipe.base_epochs) as step:
-            self.part(BASE, recipe.base_epochs, step, self._base)
+        of_base, of_expert = self.recipe.reports
+        with Stages(progress).stage(BASE, of_base) as step:
+            self.part(BASE, of_base, step, self._base)
         self.heads()
         for tuning in self._tunings():
-            folder, steps = TUNINGS[tuning], len(self.experts) * recipe.expert_epochs
-            with Stages(progress).stage(folder, steps) as step:
+            folder = TUNINGS[tuning]
+            with Stages(progress).stage(folder, len(self.experts) * of_expert) as step:
                 for task in self.experts:
                     make = partial(self._expert, task, tuning)
-                    self.part(f"{folder}/{task}", recipe.expert_epochs, step, make)
+                    self.part(f"{folder}/{task}", of_expert, step, make)
 
     def _tunings(self) -> list[str]:
         """Those of the suite's experts, known by their folders, and those of the recipe."""

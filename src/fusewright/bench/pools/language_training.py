@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from fusewright.bench.descent import OneCycle
 from fusewright.bench.pools.language_data import crops, mixed, shares_of
+from fusewright.bench.pools.making import PoolRecipe
 from fusewright.bench.pools.training import Tell
 
 
 @dataclass(frozen=True)
-class LanguageRecipe:
+class LanguageRecipe(PoolRecipe):
     """What a pool's training depends on, beside data and seed.
 
     The base learns a mixture of all domains for ``base_steps`` batches of ``batch`` crops of
     ``length`` tokens; ``mixture`` is the exponent of :func:`shares_of`. Each expert goes on from
     it on its own domain for ``expert_steps``, in small steps, so that experts stay close to the
-    base. Rates are peaks of one cycle.
+    base.
 
     ``start`` and ``start_tokenizer`` are a checkpoint of llama2.c and its tokenizer, below the
     folder of data: the base then goes on from there, or is that very model where ``base_steps`` is
@@ -44,10 +45,16 @@ class LanguageRecipe:
     base_decay: float = 0.05
     expert_steps: int = 100
     expert_rate: float = 1e-3
+    lora_rate: float = 5e-3  # adapters start from no change at all
     start: str = ""
     start_tokenizer: str = ""
     bfloat16: bool = True
-    threads: int = 1  # sums depend on the number
+
+    younger: ClassVar[tuple[str, ...]] = ("lora_rank", "lora_rate")
+
+    @property
+    def reports(self) -> tuple[int, int]:
+        return REPORTS, REPORTS
 
 
 BETAS = (0.9, 0.95)
@@ -75,15 +82,18 @@ def pretrain(
 
 
 def fine_tune(
-    model: nn.Module, stream: Tensor, recipe: LanguageRecipe, draw: torch.Generator, tell: Tell
-) -> float:
-    """Train all of a copy of the base on one domain; answers as :func:`pretrain` does."""
-    groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
+    model: nn.Module, stream: Tensor, recipe: LanguageRecipe, rate: float, draw: torch.Generator,
+    tell: Tell,
+) -> float:  # fmt: skip
+    """Train all that can be trained of a copy of the base on one domain; answers as
+    :func:`pretrain` does."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": trained, "weight_decay": 0.0}]
 
     def batch() -> Tensor:
         return crops(stream, recipe.batch, recipe.length, draw)
 
-    return _descend(model, groups, batch, recipe.expert_steps, recipe.expert_rate, recipe, tell)
+    return _descend(model, groups, batch, recipe.expert_steps, rate, recipe, tell)
 
 
 def _descend(

@@ -6,9 +6,9 @@ import json
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from fusewright.bench.digits.model import threads
 from fusewright.bench.pools import parts
@@ -17,21 +17,45 @@ from fusewright.bench.suite_file import SuiteError, SuiteSpec
 from fusewright.errors import OutputError, nearest
 from fusewright.extras import needs
 
-BASE, EXPERTS, LORA = "base", "experts", "lora"
+BASE = "base"
+TUNINGS = {"full": "experts", "lora": "lora"}
+"""How experts are tuned, and the folder of those that are."""
+_TUNINGS = "tunings"
 
 
-class AnyRecipe(Protocol):
-    """A dataclass of what training depends on, beside data and seed."""
+@dataclass(frozen=True)
+class PoolRecipe:
+    """What every pool depends on, beside data and seed.
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+    ``tunings`` ("full", "lora") are made besides those of the suite's experts. Rates are peaks of
+    one cycle; ``lora_rank`` is that of adapters.
+    """
+
+    expert_rate: float = 1.5e-4
+    tunings: tuple[str, ...] = ()
+    lora_rank: int = 8
+    lora_rate: float = 1e-3
+    threads: int = 1  # sums depend on the number
+
+    younger: ClassVar[tuple[str, ...]] = ()
+    """Fields that pools may be older than."""
 
     @property
-    def threads(self) -> int:
-        """Of torch: sums depend on their number."""
+    def reports(self) -> tuple[int, int]:
+        """How often the base's training reports, and an expert's."""
+        raise NotImplementedError
+
+    def claim(self) -> dict[str, Any]:
+        """What a pool of this recipe is made by. ``tunings`` say what is made, not how; a younger
+        field says nothing at its default."""
+        said = asdict(self)
+        left = {f.name for f in fields(self) if f.name in self.younger
+                and said[f.name] == f.default} | {_TUNINGS}  # fmt: skip
+        return {name: value for name, value in said.items() if name not in left}
 
 
 Parameters = TypeVar("Parameters")
-P = TypeVar("P", bound=AnyRecipe)
+P = TypeVar("P", bound=PoolRecipe)
 
 
 def read_parameters(spec: SuiteSpec, recipe: type[Parameters]) -> Parameters:
@@ -44,11 +68,11 @@ def read_parameters(spec: SuiteSpec, recipe: type[Parameters]) -> Parameters:
             raise SuiteError("the recipe has an unknown parameter", where="build.parameters",
                              found=key, expected=", ".join(known),
                              fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
-    if "tunings" in given:
-        given["tunings"] = tuple(given["tunings"])
-        if odd := set(given["tunings"]) - {"full", "lora"}:
+    if _TUNINGS in given:
+        given[_TUNINGS] = tuple(given[_TUNINGS])
+        if odd := set(given[_TUNINGS]) - set(TUNINGS):
             raise SuiteError("experts are tuned in no such way", where="build.parameters.tunings",
-                             found=", ".join(sorted(odd)), expected="full, lora")  # fmt: skip
+                             found=", ".join(sorted(odd)), expected=", ".join(TUNINGS))  # fmt: skip
     return recipe(**given)
 
 
@@ -80,10 +104,6 @@ class Maker(ABC, Generic[P]):
         self.experts = [name for name in spec.tasks if name in spec.experts]
         self.made: dict[str, Mapping[str, Any]] = {}
 
-    def how(self) -> dict[str, Any]:
-        """The recipe, as the pool claims its folder by it."""
-        return asdict(self.recipe)
-
     @abstractmethod
     def load(self, data: Path | None) -> None:
         """Read the training rows."""
@@ -107,9 +127,9 @@ class Maker(ABC, Generic[P]):
         Raises OutputError if the folder holds models of another recipe or of other data.
         """
         path = self.out / parts.PROVENANCE
-        claim = {"recipe": self.how(), "seed": self.seed, "tasks": list(self.spec.tasks),
+        claim = {"recipe": self.recipe.claim(), "seed": self.seed, "tasks": list(self.spec.tasks),
                  "experts": self.experts}  # fmt: skip
-        with parts.pool(self.out, claim), threads(self.recipe.threads):
+        with parts.pool(self.out, claim, _today), threads(self.recipe.threads):
             earlier = json.loads(path.read_text("utf-8")) if path.exists() else {}
             # Pools may be older than this file: their rows are compared themselves, once.
             if (known := (self.out / parts.SOURCES).exists()):
@@ -158,6 +178,12 @@ class Maker(ABC, Generic[P]):
         own = {} if first == now else {"versions": now}
         added = {name: {**facts, **own} for name, facts in self.made.items() if name not in old}
         return {"parts": {**old, **added}, "versions": first}
+
+
+def _today(claim: Mapping[str, Any]) -> dict[str, Any]:
+    """A claim that may be of a time when it named tunings, as it would be now."""
+    recipe = {name: value for name, value in claim["recipe"].items() if name != _TUNINGS}
+    return {**claim, "recipe": recipe}
 
 
 def _check_same(earlier: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

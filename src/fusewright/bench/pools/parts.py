@@ -19,9 +19,11 @@ _LOCK, _PARTIAL = ".building", ".partial"
 
 
 @contextmanager
-def pool(root: Path, recipe: Mapping[str, Any]) -> Iterator[None]:
+def pool(
+    root: Path, recipe: Mapping[str, Any], today: Callable[[Any], Mapping[str, Any]] = dict
+) -> Iterator[None]:
     """One builder at a time in a folder that belongs to one recipe; what a killed one left
-    half-done is cleared.
+    half-done is cleared. ``today`` says an older release's recipe as it would be now.
 
     Raises OutputError if another recipe's models are there, or another process builds.
     """
@@ -32,19 +34,22 @@ def pool(root: Path, recipe: Mapping[str, Any]) -> Iterator[None]:
     try:
         for left in root.rglob(f"*{_PARTIAL}"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        claim(root / "recipe.json", recipe, "another recipe")
+        claim(root / "recipe.json", recipe, "another recipe", today)
         yield
     finally:
         lock.release()
 
 
-def claim(path: Path, wanted: Mapping[str, Any], other: str) -> None:
+def claim(
+    path: Path, wanted: Mapping[str, Any], other: str,
+    today: Callable[[Any], Mapping[str, Any]] = dict,
+) -> None:  # fmt: skip
     """What a folder belongs to, kept at ``path`` by who comes first. Raises OutputError, saying
     that there are models of something ``other``, if it is not what is wanted."""
     if not path.exists():
         write_json(path, wanted)
         return
-    found, wanted = json.loads(path.read_text("utf-8")), json.loads(json.dumps(wanted))
+    found, wanted = today(json.loads(path.read_text("utf-8"))), json.loads(json.dumps(wanted))
     found.get("recipe", {}).pop("tunings", None)  # older pools also claim what they make
     if found != wanted:
         keys = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))

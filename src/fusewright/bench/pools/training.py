@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusewright.bench.descent import OneCycle
+from fusewright.bench.pools.making import PoolRecipe
 from fusewright.tasks.heads import linear
 
 Tell = Callable[[str], None]
@@ -20,15 +21,14 @@ Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(PoolRecipe):
     """What the training of a pool of classifiers depends on, beside data and seed.
 
     The base learns all tasks at once from ``base_rows`` examples of each, through heads that are
     thrown away. The heads that stay are prototypes of ``shots`` examples of each class: few, so
     that the base is not yet competent and experts have something to learn. Experts take small
     steps, so that they stay close to the base and nearly orthogonal to each other.
-    ``tunings`` ("full", "lora") are made besides those of the suite's experts. Rates are peaks of
-    one cycle; ``scale`` multiplies cosines.
+    ``scale`` multiplies cosines.
     """
 
     width: int = 192
@@ -41,25 +41,14 @@ class Recipe:
     shots: int = 1
     expert_rows: int | None = None
     expert_epochs: int = 5
-    expert_rate: float = 1.5e-4
-    tunings: tuple[str, ...] = ()
-    lora_rank: int = 8
-    lora_rate: float = 1e-3
     batch: int = 128
     scale: float = 16.0
     bfloat16: bool = True
-    threads: int = 2  # sums depend on the number
+    threads: int = 2
 
-    younger: ClassVar[tuple[str, ...]] = ()
-    """Fields that pools may be older than."""
-
-    def claim(self) -> dict[str, Any]:
-        """What a pool of this recipe is made by. ``tunings`` say what is made, not how; a younger
-        field says nothing at its default."""
-        said = asdict(self)
-        left = {f.name for f in fields(self) if f.name in self.younger
-                and said[f.name] == f.default} | {"tunings"}  # fmt: skip
-        return {name: value for name, value in said.items() if name not in left}
+    @property
+    def reports(self) -> tuple[int, int]:
+        return self.base_epochs, self.expert_epochs
 
 
 R = TypeVar("R", bound=Recipe)
