@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fusewright.bench.published import Published
+from fusewright.bench.report.rates import explained, rated
 from fusewright.bench.report.summary import Line, Section, Summary
 from fusewright.bench.results import REQUIREMENTS
 from fusewright.bench.statistics import Interval
@@ -67,6 +68,7 @@ def _flat(section: Section, line: Line, against: Published | None) -> dict[str, 
     found |= _bounds("unseen", line.unseen)
     for task, one in line.tasks.items():
         found |= _bounds(task, one)
+        found |= {f"{task} {name}": rate for name, rate in line.rates.get(task, {}).items()}
     for condition, one in line.corruptions.items():
         found |= _bounds(f"corruption {condition}", one)
     each = [pool.normalised for pool in line.pools if pool.normalised is not None]
@@ -127,8 +129,10 @@ def _table(
     summary: Summary, section: Section, against: Published | None
 ) -> tuple[list[str], list[tuple[str, list[list[str]]]]]:
     """Headings, and for each class its title and lines, as text."""
-    tasks = list(summary.metrics)
-    names = ["model", *tasks, "mean", "normalised", "worst", "unseen", "rank"]
+    known = rated(section)
+    tasks = {task: known.get(task, []) for task in summary.metrics}
+    scores = [text for task in tasks for text in (task, *(f"{task} {r}" for r in tasks[task]))]
+    names = ["model", *scores, "mean", "normalised", "worst", "unseen", "rank"]
     if section.baseline:
         names += [f"above {section.baseline}", "p (Holm)"]
     names += ["published*"] if against else []
@@ -138,10 +142,13 @@ def _table(
 
 
 def _cells(
-    line: Line, tasks: Sequence[str], section: Section, against: Published | None
+    line: Line, tasks: Mapping[str, Sequence[str]], section: Section, against: Published | None
 ) -> Iterator[str]:
     yield line.row
-    yield from (_one(line.tasks.get(task)) for task in tasks)
+    for task, rates in tasks.items():
+        yield _one(line.tasks.get(task))
+        own = line.rates.get(task, {})
+        yield from (f"{own[name]:.1f}" if name in own else "" for name in rates)
     yield from (_one(line.mean), _one(line.normalised, bounds=True))
     yield f"{line.worst[1]:.1f} ({line.worst[0]})" if line.worst else ""
     yield _one(line.unseen)
@@ -176,7 +183,7 @@ def _preface(summary: Summary) -> str:
         f"Suite {summary.results.suite}; scores in {kinds}; normalised: percent of each task's own "
         f"expert; {100 * summary.level:g} % intervals over items; ranks inside a class, = where "
         "rows are not told apart."
-    )
+    ) + (f" {more[0].upper()}{more[1:]}." if (more := explained(summary.sections)) else "")
 
 
 def _cited(against: Published) -> str:

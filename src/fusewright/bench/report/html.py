@@ -19,6 +19,7 @@ from fusewright.bench.report.marks import (
     shade,
     strip,
 )
+from fusewright.bench.report.rates import RATES, rated
 from fusewright.bench.report.summary import Line, Section, Summary
 from fusewright.bench.results import REQUIREMENTS
 from fusewright.bench.statistics import Interval
@@ -52,7 +53,7 @@ def render(summary: Summary, against: Published | None = None) -> str:
     template = environment.from_string(_TEMPLATE.read_text("utf-8"))
     return str(template.render(
         summary=summary, results=summary.results, against=against, draw=drawings, shade=shade,
-        classes=REQUIREMENTS, colours=COLOURS, costs=COSTS, sections=[
+        classes=REQUIREMENTS, colours=COLOURS, costs=COSTS, rates=RATES, sections=[
             Shown(section, summary) for section in summary.sections
         ], percent=percent, cost=cost, p_value=p_value, layers=layers(summary), number=number,
         facts=flat({k: v for k, v in summary.results.facts.items()
@@ -124,6 +125,9 @@ class Shown:
         """Lines of plots: experts alone would hide what differs between merges."""
         return [line for lines in self.section.classes().values() for line in lines
                 if line.requirement != "expert"]  # fmt: skip
+
+    def rated(self) -> dict[str, list[str]]:
+        return rated(self.section)
 
     def known_costs(self) -> list[str]:
         return [name for name in COSTS if any(name in line.costs for line in self.section.lines)]

@@ -23,6 +23,7 @@ from fusewright.bench.comparison import (
     seen,
     shares,
 )
+from fusewright.bench.report.rates import Rates, rates
 from fusewright.bench.results import CLEAN, REQUIREMENTS, Cell, Results
 from fusewright.bench.statistics import (
     RESAMPLES,
@@ -59,7 +60,8 @@ class Line:
     ``corruptions`` mean scores over merged tasks; ``calibration`` the expected calibration error
     in points; ``versus`` the paired difference from the baseline. ``rank`` is 1 + the number of
     rows of its class that are told to be better; ``level_with`` are those it is not told apart
-    from. ``bounded``: the mean is percent; otherwise smaller is better.
+    from. ``bounded``: the mean is percent; otherwise smaller is better. ``rates``: by task, percent
+    of items truncated and unparsed, where outcomes say it.
     """
 
     row: str
@@ -81,6 +83,7 @@ class Line:
     level_with: tuple[str, ...] = ()
     versus: Difference | None = None
     bounded: bool = True
+    rates: Rates = field(default_factory=dict)
 
     @property
     def quality(self) -> float:
@@ -199,7 +202,7 @@ def _line(tools: _Tools, cells: Sequence[Cell]) -> Line:
         corruptions=_corruptions(tools, cells, merged), calibration=_calibration(cells, merged),
         pools=tuple(_pool_value(tools, cell, merged) for cell in cells),
         costs=_costs(cells), method=first.method, note=first.note,
-        bounded=(unit := _unit(first, merged)) is None or unit.bounded,
+        bounded=(unit := _unit(first, merged)) is None or unit.bounded, rates=rates(cells, tasks),
     )  # fmt: skip
 
 
