@@ -211,6 +211,13 @@ def test_a_t5_needs_tasks_that_are_answered_in_words(data, tmp_path):
         build(suite("gpt2", architecture="t5"), tmp_path / "pool", data, progress=False)
 
 
+def test_options_that_a_task_does_not_take_are_refused(data, tmp_path):
+    spec = suite("t5")
+    tasks = {n: t.model_copy(update={"options": {"scale": 16.0}}) for n, t in spec.tasks.items()}
+    with pytest.raises(SuiteError, match=r"colours[\s\S]*verbalisers[\s\S]*scale"):
+        build(spec.model_copy(update={"tasks": tasks}), tmp_path / "p", data, progress=False)
+
+
 def test_pools_of_bert_say_what_they_said_before_there_were_others():
     assert "architecture" not in TextRecipe().claim()
     assert TextRecipe(architecture="gpt2").claim()["architecture"] == "gpt2"

@@ -68,13 +68,19 @@ def make_task(suite: Suite, name: str) -> Task:
         from fusewright.bench.preparing import preparation
 
         given["preparation"] = preparation(suite, given.get("preparation"))
+    task: Task = of_class(cls, name, given)
+    return task
+
+
+def of_class(cls: Any, name: str, given: Mapping[str, Any]) -> Any:
+    """A task of a class. Raises SuiteError for options that it does not take."""
     try:
-        task: Task = cls(name=name, **given)
+        return cls(name=name, **given)
     except TypeError as error:
+        asked = {field.name for field in fields(cls)}
         raise SuiteError(f"the task {name!r} cannot be made", where=f"tasks.{name}.options",
                          expected=", ".join(sorted(asked - {"name"})),
                          found=error) from error  # fmt: skip
-    return task
 
 
 def taken(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +129,7 @@ def open_split(name: str, spec: TaskSpec, part: str, data: Path | None) -> Split
     classes = tuple(spec.classes) if isinstance(spec.classes, list) else None
     source = DataSource.model_validate({
         "folder": spec.data, "hub": spec.hub and _pinned(spec), "config": spec.config,
-        "columns": spec.columns, "classes": classes,
+        "columns": spec.columns, "classes": classes, "shuffle": spec.shuffle,
     })  # fmt: skip
     return open_data(source, spec.splits[part], data)
 

@@ -16,7 +16,7 @@ from fusewright.bench.pools.texts import TextRecipe
 from fusewright.bench.pools.training import decayed, descend, generator
 from fusewright.bench.progress import Step
 from fusewright.bench.suite_file import SuiteError, SuiteSpec
-from fusewright.bench.suite_tasks import open_split, taken
+from fusewright.bench.suite_tasks import of_class, open_split, taken
 from fusewright.tasks.batching import Prepared
 from fusewright.tasks.task import Batch
 from fusewright.tasks.verbalisers import VerbaliserClassification
@@ -85,12 +85,13 @@ class TextToText(Builder[TextRecipe]):
 
 
 def text_task(spec: SuiteSpec, name: str, tokenizer: Any) -> VerbaliserClassification:
-    """A task as evaluation makes it. Raises SuiteError for one of another kind."""
+    """A task as evaluation makes it. Raises SuiteError for one of another kind, or options that
+    it does not take."""
     said = spec.tasks[name]
     if said.kind != VerbaliserClassification.kind or not isinstance(said.classes, list):
         raise SuiteError("a T5 learns tasks that are answered in words", where=f"tasks.{name}",
                          expected=f"kind: {VerbaliserClassification.kind}, classes: [...]",
                          found=f"kind: {said.kind}, classes: {said.classes}")  # fmt: skip
-    return VerbaliserClassification(
-        name=name, classes=tuple(said.classes), tokenizer=tokenizer, **taken(said.options)
-    )
+    given = {**taken(said.options), "classes": tuple(said.classes), "tokenizer": tokenizer}
+    task: VerbaliserClassification = of_class(VerbaliserClassification, name, given)
+    return task
