@@ -35,7 +35,7 @@ def from_timm(config: Mapping[str, Any], size: int | None = None) -> ImagePrepar
     return ImagePreparation(
         size, *_statistics(said, IMAGENET), channels=1 if channels == 1 else 3,
         resample=_filter(said.get("interpolation", "bicubic")), fit=fit,
-        resize=floor(size / crop) if fit == "crop" else None,
+        resize=floor(size / crop) if fit == "crop" else None, centre="even",
     )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def from_open_clip(config: Mapping[str, Any], size: int | None = None) -> ImageP
     return ImagePreparation(
         size or _square(stated), *_statistics(said, OPENAI),
         resample=_filter(said.get("interpolation", "bicubic")),
-        fit=_fit(said.get("resize_mode", "shortest")),
+        fit=_fit(said.get("resize_mode", "shortest")), centre="even",
     )  # fmt: skip
 
 

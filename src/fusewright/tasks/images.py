@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import floor
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -41,6 +42,9 @@ class ImagePreparation:
     fit: Literal["stretch", "crop"] = "stretch"
     resize: int | None = None
     """The shorter edge before the centre is cut; ``size`` unless given."""
+    centre: Literal["below", "even"] = "below"
+    """Where a cut begins that would begin between two pixels: transformers takes the one below,
+    torchvision the even one."""
 
     def __post_init__(self) -> None:
         if not len(self.mean) == len(self.std) == self.channels or self.size < 1:
@@ -102,7 +106,8 @@ class ImagePreparation:
                 picture, (int(edge * width / short), int(edge * height / short))
             )
             width, height = picture.size
-        left, top = (width - self.size) // 2, (height - self.size) // 2
+        start = round if self.centre == "even" else floor
+        left, top = start((width - self.size) / 2), start((height - self.size) / 2)
         return picture.crop((left, top, left + self.size, top + self.size))
 
 
