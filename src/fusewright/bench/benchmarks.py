@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusewright.bench.suite_file import SuiteError, TaskSpec
+from fusewright.errors import nearest
 
 if TYPE_CHECKING:
     from fusewright.bench.suite import Suite
@@ -29,9 +30,19 @@ def options() -> set[str]:
 
 
 def benchmark(name: str, spec: TaskSpec, data: Path | None) -> Benchmark:
-    """The benchmark of a task. Raises SuiteError if it needs a data folder and there is none."""
+    """The benchmark of a task. Raises SuiteError for an option that is not known, and if it needs a
+    data folder and there is none."""
+    from fusewright.tasks.harness import LmEval
     from fusewright.tasks.harness_documents import Benchmark
 
+    scoring = {field.name for field in fields(LmEval)} - {"name", "benchmark", "tokenizer"}
+    known = options() | scoring
+    for option in spec.options:
+        if option not in known:
+            close = nearest(option, sorted(known))
+            raise SuiteError(f"tasks of the kind {KIND} have no option {option!r}",
+                             where=f"tasks.{name}.options", expected=", ".join(sorted(known)),
+                             fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
     said: dict[str, Any] = {k: v for k, v in spec.options.items() if k in options()}
     if spec.data is None:
         return Benchmark(**{"task": name, **said}, root=data)

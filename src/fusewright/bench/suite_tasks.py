@@ -52,7 +52,7 @@ def make_task(suite: Suite, name: str) -> Task:
     if "benchmark" in asked:
         own = benchmarks.options()
         given = {option: value for option, value in given.items() if option not in own}
-        given["benchmark"], asked = benchmarks.benchmark(name, spec, suite.data), asked | own
+        given["benchmark"] = benchmarks.benchmark(name, spec, suite.data)
     if "head" in asked and name in suite.heads:
         given["head"] = suite.heads[name]
     if "classes" in asked:
