@@ -25,8 +25,8 @@ class ParquetSplit(DataSplit):
     """One parquet file. Images are decoded when a row is asked for, never kept decoded.
 
     ``columns`` maps roles ("image", "text", "text2", "label", "target") to the file's columns; None
-    takes those of these names. ``classes`` default to the names in the file's ``huggingface`` metadata,
-    else to a ``dataset_info.json`` beside it.
+    takes those of these names. ``classes`` default to the names in the file's ``huggingface``
+    metadata, else to a ``dataset_info.json`` beside it.
 
     Raises DataError if the file is damaged, empty, or lacks a column that was named.
     """
