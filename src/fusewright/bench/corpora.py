@@ -46,7 +46,7 @@ def open_corpus(spec: TaskSpec, part: str, data: Path | None) -> DataSplit:
     if said.startswith(PYTHON):
         return sliced(_standard_library(said), split)
     name = split.split("[")[0].strip()
-    source = DataSource(files={name: said.replace("{split}", name)})
+    source = DataSource(files={name: said.replace("{split}", name)}, shuffle=spec.shuffle)
     rows = open_split(source, split, data)
     template = spec.columns.get("text")
     return rows if template is None else _filled(rows, template)

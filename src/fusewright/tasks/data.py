@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -41,7 +41,7 @@ class DataSource(BaseModel):
     config: str | None = None
     columns: Mapping[Role, str] = Field(default_factory=dict)
     classes: tuple[str, ...] | None = None
-    shuffle: int | None = Field(None, ge=0, lt=2**32)
+    shuffle: Annotated[int, Field(ge=0, lt=2**32)] | None = None
 
     @model_validator(mode="after")
     def _somewhere(self) -> DataSource:
