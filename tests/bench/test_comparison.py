@@ -75,6 +75,10 @@ def test_no_disagreement_is_not_equality() -> None:
     assert found.value == 0 and found.low < 0 < found.high and p > 0.5
 
 
+def test_what_has_no_number_is_not_told_apart() -> None:
+    assert normal_interval(np.array([0.1, np.nan, 0.2, 0.3]))[1] == 1
+
+
 def test_the_interval_and_its_p_value_agree() -> None:
     rng = np.random.default_rng(3)
     for shift in np.linspace(-3, 3, 25):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -219,3 +220,19 @@ def test_a_task_file_needs_a_data_folder(root, monkeypatch):
     suite = open_suite(root / "suite.yaml", pool=root / "pool")
     with pytest.raises(FusewrightError, match="--data DIR"):
         suite.split("writes")
+
+
+def test_an_expert_that_scores_nothing_normalises_nothing(swept):
+    results, _ = swept
+    none = [replace(c, outcomes={**c.outcomes, "writes": {"clean": zeros(c)}})
+            for c in results.cells if "writes" in c.outcomes]  # fmt: skip
+    section = summarise(replace(results, cells=tuple(none)), resamples=200).sections[0]
+    for line in section.lines:
+        assert line.normalised is None and not line.shares
+        assert line.versus is None or line.versus.measure == "mean"
+        assert line.versus is None or line.versus.value.low <= line.versus.value.high
+
+
+def zeros(cell):
+    found = cell.outcomes["writes"]["clean"]
+    return replace(found, score=0 * found.score)

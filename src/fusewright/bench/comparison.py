@@ -142,7 +142,10 @@ class Experts:
         return self._cells.get((where, task)) or self._cells.get((whole, task))
 
     def know(self, pools: Iterable[Pool], tasks: Sequence[str]) -> bool:
-        return all(self.of(where, task) is not None for where in pools for task in tasks)
+        """Whether every task's expert was measured, and can something: of a score of 0 there are
+        no shares."""
+        cells = [(self.of(where, task), task) for where in pools for task in tasks]
+        return all(cell is not None and cell.outcomes[t][CLEAN].value != 0 for cell, t in cells)
 
 
 @dataclass(frozen=True)

@@ -234,12 +234,13 @@ def normal_interval(samples: Array, level: float = 0.95) -> tuple[Interval, floa
     """The interval of a difference and the two-sided p value that it is zero, which agree.
 
     Both take the bootstrap's mean and standard error as those of a normal distribution: corrected
-    for many comparisons, p values are too small to be counted in resamples.
+    for many comparisons, p values are too small to be counted in resamples. Where a resample has no
+    number (a share of an expert that got nothing right in it), nothing is told apart: p is 1.
     """
     normal = _scipy("scipy.stats").norm
     centre, error = float(samples[1:].mean()), float(samples[1:].std(ddof=1))
     half = float(normal.ppf((1 + level) / 2)) * error
-    p = float(2 * normal.sf(abs(centre) / error)) if error > 0 else float(centre == 0)
+    p = float(2 * normal.sf(abs(centre) / error)) if error > 0 else float(centre == 0 or centre != centre)
     return Interval(float(samples[0]), centre - half, centre + half), p
 
 
