@@ -240,7 +240,8 @@ def normal_interval(samples: Array, level: float = 0.95) -> tuple[Interval, floa
     normal = _scipy("scipy.stats").norm
     centre, error = float(samples[1:].mean()), float(samples[1:].std(ddof=1))
     half = float(normal.ppf((1 + level) / 2)) * error
-    p = float(2 * normal.sf(abs(centre) / error)) if error > 0 else float(centre == 0 or centre != centre)
+    unmoved = centre == 0 or np.isnan(centre)
+    p = float(2 * normal.sf(abs(centre) / error)) if error > 0 else float(unmoved)
     return Interval(float(samples[0]), centre - half, centre + half), p
 
 

@@ -22,6 +22,8 @@ from fusewright.tasks.dense_prediction import Depth, Normals, Segmentation, corp
 from fusewright.tasks.errors import DataError
 from fusewright.tasks.evaluate import evaluate, evaluating
 from fusewright.tasks.generation import Generation
+from fusewright.tasks.harness import LmEval
+from fusewright.tasks.harness_documents import Benchmark
 from fusewright.tasks.heads import clip_head, image_features
 from fusewright.tasks.image_classification import ImageClassification
 from fusewright.tasks.images import ImagePreparation
@@ -33,9 +35,9 @@ from fusewright.tasks.text_classification import DecoderClassification, EncoderC
 from fusewright.tasks.verbalisers import VerbaliserClassification
 
 __all__ = [
-    "CORRUPTIONS", "Batch", "Classification", "Corruption", "DataError", "DataSource", "DataSplit",
-    "DecoderClassification", "Depth", "EncoderClassification", "Generation", "ImageClassification",
-    "ImagePreparation", "LanguageModelling", "Normals", "Outcomes", "Prepared", "Progress", "Rows",
-    "Segmentation", "Split", "Task", "VerbaliserClassification", "clip_head", "corpus", "evaluate",
-    "evaluating", "image_features", "open_split",
+    "CORRUPTIONS", "Batch", "Benchmark", "Classification", "Corruption", "DataError", "DataSource",
+    "DataSplit", "DecoderClassification", "Depth", "EncoderClassification", "Generation",
+    "ImageClassification", "ImagePreparation", "LanguageModelling", "LmEval", "Normals", "Outcomes",
+    "Prepared", "Progress", "Rows", "Segmentation", "Split", "Task", "VerbaliserClassification",
+    "clip_head", "corpus", "evaluate", "evaluating", "image_features", "open_split",
 ]  # fmt: skip

@@ -143,7 +143,7 @@ def _found(benchmark: Benchmark, folder: Path) -> tuple[Any, Any]:
         close, own = nearest(name or "", list(index)), benchmark.file is not None
         raise DataError(
             "the file holds no such task" if own else f"lm-eval has no task {name!r}",
-            where=benchmark, expected=name or "a task that lm-eval can read",
+            where=benchmark, expected=(name or "a task that lm-eval can read") if own else None,
             found=(", ".join(index) or "none") if own else None,
             fix=f"did you mean {close!r}?" if close else None if own else "lm-eval ls tasks",
         )  # fmt: skip

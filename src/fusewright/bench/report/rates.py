@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 RATES = {
     "truncated": "items that a limit cut: a prompt longer than the model's window, or "
                  "an answer that did not end within its length",
-    "unparsed": "answers in which nothing could be read; they score 0",
+    "unparsed": "answers in which nothing could be read",
 }  # fmt: skip
 """Columns of outcomes, 1 where it happened, and what reports call their means."""
 
