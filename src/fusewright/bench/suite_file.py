@@ -132,9 +132,9 @@ class SuiteSpec(_Part):
     def digest(self) -> str:
         """Twelve hex digits of what the suite says and results can depend on; models count by
         their bytes, wherever they come from."""
-        words = {"__all__": {"question", "licence", "note"}}
-        left: Any = {key: True for key in ("title", "about", "licence", "seeds", "variants", "build")}
-        left["tasks"] = words
+        whole = ("title", "about", "licence", "seeds", "variants", "build")
+        left: Any = {key: True for key in whole}
+        left["tasks"] = {"__all__": {"question", "licence", "note"}}
         said = self.model_dump_json(exclude=left, exclude_defaults=True)
         return sha256(said.encode()).hexdigest()[:12]
 
