@@ -23,7 +23,8 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from fusewright.tasks.harness import LmEval  # noqa: E402
 from fusewright.tasks.harness_documents import Benchmark  # noqa: E402
 
-QUESTIONS = ["the cat sat", "the dog", "a cat saw a dog", "good mat", "so so so", "the run"]
+QUESTIONS = ["the cat sat", "the dog", "a cat saw a dog", "good mat", "so so so", "the run",
+             "a dog sat on"]  # fmt: skip
 WRITES = """
 task: writes
 dataset_path: json
@@ -61,7 +62,7 @@ metric_list:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    answers = ["cat", "dog", "saw", "good", "on", "cat"]
+    answers = ["cat", "dog", "saw", "good", "on", "cat", "dog"]
     rows = [{"question": q, "answer": a, "gold": i % 3}
             for i, (q, a) in enumerate(zip(QUESTIONS, answers, strict=True))]  # fmt: skip
     for name, some in (("rows", rows), ("more", rows[::-1])):
@@ -166,6 +167,10 @@ def test_a_document_is_asked_the_same_in_every_part(folder, tokenizer) -> None:
     assert asked(task, model, "all[:2]").score.tolist() == whole[:2].tolist()
     assert asked(task, model, "all[2:]").score.tolist() == whole[2:].tolist()
     assert asked(task, model, "all[2:]", limit=3).score.tolist() == whole[2:5].tolist()
+    prompts = [each[0].args[0] for each in task.benchmark.documents().rows(range(7))["requests"]]
+    other = Benchmark(file=task.benchmark.file, fewshot=2, root=folder).documents()
+    assert other.rows([6])["requests"][0][0].args[0] == prompts[6]
+    assert len({prompt.rsplit("\n\n", 1)[0] for prompt in prompts}) > 1  # examples are drawn anew
     prepared = task.prepared(sliced(task.benchmark.documents(), "all[2:]"))
     assert evaluate(model, task, prepared, batch_size=1).score.tolist() == whole[2:].tolist()
 
@@ -180,13 +185,12 @@ def test_an_evaluation_leaves_nothing_for_the_next_model(folder, tokenizer) -> N
 
 @pytest.mark.parametrize("name", ["writes", "chooses"])
 def test_prompts_longer_than_the_window_are_counted(folder, tokenizer, name) -> None:
-    task, words = task_of(folder, name, tokenizer, length=9), tokenizer()
-    seen = asked(task, llama())
-    room = 9 - 6 if name == "writes" else 9 + 1 - 2  # the longest choice has two words
-    longer = [len(words(question)["input_ids"]) > room for question in QUESTIONS]
-    assert seen.columns["truncated"].tolist() == longer
-    if name == "writes":
-        assert 0 < sum(longer) < len(longer)
+    length = {"writes": 9, "chooses": 5}[name]
+    seen = asked(task_of(folder, name, tokenizer, length=length), llama())
+    room = length - 6 if name == "writes" else length + 1 - 2  # the longest choice has two words
+    sizes = [len(question.split()) for question in QUESTIONS]
+    assert seen.columns["truncated"].tolist() == [size > room for size in sizes]
+    assert room in sizes and room + 1 in sizes
 
 
 def test_few_shot_examples_count_towards_the_window(folder, tokenizer) -> None:
@@ -201,7 +205,7 @@ def test_nothing_is_said_and_nothing_stays_changed(folder, tokenizer, capfd, cap
     before = torch.random.get_rng_state()
     steps: list[tuple[int, int]] = []
     asked(task, model, progress=lambda done, total: steps.append((done, total)))
-    assert steps[-1] == (6, 6)
+    assert steps[-1] == (7, 7)
     assert capfd.readouterr() == ("", "") and not caplog.records
     assert task.tokenizer.pad_token is None and torch.equal(before, torch.random.get_rng_state())
     assert t.logging.get_verbosity() == level
