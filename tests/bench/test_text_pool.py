@@ -13,6 +13,7 @@ parquet = pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("tokenizers")
 
 import pyarrow  # noqa: E402
+import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from fusewright.bench.joint.recipe import joint_recipe  # noqa: E402
@@ -22,6 +23,7 @@ from fusewright.bench.pools.texts import (  # noqa: E402
     TextRecipe,
     encoded,
     load_corpora,
+    staying,
     train_tokenizer,
 )
 from fusewright.bench.regime import check_suite  # noqa: E402
@@ -237,3 +239,22 @@ def test_parameters_of_another_kind_of_pool_are_refused(data, tmp_path):
 def test_missing_data_are_named(tmp_path):
     with pytest.raises(FusewrightError, match="colours"):
         build(suite(), tmp_path / "pool", tmp_path, progress=False)
+
+
+def test_thinning_leaves_out_tokens_and_keeps_the_ends_and_the_order() -> None:
+    draw = torch.Generator().manual_seed(0)
+    lengths, width = torch.tensor([20, 1, 2, 13] * 50), 20
+    ids = torch.arange(width).repeat(len(lengths), 1)
+    stay, left = staying(lengths, width, 0.3, draw)
+    rows = zip(ids.gather(1, stay).tolist(), lengths.tolist(), left.tolist(), strict=True)
+    for row, before, after in rows:
+        kept = row[:after]
+        assert kept == sorted(set(kept)) and kept[-1] == before - 1 and kept[0] == 0
+    inner = lengths.clamp(min=2) - 2
+    assert (lengths - left).sum() / inner.sum() == pytest.approx(0.3, abs=0.03)
+
+
+def test_without_thinning_all_tokens_stay() -> None:
+    lengths = torch.tensor([3, 5])
+    stay, left = staying(lengths, 5, 0.0, torch.Generator())
+    assert left.equal(lengths) and stay.equal(torch.arange(5).repeat(2, 1))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fusewright.bench.descent import OneCycle
 from fusewright.bench.pools.builder import Builder
-from fusewright.bench.pools.texts import TextRecipe
+from fusewright.bench.pools.texts import TextRecipe, staying
 from fusewright.bench.pools.training import decayed, descend, generator
 from fusewright.bench.progress import Step
 from fusewright.bench.suite_file import SuiteError, SuiteSpec
@@ -78,7 +78,13 @@ class TextToText(Builder[TextRecipe]):
             turns += [name] * (len(rows) // self._size(rows))
         for turn in torch.randperm(len(turns), generator=draw).tolist():
             name = turns[turn]
-            yield self.tasks[name], next(streams[name])
+            yield self.tasks[name], self._thinned(next(streams[name]), draw)
+
+    def _thinned(self, batch: Batch, draw: torch.Generator) -> Batch:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        stay, lengths = staying(mask.sum(1), ids.shape[1], self.recipe.thinning, draw)
+        left = torch.arange(ids.shape[1]) < lengths[:, None]
+        return {**batch, "input_ids": ids.gather(1, stay), "attention_mask": left.to(mask.dtype)}
 
     def _size(self, rows: Prepared) -> int:
         return min(self.recipe.batch, len(rows))
