@@ -13,7 +13,6 @@ parquet = pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("tokenizers")
 
 import pyarrow  # noqa: E402
-import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from fusewright.bench.joint.recipe import joint_recipe  # noqa: E402
