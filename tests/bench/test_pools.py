@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -172,19 +171,6 @@ def test_a_variant_is_built_by_its_name_and_missed_with_it(data, tmp_path):
         fw.suite(path, pool=pool, data=data, variant="lora").check()
     built("--variant", "lora")
     assert len(fw.suite(path, pool=pool, data=data, variant="lora").experts) == 2
-
-
-@pytest.mark.parametrize("tunings", [["full"], ["full", "lora"]])
-def test_a_pool_that_claims_its_tunings_is_still_known(data, built, tmp_path, tunings):
-    """They say what was made, not how."""
-    shutil.copytree(built, tmp_path / "old")
-    claim = json.loads((built / "recipe.json").read_text())
-    assert "tunings" not in claim["recipe"]
-    claim["recipe"]["tunings"] = tunings
-    (tmp_path / "old" / "recipe.json").write_text(json.dumps(claim))
-    build(suite(), tmp_path / "old", data, seed=0, progress=False)
-    with pytest.raises(OutputError, match="shots"):
-        build(suite(shots=4), tmp_path / "old", data, seed=0, progress=False)
 
 
 def killed_at(monkeypatch, call):

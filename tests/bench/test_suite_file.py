@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from fusewright.bench.suite import default_pool
 from fusewright.bench.suite_file import SuiteError, find_suite, read_suite, shipped
 from tiny_suite import write_suite
 
@@ -91,15 +90,3 @@ def test_a_pool_is_found_again_when_only_the_questions_change(tmp_path):
     assert read_suite(write_suite(tmp_path, merged=["digit"])).pool_digest() == spec.pool_digest()
     other = {"builder": "digits", "parameters": {"width": 32}}
     assert read_suite(write_suite(tmp_path, build=other)).pool_digest() != spec.pool_digest()
-
-
-def test_a_pool_of_an_older_release_is_found_by_its_older_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("FUSEWRIGHT_POOLS", raising=False)
-    spec = read_suite(write_suite(tmp_path))
-    assert default_pool("x", spec).name == f"x-{spec.pool_digest()}"
-    older = default_pool("x", spec).with_name(f"x-{spec.older_pool_digest()}")
-    older.mkdir(parents=True)
-    assert default_pool("x", spec) == older
-    older.with_name(f"x-{spec.pool_digest()}").mkdir()
-    assert default_pool("x", spec) != older

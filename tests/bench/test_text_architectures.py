@@ -17,7 +17,7 @@ import fusewright as fw  # noqa: E402
 from fusewright.bench.joint.recipe import joint_recipe  # noqa: E402
 from fusewright.bench.pools import architectures, build, text, texts  # noqa: E402
 from fusewright.bench.pools.text_to_text import text_task  # noqa: E402
-from fusewright.bench.pools.texts import TextRecipe, encoded, load_corpora  # noqa: E402
+from fusewright.bench.pools.texts import encoded, load_corpora  # noqa: E402
 from fusewright.bench.suite import Suite  # noqa: E402
 from fusewright.bench.suite_file import (  # noqa: E402
     SuiteError,
@@ -216,11 +216,6 @@ def test_options_that_a_task_does_not_take_are_refused(data, tmp_path):
     tasks = {n: t.model_copy(update={"options": {"scale": 16.0}}) for n, t in spec.tasks.items()}
     with pytest.raises(SuiteError, match=r"colours[\s\S]*verbalisers[\s\S]*scale"):
         build(spec.model_copy(update={"tasks": tasks}), tmp_path / "p", data, progress=False)
-
-
-def test_pools_of_bert_say_what_they_said_before_there_were_others():
-    assert "architecture" not in TextRecipe().claim()
-    assert TextRecipe(architecture="gpt2").claim()["architecture"] == "gpt2"
 
 
 MINI = sorted(name for name in shipped() if name.startswith("text-mini"))

@@ -260,18 +260,12 @@ class Suite:
 
 
 def default_pool(name: str, spec: SuiteSpec) -> Path:
-    """Where a suite's models lie if nobody says: FUSEWRIGHT_POOLS/NAME, or the user's cache.
-
-    A pool of an older release lies there under its older name; building refuses it if it was
-    trained from other data.
-    """
+    """Where a suite's models lie if nobody says: FUSEWRIGHT_POOLS/NAME, or the user's cache."""
     given = os.environ.get("FUSEWRIGHT_POOLS")
     if given:
         return Path(given) / name
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    pools, digests = cache / "fusewright" / "pools", (spec.pool_digest(), spec.older_pool_digest())
-    named = [pools / f"{name}-{digest}" for digest in digests]
-    return next((path for path in named if path.exists()), named[0])
+    return cache / "fusewright" / "pools" / f"{name}-{spec.pool_digest()}"
 
 
 def _from_hub(ref: str, pool: Path) -> Path:

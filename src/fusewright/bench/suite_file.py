@@ -143,21 +143,11 @@ class SuiteSpec(_Part):
         return {n: t.source("train") for n, t in self.tasks.items() if "train" in t.splits}
 
     def pool_digest(self) -> str:
-        """Twelve hex digits of what the pool is trained from: a test split is no part of it, nor
-        are tunings, since another can be added."""
-        tasks = {n: self.sources().get(n, {}) for n in self.tasks}
-        return self._pool_digest(tasks, added={"tunings"})
-
-    def older_pool_digest(self) -> str:
-        """What pools were named by when columns were no part of it."""
-        tasks = {n: [t.data, t.hub, t.splits.get("train")] for n, t in self.tasks.items()}
-        return self._pool_digest(tasks, added=set())
-
-    def _pool_digest(self, tasks: Mapping[str, Any], added: set[str]) -> str:
+        """Twelve hex digits of what the pool is trained from: a test split is no part of it."""
+        tasks = {name: self.sources().get(name, {}) for name in self.tasks}
         build = self.build.model_dump() if self.build is not None else None
-        if build is not None:
-            for name in added:
-                build["parameters"].pop(name, None)
+        if build is not None:  # a pool can be given another tuning later
+            build["parameters"].pop("tunings", None)
         said = json.dumps([build, self.base, self.experts, tasks], sort_keys=True, default=str)
         return sha256(said.encode()).hexdigest()[:12]
 

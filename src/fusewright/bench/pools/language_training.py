@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,6 @@ class LanguageRecipe(PoolRecipe):
     start: str = ""
     start_tokenizer: str = ""
     bfloat16: bool = True
-
-    younger: ClassVar[tuple[str, ...]] = ("lora_rank", "lora_rate")
 
     @property
     def reports(self) -> tuple[int, int]:

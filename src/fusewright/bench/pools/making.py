@@ -37,21 +37,14 @@ class PoolRecipe:
     lora_rate: float = 1e-3
     threads: int = 1  # sums depend on the number
 
-    younger: ClassVar[tuple[str, ...]] = ()
-    """Fields that pools may be older than."""
-
     @property
     def reports(self) -> tuple[int, int]:
         """How often the base's training reports, and an expert's."""
         raise NotImplementedError
 
     def claim(self) -> dict[str, Any]:
-        """What a pool of this recipe is made by. ``tunings`` say what is made, not how; a younger
-        field says nothing at its default."""
-        said = asdict(self)
-        left = {f.name for f in fields(self) if f.name in self.younger
-                and said[f.name] == f.default} | {_TUNINGS}  # fmt: skip
-        return {name: value for name, value in said.items() if name not in left}
+        """What a pool of this recipe is made by; ``tunings`` say what is made, not how."""
+        return {name: value for name, value in asdict(self).items() if name != _TUNINGS}
 
 
 Parameters = TypeVar("Parameters")
@@ -129,17 +122,14 @@ class Maker(ABC, Generic[P]):
         path = self.out / parts.PROVENANCE
         claim = {"recipe": self.recipe.claim(), "seed": self.seed, "tasks": list(self.spec.tasks),
                  "experts": self.experts}  # fmt: skip
-        with parts.pool(self.out, claim, _today), threads(self.recipe.threads):
+        with parts.pool(self.out, claim), threads(self.recipe.threads):
             earlier = json.loads(path.read_text("utf-8")) if path.exists() else {}
-            # Pools may be older than this file: their rows are compared themselves, once.
-            if (known := (self.out / parts.SOURCES).exists()):
-                self._claim_sources()
-            if known and earlier and all(part in earlier["parts"] for part in self.wanted()):
+            parts.claim(self.out / parts.SOURCES, self.spec.sources(), "other training data")
+            if earlier and all(part in earlier["parts"] for part in self.wanted()):
                 return
             self.load(data)
             sources = self._sources()
             _check_same(earlier.get("data", {}), sources, path)
-            self._claim_sources()
             self.make(progress)
             parts.write_json(path, {**claim, "data": sources, **self._facts(earlier)})
 
@@ -158,9 +148,6 @@ class Maker(ABC, Generic[P]):
         path.parent.mkdir(exist_ok=True)
         self.made[name] = parts.make_part(path, lambda at: make(at, said))
 
-    def _claim_sources(self) -> None:
-        parts.claim(self.out / parts.SOURCES, self.spec.sources(), "other training data")
-
     def _sources(self) -> dict[str, Any]:
         tasks = self.spec.tasks
         return {
@@ -178,12 +165,6 @@ class Maker(ABC, Generic[P]):
         own = {} if first == now else {"versions": now}
         added = {name: {**facts, **own} for name, facts in self.made.items() if name not in old}
         return {"parts": {**old, **added}, "versions": first}
-
-
-def _today(claim: Mapping[str, Any]) -> dict[str, Any]:
-    """A claim that may be of a time when it named tunings, as it would be now."""
-    recipe = {name: value for name, value in claim["recipe"].items() if name != _TUNINGS}
-    return {**claim, "recipe": recipe}
 
 
 def _check_same(earlier: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

@@ -19,11 +19,9 @@ _LOCK, _PARTIAL = ".building", ".partial"
 
 
 @contextmanager
-def pool(
-    root: Path, recipe: Mapping[str, Any], today: Callable[[Any], Mapping[str, Any]] = dict
-) -> Iterator[None]:
+def pool(root: Path, recipe: Mapping[str, Any]) -> Iterator[None]:
     """One builder at a time in a folder that belongs to one recipe; what a killed one left
-    half-done is cleared. ``today`` says an older release's recipe as it would be now.
+    half-done is cleared.
 
     Raises OutputError if another recipe's models are there, or another process builds.
     """
@@ -34,23 +32,19 @@ def pool(
     try:
         for left in root.rglob(f"*{_PARTIAL}"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        claim(root / "recipe.json", recipe, "another recipe", today)
+        claim(root / "recipe.json", recipe, "another recipe")
         yield
     finally:
         lock.release()
 
 
-def claim(
-    path: Path, wanted: Mapping[str, Any], other: str,
-    today: Callable[[Any], Mapping[str, Any]] = dict,
-) -> None:  # fmt: skip
+def claim(path: Path, wanted: Mapping[str, Any], other: str) -> None:
     """What a folder belongs to, kept at ``path`` by who comes first. Raises OutputError, saying
     that there are models of something ``other``, if it is not what is wanted."""
     if not path.exists():
         write_json(path, wanted)
         return
-    found, wanted = today(json.loads(path.read_text("utf-8"))), json.loads(json.dumps(wanted))
-    found.get("recipe", {}).pop("tunings", None)  # older pools also claim what they make
+    found, wanted = json.loads(path.read_text("utf-8")), json.loads(json.dumps(wanted))
     if found != wanted:
         keys = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
         raise OutputError(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -39,8 +39,6 @@ class TextRecipe(Recipe):
     dropout: float = 0.1
     thinning: float = 0.0
     architecture: str = "bert"
-
-    younger: ClassVar[tuple[str, ...]] = ("architecture", "thinning")
 
 
 @dataclass(frozen=True)
