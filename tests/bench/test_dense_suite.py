@@ -16,6 +16,8 @@ from fusewright.bench.regime import check_suite
 from fusewright.bench.report import write_results
 from fusewright.bench.report.summary import summarise
 from fusewright.bench.suite_file import SuiteError
+from fusewright.bench.sweep.store import Store
+from fusewright.bench.sweep.worker import Worker
 from fusewright.tasks import corpus
 
 transformers = pytest.importorskip("transformers")
@@ -124,6 +126,19 @@ def test_each_task_asks_its_own_decoder(suite) -> None:
         expected = whole.eval()(batch["pixel_values"]).logits
         found = suite.tasks["depth"].logits(model, batch)
     torch.testing.assert_close(found, expected.movedim(1, -1))
+
+
+def test_tasks_of_different_units_are_chosen_by_as_shares_of_their_experts(suite, tmp_path) -> None:
+    """A metre more of depth and all pixels of a segmentation do not weigh the same."""
+    worker, base = Worker(suite, Store(tmp_path)), suite.open(suite.base)
+    shares = []
+    for task in KINDS:
+        expert, ours = (suite.evaluate(suite.open(path), task, "validation").value
+                        for path in (suite.experts[task], suite.base))  # fmt: skip
+        shares.append(expert / ours if task == "depth" else ours / expert)
+    assert worker._validated(base, tuple(KINDS)) == pytest.approx(sum(shares) / 3)
+    alike = suite.evaluate(base, "rooms", "validation").value
+    assert worker._validated(base, ("rooms",)) == alike
 
 
 def test_a_sweep_measures_every_row_on_every_task(suite, swept) -> None:

@@ -23,6 +23,7 @@ from fusewright.bench.sweep.slowdown import (
 from fusewright.bench.sweep.space import current, space, with_values
 from fusewright.bench.sweep.store import Store
 from fusewright.bench.sweep.tuning import tune
+from fusewright.tasks.units import unit_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,6 +44,7 @@ class Worker:
     asked: Asked = field(default_factory=Asked)
     threads: int | None = None
     _merges: dict[tuple[str, ...], Merges] = field(default_factory=dict, repr=False)
+    _own_scores: dict[str, float] = field(default_factory=dict, repr=False)
 
     def make(self, group: Group, step: Callable[[str], None] = lambda row: None) -> None:
         """Every job of a group that is not finished; each is kept as soon as it is."""
@@ -94,9 +96,24 @@ class Worker:
         return [c for c in self.asked.conditions if c == CLEAN or pictures]
 
     def _validated(self, module: nn.Module, tasks: tuple[str, ...]) -> float:
-        """What choices are made by: the mean score on validation rows over the merged tasks."""
-        said = [self.suite.evaluate(module, t, "validation", self.asked.limit).value for t in tasks]
-        return sum(said) / len(said)
+        """What choices are made by: the mean score on validation rows over the merged tasks; where
+        their units differ, the mean share of each task's own expert's score."""
+        said = {task: self._validation(module, task) for task in tasks}
+        units = {task: unit_of(outcomes.metric) for task, outcomes in said.items()}
+        scores = [outcomes.value for outcomes in said.values()]
+        if len(set(units.values())) > 1:
+            scores = [float(units[t].share(o.value, self._attained(t))) for t, o in said.items()]
+        return sum(scores) / len(scores)
+
+    def _validation(self, module: nn.Module, task: str) -> Outcomes:
+        return self.suite.evaluate(module, task, "validation", self.asked.limit)
+
+    def _attained(self, task: str) -> float:
+        """The validation score of a task's own expert."""
+        if task not in self._own_scores:
+            expert = self.suite.open(self.suite.experts[task])
+            self._own_scores[task] = self._validation(expert, task).value
+        return self._own_scores[task]
 
     def _model(self, job: Job) -> Cell:
         paths = {BASE: self.suite.base, **self.suite.experts, **self.suite.extras}
