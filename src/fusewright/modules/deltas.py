@@ -1,0 +1,154 @@
+"""What a task vector of one tensor is kept as: whole, a few of its elements, or two factors."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+
+
+class Delta(ABC):
+    """τ = θ_t - θ_0 of one tensor, in float32 (float64 where the weights are), however it is kept.
+
+    Of a matrix (out, in) it can be applied to inputs without being made whole.
+    """
+
+    shape: torch.Size
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The whole tensor."""
+
+    @abstractmethod
+    def dot(self, gradient: Tensor) -> Tensor:
+        """⟨gradient, τ⟩, a scalar; ``gradient`` is of τ's shape."""
+
+    @abstractmethod
+    def apply(self, inputs: Tensor) -> Tensor:
+        """τ x for every row of ``inputs`` (…, in): (…, out)."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is kept."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def norm2(self) -> Tensor:
+        """‖τ‖², float64."""
+        return self.dense().double().square().sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Delta):
+    """Every element."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.values.shape
+
+    def dense(self) -> Tensor:
+        return self.values
+
+    def dot(self, gradient: Tensor) -> Tensor:
+        return torch.dot(gradient.reshape(-1), self.values.reshape(-1).to(gradient))
+
+    def apply(self, inputs: Tensor) -> Tensor:
+        return inputs @ self.values.to(inputs).T
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.values,)
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse(Delta):
+    """The elements that are not zero: ``values`` (k,) at ``places`` (k,) of the flattened tensor,
+    ascending, int32 where that is enough."""
+
+    values: Tensor
+    places: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def largest(cls, whole: Tensor, density: float) -> Sparse:
+        """The ⌈density n⌉ elements of largest magnitude; of equal ones, the first."""
+        flat = whole.reshape(-1)
+        count = ceil(round(density * flat.numel(), 6))
+        order = flat.abs().argsort(descending=True, stable=True)
+        return cls.at(whole, order[:count].sort().values)
+
+    @classmethod
+    def at(cls, whole: Tensor, places: Tensor) -> Sparse:
+        """The elements at these places."""
+        small = whole.numel() <= torch.iinfo(torch.int32).max
+        return cls(whole.reshape(-1)[places], places.to(torch.int32 if small else torch.int64),
+                   whole.shape)  # fmt: skip
+
+    def dense(self) -> Tensor:
+        flat = self.values.new_zeros(self.shape.numel())
+        return flat.index_copy_(0, self.places.long(), self.values).reshape(self.shape)
+
+    def dot(self, gradient: Tensor) -> Tensor:
+        return torch.dot(gradient.reshape(-1)[self.places.long()], self.values.to(gradient))
+
+    def apply(self, inputs: Tensor) -> Tensor:
+        rows = torch.arange(self.shape[0] + 1, device=self.places.device) * self.shape[1]
+        starts = torch.searchsorted(self.places.long(), rows)
+        columns = self.places.long() % self.shape[1]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            matrix = torch.sparse_csr_tensor(
+                starts, columns, self.values.to(inputs), tuple(self.shape), check_invariants=False
+            )
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        return (matrix @ flat.T).T.reshape(*inputs.shape[:-1], self.shape[0])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.values, self.places
+
+
+@dataclass(frozen=True, eq=False)
+class Factors(Delta):
+    """``up @ down``, (rows, r) @ (r, columns), reshaped to ``shape``: LoRA, or a truncated SVD."""
+
+    up: Tensor
+    down: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def leading(cls, whole: Tensor, rank: int) -> Factors:
+        """The best approximation of this rank (Eckart and Young 1936): the leading singular
+        triples, by an SVD in float32 or better; σ goes to ``up``."""
+        matrix = whole.float() if whole.dtype.itemsize < 4 else whole
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        rank = min(rank, len(values))
+        return cls(left[:, :rank] * values[:rank], right[:rank].contiguous(), whole.shape)
+
+    def dense(self) -> Tensor:
+        return (self.up @ self.down).reshape(self.shape)
+
+    def dot(self, gradient: Tensor) -> Tensor:
+        rows = gradient.reshape(len(self.up), -1)
+        return ((rows @ self.down.to(gradient).T) * self.up.to(gradient)).sum()
+
+    def apply(self, inputs: Tensor) -> Tensor:
+        return inputs @ self.down.to(inputs).T @ self.up.to(inputs).T
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.up, self.down
+
+    def norm2(self) -> Tensor:
+        up, down = self.up.double(), self.down.double()
+        return ((up.T @ up) * (down @ down.T)).sum()
