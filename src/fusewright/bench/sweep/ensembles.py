@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fusewright.bench.results import CLEAN
@@ -17,25 +17,41 @@ if TYPE_CHECKING:
     from fusewright.tasks.task import Batch, Task
 
 
+KEPT_BYTES = 2**30
+"""Answers of all experts on one task that are held, so that each ensemble need not ask again."""
+
+
 def ensembles(
-    suite: Suite, models: Sequence[nn.Module], task: str, how: str,
-    weights: Sequence[float] | None, limit: int | None = None, condition: str = CLEAN,
-) -> Outcomes:  # fmt: skip
-    """Outcomes of the combined logits on a task's test rows. No logits are kept."""
+    suite: Suite, models: Sequence[nn.Module], task: str,
+    asked: Mapping[str, Sequence[float] | None], limit: int | None = None, condition: str = CLEAN,
+) -> dict[str, Outcomes]:  # fmt: skip
+    """Outcomes on a task's test rows of every ensemble asked for, by name, with its weights."""
     import torch
 
     from fusewright.bench.suite import BATCH
 
-    asked = suite.asked(task, condition)
+    question = suite.asked(task, condition)
+    held: dict[int, list[Tensor]] = {}
 
-    def combined(model: Any, batch: Batch) -> Tensor:
-        return answers(asked, models, batch, how, weights)
+    def said(batch: Batch) -> list[Tensor]:
+        first = int(batch["items"][0])
+        found = held.get(first) or [question.logits(each, batch) for each in models]
+        if (1 + len(held)) * sum(t.nbytes for t in found) <= KEPT_BYTES:
+            held[first] = found
+        return found
 
-    asking = copy.copy(asked)
-    object.__setattr__(asking, "logits", combined)  # the same task, answered by all of them
-    rows = asking.ready(suite.ready(task, "test", limit, condition))
-    with torch.inference_mode():
+    def outcomes(how: str) -> Outcomes:
+        asking = copy.copy(question)
+
+        def combined(model: Any, batch: Batch) -> Tensor:
+            return together(question, said(batch), how, asked[how])
+
+        object.__setattr__(asking, "logits", combined)  # the same task, answered by all of them
         return asking.outcomes(models[0], asking.batches(rows, BATCH, limit=limit))
+
+    rows = question.ready(suite.ready(task, "test", limit, condition))
+    with torch.inference_mode():
+        return {how: outcomes(how) for how in asked}
 
 
 def answers(
@@ -43,7 +59,13 @@ def answers(
     weights: Sequence[float] | None,
 ) -> Tensor:  # fmt: skip
     """The combined logits of a batch."""
-    said = [task.logits(each, batch) for each in models]
+    return together(task, [task.logits(each, batch) for each in models], how, weights)
+
+
+def together(
+    task: Task, said: Sequence[Tensor], how: str, weights: Sequence[float] | None
+) -> Tensor:
+    """What an ensemble makes of the models' answers."""
     if getattr(task, "NUMBERS", False):  # no logits of classes: they are averaged as they are
         shares = weights or [1.0] * len(said)
         return WeightedEnsemble(tuple(shares), of="logits")(said)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fusewright.bench.exchange import Exchange
 from fusewright.bench.results import CLEAN, Cell
 from fusewright.bench.sweep.cells import BASE, OWN, Asked, Group, Job
-from fusewright.bench.sweep.ensembles import accuracy_weights, ensembles
+from fusewright.bench.sweep.ensembles import accuracy_weights, ensembles, fitting
 from fusewright.bench.sweep.joint import trained
 from fusewright.bench.sweep.merges import Made, Merges
 from fusewright.bench.sweep.slowdown import (
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from fusewright.tasks.outcomes import Outcomes
 
 Found = dict[str, dict[str, "Outcomes"]]
+Ensembles = dict[str, tuple[list[float] | None, Found]]
+WEIGHTED = "weighted"
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Worker:
     asked: Asked = field(default_factory=Asked)
     threads: int | None = None
     _merges: dict[tuple[str, ...], Merges] = field(default_factory=dict, repr=False)
+    _ensembles: dict[tuple[str, ...], Ensembles] = field(default_factory=dict, repr=False)
     _own_scores: dict[str, float] = field(default_factory=dict, repr=False)
 
     def make(self, group: Group, step: Callable[[str], None] = lambda row: None) -> None:
@@ -147,17 +150,11 @@ class Worker:
         return self._as_cell(job, found, PLAIN, note=f"{best}, by validation")
 
     def _ensemble(self, job: Job) -> Cell:
-        experts = [self.suite.open(self.suite.experts[name]) for name in job.pool.experts]
-        weights = None
-        if job.what == "weighted":
-            weights = accuracy_weights([self._validated(e, job.pool.experts) for e in experts])
-        found: Found = {}
-        for task in self._tasks(job):
-            found[task] = {
-                condition: ensembles(self.suite, experts, task, job.what, weights,
-                                     self.asked.limit, condition)
-                for condition in self._conditions(task)
-            }  # fmt: skip
+        names = job.pool.experts
+        experts = [self.suite.open(self.suite.experts[name]) for name in names]
+        if names not in self._ensembles:
+            self._ensembles = {names: self._combined(job, experts)}
+        weights, found = self._ensembles[names][job.what]
         base = self.suite.open(self.suite.base)
         costs = {
             "slowdown": of_ensemble(self._questions(job), base, experts, job.what, weights),
@@ -166,6 +163,21 @@ class Worker:
         shown = [round(w, 3) for w in weights] if weights else None
         note = f"weights by validation accuracy: {shown}" if shown else ""
         return self._as_cell(job, found, costs, note=note)
+
+    def _combined(self, job: Job, experts: list[nn.Module]) -> Ensembles:
+        """Every ensemble's weights and outcomes, the experts asked once for all of them."""
+        asked: dict[str, list[float] | None] = dict.fromkeys(fitting(self.suite))
+        if WEIGHTED in asked:
+            scores = [self._validated(expert, job.pool.experts) for expert in experts]
+            asked[WEIGHTED] = accuracy_weights(scores)
+        found: dict[str, Found] = {how: {} for how in asked}
+        for task in self._tasks(job):
+            for condition in self._conditions(task):
+                limit = self.asked.limit
+                each = ensembles(self.suite, experts, task, asked, limit, condition)
+                for how, outcomes in each.items():
+                    found[how].setdefault(task, {})[condition] = outcomes
+        return {how: (asked[how], found[how]) for how in asked}
 
     def _questions(self, job: Job) -> Questions:
         return questions(self.suite, job.pool.experts, self.asked.limit)
