@@ -33,8 +33,9 @@ class Exchange:
         start = read_state(base)
         own = module.state_dict()
         renames = opens.library == TRANSFORMERS and own.keys() != start.keys()
-        self._names = self._found(start) if renames else {}
-        if self._names and not _proved(own, start, self._names):
+        self.names: Mapping[str, str] = self._found(start) if renames else {}
+        """{the module's tensor: the checkpoint's}, where any name differs."""
+        if self.names and not _proved(own, start, self.names):
             raise SuiteError(
                 "the module's tensors are not those of its checkpoint, renamed", where=base,
                 found=f"{opens.model} of transformers changes them when it loads",
@@ -46,7 +47,7 @@ class Exchange:
         own = self._module.state_dict()
         with torch.no_grad():
             for name, tensor in own.items():
-                source = self._names.get(name, name)
+                source = self.names.get(name, name)
                 if source in state and state[source].shape == tensor.shape:
                     tensor.copy_(state[source])
                 elif name in dict(self._module.named_parameters()):

@@ -22,6 +22,7 @@ from fusewright.errors import nearest
 if TYPE_CHECKING:
     from torch import nn
 
+    from fusewright.tasks.adaptation import Adaptation, Question
     from fusewright.tasks.dense_maps import Head
     from fusewright.tasks.outcomes import Outcomes
     from fusewright.tasks.task import Batch, Split, Task
@@ -202,19 +203,30 @@ class Suite:
 
     def unlabelled(
         self, size: int = 32, *, part: str = "validation", seed: int = 0, limit: int | None = None
-    ) -> Iterator[Batch]:
-        """Shuffled batches of the merged tasks in turn, without labels; "task" says whose."""
-        streams = {
-            name: self.tasks[name].batches(self.ready(name, part), size, seed=seed, limit=limit)
-            for name in self.spec.merged
-        }
-        while streams:
-            for name in list(streams):
-                batch = next(streams[name], None)
-                if batch is None:
-                    del streams[name]
-                    continue
-                yield {"task": name, **{k: v for k, v in batch.items() if k not in LABELS}}
+    ) -> Adaptation:
+        """The merged tasks' rows without their labels, to learn from: shuffled batches of each, and
+        how the suite's models answer them. Iterating gives batches of all tasks in turn."""
+        from fusewright.tasks.adaptation import Adaptation
+
+        asked = {name: self._question(name, part, limit) for name in self.spec.merged}
+        return Adaptation(asked, self._opened, size, seed)
+
+    def _question(self, name: str, part: str, limit: int | None) -> Question:
+        from fusewright.tasks.adaptation import Question
+
+        def epoch(size: int, seed: int) -> Iterator[Batch]:
+            for batch in self.tasks[name].batches(
+                self.ready(name, part), size, seed=seed, limit=limit
+            ):
+                yield {key: value for key, value in batch.items() if key not in LABELS}
+
+        return Question(name, self.tasks[name].logits, epoch)
+
+    def _opened(self) -> tuple[nn.Module, Mapping[str, str]]:
+        from fusewright.bench.exchange import Exchange
+
+        module = self.open(self.base)
+        return module, Exchange(module, self.base, self.spec.opens).names
 
     def open(self, path: str | Path) -> nn.Module:
         """A model as a module in evaluation mode, made by the library that ``opens`` names; an

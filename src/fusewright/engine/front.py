@@ -98,6 +98,7 @@ def merge(
     optional: Sequence[str] = (),
     output: str = "model",
     data: Any = None,
+    heads: Mapping[str, Any] | None = None,
     evaluate: Callable[[Any], float] | None = None,
     progress: Listener | None = None,
     **options: Any,
@@ -107,13 +108,16 @@ def merge(
     With ``out`` the result is streamed to that folder; without it, it is made in memory. Engine
     options (threads, memory, device, overwrite, shard_size, untie, allow_nonfinite,
     allow_overflow, copy_code, durable, kernels) are those of :class:`Options`. ``data`` and
-    ``evaluate`` (state dict -> score, larger is better) are for programs. Raises FusewrightError.
+    ``heads`` (:func:`fusewright.tasks.adaptation.adaptation`) are for methods that learn,
+    ``evaluate`` (state dict -> score, larger is better) for those that search. Raises
+    FusewrightError.
     """
     recipe = make_recipe(
         method=method, base=base, experts=_entries(experts), parameters=dict(params or {}),
         dtype=dtype, out_dtype=out_dtype, seed=seed, optional=list(optional), output=output,
     )  # fmt: skip
-    return run(recipe, out, make_options(**options), progress, data=data, evaluate=evaluate)
+    return run(recipe, out, make_options(**options), progress, data=data, heads=heads,
+               evaluate=evaluate)  # fmt: skip
 
 
 def run(
@@ -123,6 +127,7 @@ def run(
     progress: Listener | None = None,
     *,
     data: Any = None,
+    heads: Mapping[str, Any] | None = None,
     evaluate: Callable[[Any], float] | None = None,
 ) -> Merged:
     """Carry out a recipe; see :func:`merge`."""
@@ -131,6 +136,10 @@ def run(
     if is_program(method):
         from fusewright.engine.program import run_program
 
+        if method.card.data != "none" and data is not None:
+            from fusewright.tasks.adaptation import adaptation
+
+            data = adaptation(data, heads)
         return run_program(method, recipe, out, options, progress, data, evaluate)
     if recipe.output == "adapter":
         from fusewright.engine.adapters import merge_adapters

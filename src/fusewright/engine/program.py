@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusewright.engine.front import Merged, run
+from fusewright.engine.inputs import open_inputs
 from fusewright.engine.options import Options
 from fusewright.engine.progress import Listener
 from fusewright.engine.recipe import ExpertEntry, Recipe
+from fusewright.engine.state import module_of
 from fusewright.errors import PlanError
 from fusewright.methods.contract import Context, Fold, Method, Program
 from fusewright.weights.target import check_absent, resolve_target
+
+if TYPE_CHECKING:
+    from fusewright.modules.vectors import TaskVectors
 
 Evaluate = Callable[[Any], float]
 
 
 class Trials(Context):
-    """A program's context: merges in memory and scores them."""
+    """A program's context: merges in memory and scores them, or opens what it learns with.
+
+    Files are open until :meth:`close`.
+    """
 
     def __init__(
         self, recipe: Recipe, options: Options, data: Any, evaluate: Evaluate | None
@@ -30,6 +40,37 @@ class Trials(Context):
         self.base, self.data, self.seed = recipe.base, data, recipe.seed
         self.experts = {name: entry.model for name, entry in recipe.experts.items()}
         self._recipe, self._options, self._evaluate = recipe, options, evaluate
+        self._open = ExitStack()
+
+    def close(self) -> None:
+        self._open.close()
+
+    @cached_property
+    def _module(self) -> tuple[nn.Module, Mapping[str, str]]:
+        opens = getattr(self.data, "open", None)
+        if opens is not None:
+            module, names = opens()
+        else:
+            module, names = module_of(self.base), {}
+        return module.eval().requires_grad_(False), names
+
+    def module(self) -> nn.Module:
+        return self._module[0]
+
+    def stored(self, name: str) -> str:
+        return self._module[1].get(name, name)
+
+    @cached_property
+    def _vectors(self) -> TaskVectors:
+        from fusewright.engine.vectors import task_vectors
+
+        inputs = self._open.enter_context(open_inputs(self._recipe, self._options.untie))
+        found = task_vectors(inputs, self._module[1])
+        held = 4 * len(found.experts) * sum(t.numel() for t in found.base.values())
+        return found.kept() if held <= self._options.memory else found
+
+    def vectors(self) -> TaskVectors:
+        return self._vectors
 
     def merge(self, method: Method, experts: Sequence[str] | None = None) -> Mapping[str, Tensor]:
         return run(with_method(self._recipe, method, experts), None, self._options).state_dict()
@@ -64,7 +105,8 @@ def run_program(
         return _run_fold(method, recipe, out, options, progress)
     assert isinstance(method, Program)
     context = Trials(recipe, options, data, evaluate)
-    fitted = method.fit(context)
+    with closing(context):
+        fitted = method.fit(context)
     merged = run(with_method(recipe, fitted.method, fitted.experts), out, options, progress)
     merged.report["fitted"] = {
         **fitted.report, "method": fitted.method.spec(),

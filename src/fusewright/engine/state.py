@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,16 +58,17 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 def read_state(path: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, in its storage dtype."""
     with open_weights(path) as weights:
-        return {name: _whole(weights, name) for name in weights}
+        return {name: whole(weights, name) for name in weights}
 
 
 def read_tensor(path: Path, name: str) -> Tensor | None:
     """One tensor of a checkpoint, in its storage dtype; None if it has no such tensor."""
     with open_weights(path) as weights:
-        return _whole(weights, name) if name in weights else None
+        return whole(weights, name) if name in weights else None
 
 
-def _whole(weights: Weights, name: str) -> Tensor:
+def whole(weights: Weights, name: str) -> Tensor:
+    """One tensor in its storage dtype."""
     info = weights[name]
     flat = torch.empty(info.numel, dtype=info.dtype.torch)
     if info.numel:
@@ -93,6 +95,17 @@ def load_module(path: Path) -> nn.Module:
     cls: Any = getattr(transformers, known[0]) if known else transformers.AutoModel
     module: nn.Module = cls.from_pretrained(path)
     return module
+
+
+def module_of(model: Any) -> nn.Module:
+    """A copy of a module, or the module of a folder. Raises PlanError for bare tensors."""
+    if isinstance(model, nn.Module):
+        return copy.deepcopy(model)
+    if isinstance(model, str | Path) and Path(model).is_dir():
+        return load_module(Path(model))
+    raise PlanError("the base is no module, and no folder that says what module it is",
+                    found=type(model).__name__,
+                    fix="pass the base as a module or a model's folder")  # fmt: skip
 
 
 def load(path: str | Path) -> nn.Module:

@@ -28,7 +28,10 @@ from fusewright.methods.random import Stream
 from fusewright.methods.settings import OTHERS, Reach, plain, reach_of
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fusewright.methods.pipeline import Pipeline
+    from fusewright.modules.vectors import TaskVectors
     from fusewright.weights.spec import LowRank
 
 
@@ -318,6 +321,8 @@ class Context(ABC):
     experts: Mapping[str, Any]
     data: Any
     seed: int
+    tell: Callable[[int, int, float], None] | None = None
+    """Hears of (steps done, steps in all, loss) of a fit."""
 
     @abstractmethod
     def merge(self, method: Method, experts: Sequence[str] | None = None) -> Mapping[str, Tensor]:
@@ -326,3 +331,15 @@ class Context(ABC):
     @abstractmethod
     def evaluate(self, weights: Mapping[str, Tensor]) -> float:
         """The score of a trial (larger is better) by the caller's ``evaluate`` function."""
+
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The base as a module in evaluation mode: what is run with merged weights."""
+
+    @abstractmethod
+    def vectors(self) -> TaskVectors:
+        """The experts' task vectors, under the names of the module's tensors."""
+
+    @abstractmethod
+    def stored(self, name: str) -> str:
+        """What the checkpoints call a tensor of the module."""

@@ -1,0 +1,62 @@
+"""Task vectors of a recipe's models, read from their files when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fusewright.engine.inputs import Inputs
+from fusewright.engine.state import whole
+from fusewright.errors import PlanError
+from fusewright.modules.deltas import Delta, Dense, Factors, Sparse
+from fusewright.modules.vectors import TaskVectors
+from fusewright.weights import TensorInfo, Weights
+from fusewright.weights.spec import LowRank
+
+
+def task_vectors(inputs: Inputs, names: Mapping[str, str] | None = None) -> TaskVectors:
+    """θ_0 and τ_t over the floating-point tensors that the base and every expert have.
+
+    Differences are in float32, or float64 where the base is; of adapters over the base, the
+    factors. ``names`` {the module's: the checkpoint's} renames them. Raises PlanError without a
+    base, or if nothing is shared.
+    """
+    if inputs.base is None:
+        raise PlanError("task vectors need the base that the experts were trained from",
+                        fix="base: ...")  # fmt: skip
+    wanted = [n for n in inputs.alignment.names if _everywhere(inputs, n)]
+    renamed = {source: module for module, source in (names or {}).items()}
+    named = {renamed.get(name, name): name for name in wanted}
+    if not named:
+        raise PlanError("base and experts share no floating-point tensor")
+    base = {module: whole(inputs.base, _own(inputs, None, name)) for module, name in named.items()}
+
+    def read(expert: str, module: str) -> Delta:
+        name = named[module]
+        return _delta(inputs.experts[expert], _own(inputs, expert, name), base[module])
+
+    return TaskVectors(tuple(inputs.experts), base, read)
+
+
+def _everywhere(inputs: Inputs, name: str) -> bool:
+    infos: list[TensorInfo | None] = [inputs.info(m, name) for m in (None, *inputs.experts)]
+    return all(info is not None and info.dtype.is_float for info in infos)
+
+
+def _own(inputs: Inputs, model: str | None, name: str) -> str:
+    own = inputs.name_in(model, name)
+    assert own is not None
+    return own
+
+
+def _delta(weights: Weights, name: str, base: Tensor) -> Delta:
+    known = weights.delta(name)
+    if isinstance(known, LowRank):
+        return Factors(known.scale * known.up, known.down, base.shape)
+    if known is not None:  # an adapter left it alone
+        nothing = torch.empty(0)
+        return Sparse(nothing, nothing.to(torch.int32), base.shape)
+    wide = torch.promote_types(base.dtype, torch.float32)
+    return Dense(whole(weights, name).to(wide) - base.to(wide))

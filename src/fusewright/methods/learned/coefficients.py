@@ -1,0 +1,51 @@
+"""Coefficients that are learned: one for each expert and group of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fusewright.modules.parametrised import Coefficients
+
+
+class LinearCoefficients(Coefficients):
+    """c_t of an expert t in a group of tensors: ``values`` (groups, experts), float32.
+
+    ``group`` says of a tensor's name which group it is in: one for all tensors is task-wise, each
+    its own is layer-wise as AdaMerging (2310.02575) means it.
+    """
+
+    def __init__(
+        self, names: Sequence[str], experts: Sequence[str], group: Callable[[str], str],
+        start: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.experts = tuple(experts)
+        self.groups = tuple(dict.fromkeys(group(name) for name in names))
+        rows = {name: row for row, name in enumerate(self.groups)}
+        self._row = {name: rows[group(name)] for name in names}
+        self.values = nn.Parameter(torch.full((len(self.groups), len(experts)), start))
+
+    def weights(self, name: str) -> Tensor:
+        return self.values[self._row[name]]
+
+    def clamp(self, low: float, high: float) -> None:
+        """Project onto [low, high]: unlike a clamp inside the merge, it lets no gradient die."""
+        with torch.no_grad():
+            self.values.clamp_(low, high)
+
+    def written(self, stored: Callable[[str], str]) -> dict[str, list[object]]:
+        """The ``weight`` of a recipe's merger: by expert, a filter for every tensor.
+
+        ``stored`` is what checkpoints call a tensor. Filters are found anywhere in a name, so
+        longer ones come first: a name is then met by itself before any part of it.
+        """
+        table = {stored(name): self.values[row].tolist() for name, row in self._row.items()}
+        return {expert: _filters(table, at) for at, expert in enumerate(self.experts)}
+
+
+def _filters(table: Mapping[str, Sequence[float]], expert: int) -> list[object]:
+    longest = sorted(table, key=len, reverse=True)
+    return [*({"filter": name, "value": table[name][expert]} for name in longest), 0.0]

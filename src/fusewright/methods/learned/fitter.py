@@ -1,0 +1,141 @@
+"""A descent on few numbers: the same seed gives the same end, and a killed one goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fusewright.errors import NumericError
+
+Step = Callable[[int], Mapping[str, float]]
+"""Leaves gradients in the parameters and answers with the losses by task."""
+Tell = Callable[[int, int, float], None]
+"""Hears of (steps done, steps in all, mean loss)."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a descent went: mean loss of each step, held-out scores (step, score), the step whose
+    state was kept."""
+
+    losses: tuple[float, ...]
+    scores: tuple[tuple[int, float], ...] = ()
+    kept: int = 0
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """Adam (1412.6980) on the parameters of a small module.
+
+    ``score`` (larger is better) is asked before the first step, every ``every`` steps and at the
+    end; the state that scored best is kept, the earliest of equals: what makes it worse is undone.
+    ``constrain`` is called after each step. ``checkpoint``: a file that is written at every score,
+    and gone on from if it is there.
+
+    Raises NumericError where a loss is no longer finite; the best state so far is then in place.
+    """
+
+    steps: int
+    rate: float
+    schedule: Literal["constant", "cosine"] = "constant"
+    every: int = 50
+    checkpoint: Path | None = None
+    constrain: Callable[[], None] | None = field(default=None, repr=False)
+    score: Callable[[], float] | None = field(default=None, repr=False)
+    tell: Tell | None = field(default=None, repr=False)
+
+    def run(self, trained: nn.Module, step: Step) -> Fit:
+        """Descend; ``trained`` is left in the state that is kept."""
+        optimiser = torch.optim.Adam(trained.parameters(), lr=self.rate)
+        run = _Run(self, trained, optimiser)
+        run.resume()
+        try:
+            while run.done < self.steps:
+                if run.done % self.every == 0:
+                    run.measure()
+                self._move(run, step)
+            run.measure()
+        finally:
+            run.restore()
+        return Fit(tuple(run.losses), tuple(run.scores), run.kept)
+
+    def _move(self, run: _Run, step: Step) -> None:
+        run.optimiser.zero_grad()
+        for group in run.optimiser.param_groups:
+            group["lr"] = self._rate(run.done)
+        losses = step(run.done)
+        odd = {name: loss for name, loss in losses.items() if not isfinite(loss)}
+        if odd:
+            raise NumericError("a loss is no longer finite", where=f"step {run.done}", found=odd,
+                               fix="a smaller rate, or fewer steps")  # fmt: skip
+        run.optimiser.step()
+        if self.constrain is not None:
+            self.constrain()
+        run.done += 1
+        run.losses.append(sum(losses.values()) / len(losses))
+        if self.tell is not None:
+            self.tell(run.done, self.steps, run.losses[-1])
+
+    def _rate(self, done: int) -> float:
+        if self.schedule == "constant":
+            return self.rate
+        return self.rate * float(1 + torch.cos(torch.tensor(torch.pi * done / self.steps))) / 2
+
+
+class _Run:
+    """A descent under way."""
+
+    def __init__(self, fitter: Fitter, trained: nn.Module, optimiser: torch.optim.Adam) -> None:
+        self.fitter, self.trained, self.optimiser = fitter, trained, optimiser
+        self.done, self.kept = 0, 0
+        self.losses: list[float] = []
+        self.scores: list[tuple[int, float]] = []
+        self._best: dict[str, Any] | None = None
+
+    def measure(self) -> None:
+        if self.scores and self.scores[-1][0] == self.done:
+            return
+        if self.fitter.score is not None:
+            score = self.fitter.score()
+            if self._best is None or score > max(found for _, found in self.scores):
+                self.kept, self._best = self.done, _copied(self.trained)
+            self.scores.append((self.done, score))
+        self._save()
+
+    def restore(self) -> None:
+        if self._best is not None:
+            self.trained.load_state_dict(self._best)
+        else:
+            self.kept = self.done
+
+    def resume(self) -> None:
+        path = self.fitter.checkpoint
+        if path is None or not path.exists():
+            return
+        held = torch.load(path, weights_only=True)
+        self.trained.load_state_dict(held["trained"])
+        self.optimiser.load_state_dict(held["optimiser"])
+        self._best, self.done, self.kept = held["best"], held["done"], held["kept"]
+        self.losses, self.scores = held["losses"], [(int(s), v) for s, v in held["scores"]]
+
+    def _save(self) -> None:
+        path = self.fitter.checkpoint
+        if path is None:
+            return
+        partial = path.with_name(path.name + ".partial")
+        torch.save({
+            "trained": self.trained.state_dict(), "optimiser": self.optimiser.state_dict(),
+            "best": self._best, "done": self.done, "kept": self.kept, "losses": self.losses,
+            "scores": self.scores,
+        }, partial)  # fmt: skip
+        partial.replace(path)
+
+
+def _copied(module: nn.Module) -> dict[str, Any]:
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}

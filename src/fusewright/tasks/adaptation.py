@@ -1,0 +1,116 @@
+"""What a method that learns sees of the data: batches of every task, and how models answer them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, count, islice
+from typing import TYPE_CHECKING, Any
+
+from fusewright.tasks.errors import DataError
+from fusewright.tasks.task import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Logits = Callable[["nn.Module", Any], "Tensor"]
+Epoch = Callable[[int, int], Iterable[Any]]
+Open = Callable[[], "tuple[nn.Module, Mapping[str, str]]"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One task: ``logits(model, batch)`` are (items, classes), ``epoch(size, seed)`` its batches,
+    shuffled by the seed."""
+
+    name: str
+    logits: Logits
+    epoch: Epoch = field(repr=False)
+
+    def stream(self, size: int, seed: int, start: int = 0) -> Iterator[Any]:
+        """Batches without end from number ``start`` on, each epoch in another order.
+
+        Raises DataError if there is none.
+        """
+        return islice(chain.from_iterable(self._epochs(size, seed)), start, None)
+
+    def _epochs(self, size: int, seed: int) -> Iterator[Iterator[Any]]:
+        for number in count():
+            batches = iter(self.epoch(size, seed + number))
+            first = next(batches, None)
+            if first is None:
+                raise DataError("there is nothing to learn from", where=f"task {self.name}",
+                                expected="at least one batch each time the data are gone over",
+                                fix="pass a list or a DataLoader, not an iterator")  # fmt: skip
+            yield chain([first], batches)
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """The questions of all experts' tasks, by the experts' names; iterating gives batches of all
+    tasks in turn, "task" saying whose.
+
+    ``open`` makes the module that is asked, with {its tensor: the checkpoint's} where names
+    differ; without it the base's own config does.
+    """
+
+    questions: Mapping[str, Question]
+    open: Open | None = field(default=None, repr=False)
+    size: int = 32
+    seed: int = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        streams = {name: iter(q.epoch(self.size, self.seed)) for name, q in self.questions.items()}
+        while streams:
+            for name in list(streams):
+                batch = next(streams[name], None)
+                if batch is None:
+                    del streams[name]
+                else:
+                    yield {"task": name, **batch}
+
+
+def adaptation(
+    data: Adaptation | Mapping[str, Iterable[Any]], heads: Mapping[str, Any] | None = None
+) -> Adaptation:
+    """What a caller gives as ``data`` and ``heads``, as one value.
+
+    ``data``: batches by expert, each a list or a loader that can be gone over again. A batch is
+    what the model is called with: keywords, a tuple of arguments, or one tensor. ``heads``: by
+    expert, a function (model, batch) -> logits, or a frozen linear head (classes, width) over
+    :func:`~fusewright.tasks.heads.image_features`; without, the logits that the model returns.
+    """
+    if isinstance(data, Adaptation):
+        return data
+    heads = heads or {}
+    return Adaptation({
+        name: Question(name, _answer(heads.get(name)), _given(batches))
+        for name, batches in data.items()
+    })  # fmt: skip
+
+
+def _given(batches: Iterable[Any]) -> Epoch:
+    return lambda size, seed: batches
+
+
+def _answer(head: Any) -> Logits:
+    if callable(head):
+        return head
+    return _own if head is None else _through(head)
+
+
+def _own(model: nn.Module, batch: Any) -> Tensor:
+    from fusewright.modules.batchnorm import call
+
+    found = call(model, batch)
+    return getattr(found, "logits", found)
+
+
+def _through(head: Tensor) -> Logits:
+    from fusewright.tasks.heads import image_features, linear
+
+    def logits(model: nn.Module, batch: Any) -> Tensor:
+        pixels = batch["pixel_values"] if isinstance(batch, Mapping) else batch
+        return linear(image_features(model, pixels), head)
+
+    return logits
