@@ -52,7 +52,7 @@ def test_the_first_merge_is_short_and_runs(demo: Path, capsys: Any) -> None:
 
 
 def test_the_recipe_and_its_commands_run(demo: Path, run: Any) -> None:
-    (recipe,) = snippets("yaml")
+    recipe, *_ = snippets("yaml")
     (demo / "recipe.yaml").write_text(recipe)
     commands = re.findall(r"^fusewright (.*?)(?: {2,}#.*)?$", "\n".join(snippets("sh")), re.M)
     assert len(commands) == 5
