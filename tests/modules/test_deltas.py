@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusewright.modules.deltas import Dense, Factors, Sparse
+from fusewright.modules.deltas import Dense, Factors, Sparse, leading
 
 SHAPE = (7, 5)
 
@@ -53,8 +53,10 @@ def test_sparse_tensors_take_eight_bytes_an_element() -> None:
 
 def test_leading_triples_are_the_best_of_their_rank() -> None:
     whole = rank_two().dense()
-    torch.testing.assert_close(Factors.leading(whole, 2).dense(), whole)
-    assert Factors.leading(whole, 9).up.shape == (7, 5)
-    values = torch.linalg.svdvals(whole)
-    error = (Factors.leading(whole, 1).dense() - whole).square().sum()
-    torch.testing.assert_close(error, values[1:].square().sum())
+    for delta in (Dense(whole), rank_two()):
+        torch.testing.assert_close(leading(delta, 2).dense(), whole)
+        values = torch.linalg.svdvals(whole)
+        error = (leading(delta, 1).dense() - whole).square().sum()
+        torch.testing.assert_close(error, values[1:].square().sum())
+    assert leading(Dense(whole), 9).up.shape == (7, 5)
+    assert leading(rank_two(), 9).up.shape == (7, 2)

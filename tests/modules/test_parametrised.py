@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fusewright.errors import PlanError
-from fusewright.modules.deltas import Factors, Sparse
+from fusewright.modules.deltas import Sparse, leading
 from fusewright.modules.parametrised import Coefficients, ParametrisedMerge
 from fusewright.modules.vectors import TaskVectors
 
@@ -63,7 +63,7 @@ def forms(name: str) -> TaskVectors:
     change = {
         "dense": lambda delta: delta,
         "sparse": lambda delta: Sparse.largest(delta.dense(), 0.4),
-        "factors": lambda delta: (Factors.leading(delta.dense(), 2)
+        "factors": lambda delta: (leading(delta, 2)
                                   if len(delta.shape) == 2 else delta),
     }  # fmt: skip
     return found.mapped(change[name])

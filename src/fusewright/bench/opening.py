@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusewright.bench.suite_file import Opens, SuiteError
-from fusewright.engine.libraries import TRANSFORMERS
+from fusewright.engine.libraries import TRANSFORMERS, quiet
 from fusewright.extras import needs
 
 if TYPE_CHECKING:
@@ -44,17 +42,3 @@ def _of_transformers(path: Path, opens: Opens) -> nn.Module:
                          fix="another class in the suite's opens: {model: ...}")  # fmt: skip
     found: nn.Module = module.eval()
     return found
-
-
-@contextmanager
-def quiet(logging: Any) -> Iterator[None]:
-    """transformers without its bars and reports of what a checkpoint holds besides."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

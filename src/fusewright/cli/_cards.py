@@ -13,6 +13,7 @@ from fusewright.methods.contract import (
     Merger,
     Method,
     Program,
+    Routed,
     Transform,
 )
 from fusewright.methods.settings import plain, reach_of
@@ -20,7 +21,7 @@ from fusewright.methods.settings import plain, reach_of
 COLUMNS = ("method", "kind", "base", "experts", "cost", "paper")
 _KINDS = {
     Transform: "transform", Merger: "merger", Finish: "finish", Composite: "pipeline",
-    Fold: "fold", Program: "program",
+    Fold: "fold", Program: "program", Routed: "routed",
 }  # fmt: skip
 _BOUNDS = {"minimum": "≥ ", "exclusiveMinimum": "> ", "maximum": "≤ ", "exclusiveMaximum": "< "}
 

@@ -37,6 +37,8 @@ def add_artefacts(staging: Staging, plan: Plan, inputs: Inputs) -> list[str]:
                     name, _config(path, plan, inputs.untied, notes) if mended else path
                 )
         notes += _code(staging, root, plan.options.copy_code)
+    for name, content in getattr(inputs.reference, "files", {}).items():
+        staging.add_file(name, content)
     staging.add_file("README.md", model_card(plan, inputs).encode())
     return notes
 

@@ -19,7 +19,7 @@ from fusewright.engine.plan_words import human, parameter_table
 from fusewright.engine.recipe import Recipe
 from fusewright.engine.tables import Table
 from fusewright.errors import PlanError, RecipeError
-from fusewright.methods.contract import At, Composite, Fold, Method, Program, Stage
+from fusewright.methods.contract import At, Composite, Fold, Method, Program, Routed, Stage
 from fusewright.methods.door import check_counts, counts_base
 from fusewright.methods.kernels import Kernel, find_kernel
 from fusewright.methods.pipeline import Pipeline, Place, as_pipeline, check_uniform, resolved
@@ -272,4 +272,4 @@ def _digest(plan: Plan, inputs: Inputs) -> str:
 
 def is_program(method: Method) -> bool:
     """Whether it runs merges of its own instead of being one."""
-    return isinstance(method, Program | Fold)
+    return isinstance(method, Program | Fold | Routed)

@@ -17,9 +17,10 @@ from fusewright.engine.inputs import open_inputs
 from fusewright.engine.options import Options
 from fusewright.engine.progress import Listener
 from fusewright.engine.recipe import ExpertEntry, Recipe
-from fusewright.engine.state import module_of
+from fusewright.engine.renames import renames
+from fusewright.engine.state import module_of, read_state
 from fusewright.errors import PlanError
-from fusewright.methods.contract import Context, Fold, Method, Program
+from fusewright.methods.contract import Context, Fold, Method, Program, Routed
 from fusewright.weights.target import check_absent, resolve_target
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class Trials(Context):
             module, names = opens()
         else:
             module, names = module_of(self.base), {}
+            if isinstance(self.base, str | Path) and hasattr(module, "config"):
+                names = renames(module, read_state(Path(self.base)), Path(self.base))
         return module.eval().requires_grad_(False), names
 
     def module(self) -> nn.Module:
@@ -103,8 +106,14 @@ def run_program(
         check_absent(resolve_target(Path(out)))  # before the long work, and again at its end
     if isinstance(method, Fold):
         return _run_fold(method, recipe, out, options, progress)
-    assert isinstance(method, Program)
     context = Trials(recipe, options, data, evaluate)
+    if isinstance(method, Routed):
+        from fusewright.engine.routed import upscaled
+
+        with closing(context):
+            made = upscaled(method, context)
+        return made if out is None else made.save(out, overwrite=options.overwrite)
+    assert isinstance(method, Program)
     with closing(context):
         fitted = method.fit(context)
     merged = run(with_method(recipe, fitted.method, fitted.experts), out, options, progress)

@@ -21,8 +21,12 @@ from fusewright.weights.spec import Weights
 class MergedWeights(MemoryWeights):
     """Tensors in memory that know the folder (or module) whose architecture they fill."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], source: Any) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], source: Any, files: Mapping[str, bytes] | None = None
+    ) -> None:
         super().__init__(tensors, label="merged in memory")
+        self.files = dict(files or {})
+        """More small files that belong to the model, by name."""
         if isinstance(source, str | Path) and Path(source).is_dir():
             self.root = Path(source)
             path = self.root / "config.json"
@@ -108,6 +112,14 @@ def module_of(model: Any) -> nn.Module:
                     fix="pass the base as a module or a model's folder")  # fmt: skip
 
 
-def load(path: str | Path) -> nn.Module:
-    """Open a merged folder as a module."""
+def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
+    """Open a merged folder as a module.
+
+    Of a routed model, ``module`` is the base's architecture where its config does not say it; it
+    is changed.
+    """
+    from fusewright.engine.routed import DESCRIPTION, load_routed
+
+    if (Path(path) / DESCRIPTION).is_file():
+        return load_routed(Path(path), module)
     return load_module(Path(path))

@@ -41,9 +41,9 @@ class Card:
 
     ``base``: whether a base is "required", "optional" or "unused". ``experts``: (fewest, most) or
     None for no bound. ``data``: "none", "unlabelled" or "labelled". ``output``: "weights",
-    "parts", or "answers" of models that stay apart. ``cost``: passes over the inputs and the
-    dominant operation, in words. ``exempt`` names identities of the contract suite that do not
-    hold, each with its reason.
+    "parts", a "routed" module, or "answers" of models that stay apart. ``cost``: passes over the
+    inputs and the dominant operation, in words. ``exempt`` names identities of the contract suite
+    that do not hold, each with its reason.
     """
 
     title: str
@@ -52,7 +52,7 @@ class Card:
     base: Literal["required", "optional", "unused"] = "required"
     experts: tuple[int, int | None] = (1, None)
     data: Literal["none", "unlabelled", "labelled"] = "none"
-    output: Literal["weights", "parts", "answers"] = "weights"
+    output: Literal["weights", "parts", "routed", "answers"] = "weights"
     cost: str = "one pass"
     exempt: Mapping[str, str] = field(default_factory=dict)
 
@@ -312,6 +312,15 @@ class Program(Method):
     @abstractmethod
     def fit(self, context: Context) -> Fitted:
         """Choose what to execute, by trials in ``context``."""
+
+
+class Routed(Method):
+    """A method whose result sends each input its own way: a module with routed layers."""
+
+    @abstractmethod
+    def build(self, context: Context) -> Mapping[str, nn.Module]:
+        """The layers that take the place of the base's, by path, e.g.
+        :class:`~fusewright.modules.routed.RoutedLinear`; each holds the layer it replaces."""
 
 
 class Context(ABC):

@@ -22,9 +22,9 @@ GROUP = "fusewright.methods"
 @cache
 def registry() -> dict[str, type[Method]]:
     """All methods and stages by recipe name, in alphabetical order."""
-    from fusewright.methods import learned, static
+    from fusewright.methods import learned, routed, static
 
-    found = {cls.name: cls for cls in (*static.METHODS, *learned.METHODS)}
+    found = {cls.name: cls for cls in (*static.METHODS, *learned.METHODS, *routed.METHODS)}
     for point in entry_points(group=GROUP):
         cls = point.load()
         if not (isinstance(cls, type) and issubclass(cls, Method)):

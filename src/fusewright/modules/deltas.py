@@ -126,15 +126,6 @@ class Factors(Delta):
     down: Tensor
     shape: torch.Size
 
-    @classmethod
-    def leading(cls, whole: Tensor, rank: int) -> Factors:
-        """The best approximation of this rank (Eckart and Young 1936): the leading singular
-        triples, by an SVD in float32 or better; σ goes to ``up``."""
-        matrix = whole.float() if whole.dtype.itemsize < 4 else whole
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        rank = min(rank, len(values))
-        return cls(left[:, :rank] * values[:rank], right[:rank].contiguous(), whole.shape)
-
     def dense(self) -> Tensor:
         return (self.up @ self.down).reshape(self.shape)
 
@@ -152,3 +143,27 @@ class Factors(Delta):
     def norm2(self) -> Tensor:
         up, down = self.up.double(), self.down.double()
         return ((up.T @ up) * (down @ down.T)).sum()
+
+
+def triples(delta: Delta, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triples of a matrix, U (out, r), σ (r,), V (in, r), r at most ``rank``.
+
+    The best approximation of that rank is U σ Vᵀ (Eckart and Young 1936). In float32 or better.
+    Factors are not multiplied out: QR of both, and an SVD of the small core.
+    """
+    if isinstance(delta, Factors):
+        (left, one), (right, two) = torch.linalg.qr(delta.up), torch.linalg.qr(delta.down.T)
+        u, values, vt = torch.linalg.svd(one @ two.T, full_matrices=False)
+        u, v = left @ u, right @ vt.T
+    else:
+        matrix = delta.dense()
+        wide = torch.promote_types(matrix.dtype, torch.float32)
+        u, values, vt = torch.linalg.svd(matrix.to(wide), full_matrices=False)
+        v = vt.T
+    return u[:, :rank], values[:rank], v[:, :rank]
+
+
+def leading(delta: Delta, rank: int) -> Factors:
+    """A matrix's best approximation of a rank; σ goes to ``up``."""
+    u, values, v = triples(delta, rank)
+    return Factors(u * values, v.T.contiguous(), delta.shape)

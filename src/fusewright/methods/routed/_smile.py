@@ -1,0 +1,104 @@
+"""SMILE: every linear layer as a sparse mixture of low-rank experts, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from fusewright.errors import PlanError
+from fusewright.methods.contract import Card, Context, Routed
+from fusewright.modules.architecture import describe_module
+from fusewright.modules.deltas import Delta, Factors, triples
+from fusewright.modules.linears import LinearMap
+from fusewright.modules.routed import RoutedLinear
+from fusewright.modules.vectors import TaskVectors
+
+
+class Smile(Routed):
+    """Send each token, in each linear layer, to the experts whose change of that layer it excites
+    most (*SMILE: Zero-Shot Sparse Mixture of Low-Rank Experts Construction From Pre-Trained
+    Foundation Models*, arXiv 2408.10174).
+
+    ΔW_t = U_t Σ_t V_tᵀ; y = W_0 x + b_0 + Σ_{t ∈ top} p_t (U_{t,:k} Σ_{t,:k} V_{t,:k}ᵀ x + Δb_t),
+    p = softmax(‖V_{t,:g}ᵀ x‖_2), the ``top`` largest renormalised.
+
+    ``rank``: k, 32, and ``gate``: g, 16: the paper's smaller setting of CLIP, 1.6 times the
+    parameters. ``top``: 1; more experts did worse there. All other tensors stay the base's, as do
+    layers that no expert changes and those outside blocks. Of LoRA experts a rank of theirs or
+    more is exact.
+
+    Raises PlanError if no linear layer of the blocks is changed.
+    """
+
+    name: ClassVar[str] = "smile"
+    card: ClassVar[Card] = Card(
+        "SMILE", "SMILE: Zero-Shot Sparse Mixture of Low-Rank Experts Construction From "
+        "Pre-Trained Foundation Models", "2408.10174", output="routed",
+        cost="an SVD of each expert's matrices; gate and expert at every token",
+    )  # fmt: skip
+    profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fusionbench": {"rank": 128, "gate": 1},
+    }
+
+    rank: int = Field(32, ge=1)
+    gate: int = Field(16, ge=1)
+    top: int = Field(1, ge=1)
+
+    def build(self, context: Context) -> Mapping[str, nn.Module]:
+        model, vectors = context.module(), context.vectors()
+        found: dict[str, nn.Module] = {}
+        for linear in describe_module(model).linears.values():
+            if _is_routable(linear, model) and linear.weight in vectors.base:
+                layer = self._layer(linear, model.get_submodule(linear.module), vectors)
+                if layer is not None:
+                    found[linear.module] = layer
+        if not found:
+            raise PlanError("no linear layer of a block is changed by an expert",
+                            expected="nn.Linear or Conv1D inside blocks",
+                            fix="`fusewright inspect` shows what the experts change")  # fmt: skip
+        return found
+
+    def _layer(
+        self, linear: LinearMap, base: nn.Module, vectors: TaskVectors
+    ) -> RoutedLinear | None:
+        wide = max(self.rank, self.gate)
+        split = [triples(_turned(d, linear.in_first), wide) for d in vectors.at(linear.weight)]
+        if not any(bool(values.any()) for _, values, _ in split):
+            return None
+        dtype = vectors.base[linear.weight].dtype
+        up = _stacked([(u * s)[:, : self.rank] for u, s, _ in split]).to(dtype)
+        down = _stacked([v[:, : self.rank] for *_, v in split]).mT.contiguous().to(dtype)
+        gate = _stacked([v[:, : self.gate] for *_, v in split]).mT.contiguous().to(dtype)
+        bias = None
+        if linear.bias is not None and linear.bias in vectors.base:
+            bias = torch.stack([d.dense() for d in vectors.at(linear.bias)]).to(dtype)
+        return RoutedLinear(base, up, down, gate, bias, self.top)
+
+
+def _is_routable(linear: LinearMap, model: nn.Module) -> bool:
+    """A whole matrix inside a block, which its module multiplies with by itself."""
+    owner = type(model.get_submodule(linear.module)).__name__
+    plain = not linear.kernel and linear.groups == 1
+    return linear.block is not None and plain and owner in ("Linear", "Conv1D")
+
+
+def _turned(delta: Delta, in_first: bool) -> Delta:
+    """A matrix (out, in)."""
+    if not in_first:
+        return delta
+    if isinstance(delta, Factors):
+        return Factors(delta.down.T, delta.up.T, torch.Size(reversed(delta.shape)))
+    from fusewright.modules.deltas import Dense
+
+    return Dense(delta.dense().T)
+
+
+def _stacked(columns: list[torch.Tensor]) -> torch.Tensor:
+    """Matrices of the same height side by side in a new first axis, narrow ones filled up with
+    zeros: (experts, height, width)."""
+    width = max(c.shape[1] for c in columns)
+    return torch.stack([nn.functional.pad(c, (0, width - c.shape[1])) for c in columns])

@@ -1,0 +1,199 @@
+"""SMILE on tiny models: each token to the expert that it excites, nothing trained."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fusewright as fw
+from fusewright.errors import PlanError, WeightsError
+from fusewright.methods.routed import Smile
+from fusewright.modules.routed import RoutedLinear
+
+transformers = pytest.importorskip("transformers")
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+IDS = torch.arange(24).reshape(3, 8)
+
+
+def vit():
+    return transformers.ViTModel(transformers.ViTConfig(
+        **TINY, intermediate_size=32, image_size=8, patch_size=4), add_pooling_layer=False
+    )  # fmt: skip
+
+
+def bert():
+    return transformers.BertModel(transformers.BertConfig(
+        **TINY, intermediate_size=32, vocab_size=50), add_pooling_layer=False)  # fmt: skip
+
+
+def gpt2():
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_embd=16, n_layer=2, n_head=2, vocab_size=50))  # fmt: skip
+
+
+def llama():
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        **TINY, intermediate_size=32, vocab_size=50))  # fmt: skip
+
+
+def t5():
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=50,
+        decoder_start_token_id=0))  # fmt: skip
+
+
+INPUTS = {
+    vit: {"pixel_values": torch.linspace(-1, 1, 3 * 3 * 64).reshape(3, 3, 8, 8)},
+    bert: {"input_ids": IDS}, gpt2: {"input_ids": IDS}, llama: {"input_ids": IDS},
+    t5: {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]},
+}  # fmt: skip
+MODELS = pytest.mark.parametrize("make", INPUTS, ids=lambda make: make.__name__)
+
+
+def base_of(make) -> nn.Module:
+    torch.manual_seed(0)
+    return make().eval()
+
+
+def expert_of(base: nn.Module, seed: int, only: str = "") -> nn.Module:
+    """The base with its linear layers moved."""
+    draw, expert = torch.Generator().manual_seed(seed), copy.deepcopy(base)
+    with torch.no_grad():
+        for path, part in expert.named_modules():
+            inside = any(c.isdigit() for c in path) and type(part).__name__ in ("Linear", "Conv1D")
+            if inside and only in path:
+                for parameter in part.parameters():
+                    noise = torch.randn(parameter.shape, generator=draw)
+                    parameter.add_(0.3 * parameter.std().nan_to_num(0.1).clamp(min=0.02) * noise)
+    return expert
+
+
+def answer(model: nn.Module, make) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**INPUTS[make])[0]
+
+
+@MODELS
+def test_one_expert_at_full_rank_is_that_expert(make) -> None:
+    base = base_of(make)
+    expert = expert_of(base, 1)
+    made = fw.merge(Smile(rank=64, gate=64), base=base, experts={"a": expert})
+    assert made.layers
+    torch.testing.assert_close(answer(made.module(), make), answer(expert, make),
+                               rtol=1e-4, atol=1e-5)  # fmt: skip
+    assert (answer(base, make) - answer(expert, make)).abs().max() > 1e-2
+
+
+@MODELS
+def test_it_is_saved_and_loaded_in_another_process(make, tmp_path) -> None:
+    base = base_of(make)
+    base.save_pretrained(tmp_path / "base")
+    modules = {"a": expert_of(base, 1), "b": expert_of(base, 2)}
+    for name, module in modules.items():
+        module.save_pretrained(tmp_path / name)
+    experts = {name: tmp_path / name for name in modules}
+    opened = fw.merge(Smile(rank=4, gate=2), base=base, experts=modules)
+    fw.merge(Smile(rank=4, gate=2), base=tmp_path / "base", experts=experts, out=tmp_path / "out")
+    torch.save(INPUTS[make], tmp_path / "inputs.pt")
+    code = (
+        "import sys, torch, fusewright as fw\n"
+        "folder = sys.argv[1]\n"
+        "model = fw.load(folder + '/out')\n"
+        "with torch.no_grad(): found = model(**torch.load(folder + '/inputs.pt'))[0]\n"
+        "torch.save(found, folder + '/found.pt')\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], check=True)
+    found = torch.load(tmp_path / "found.pt")
+    torch.testing.assert_close(found, answer(opened.module(), make))
+
+
+def test_every_token_goes_where_a_plain_loop_says() -> None:
+    torch.manual_seed(3)
+    experts, rank, gate, size, out = 3, 2, 2, 6, 5
+    base = nn.Linear(size, out).double()
+    up, down = torch.randn(experts, out, rank).double(), torch.randn(experts, rank, size).double()
+    gates, bias = torch.randn(experts, gate, size).double(), torch.randn(experts, out).double()
+    inputs = torch.randn(2, 4, size).double()
+    for top in (1, 2, 3, 5):
+        layer = RoutedLinear(base, up, down, gates, bias, top)
+        for row, said in zip(inputs.reshape(-1, size), layer(inputs).reshape(-1, out), strict=True):
+            norms = torch.stack([(g @ row).norm() for g in gates])
+            shares = norms.softmax(0)
+            chosen = shares.argsort(descending=True)[:top]
+            expected = base(row) + sum(
+                shares[t] / shares[chosen].sum() * (up[t] @ (down[t] @ row) + bias[t])
+                for t in chosen
+            )
+            torch.testing.assert_close(said, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_an_input_is_answered_alike_in_any_batch() -> None:
+    base = base_of(gpt2)
+    model = fw.merge(Smile(rank=4, gate=2), base=base, experts={
+        "a": expert_of(base, 1), "b": expert_of(base, 2)}).module()  # fmt: skip
+    with torch.no_grad():
+        whole = model(input_ids=IDS)[0]
+        alone = torch.cat([model(input_ids=row[None])[0] for row in IDS])
+    torch.testing.assert_close(whole, alone)
+
+
+def test_layers_that_nobody_changed_stay() -> None:
+    base = base_of(llama)
+    made = fw.merge(Smile(), base=base, experts={"a": expert_of(base, 1, only="mlp")})
+    assert made.layers and all("mlp" in path for path in made.layers)
+    assert "lm_head" not in made.layers
+
+
+def test_lora_experts_are_exact_at_their_rank(tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    base = base_of(gpt2)
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    tuned = peft.get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    tuned.save_pretrained(tmp_path / "a")
+    made = fw.merge(Smile(rank=3, gate=3), base=tmp_path / "base", experts={"a": tmp_path / "a"})
+    torch.testing.assert_close(answer(made.module(), gpt2), answer(tuned.eval(), gpt2),
+                               rtol=1e-4, atol=1e-4)  # fmt: skip
+    layer = made.module().get_submodule("transformer.h.0.mlp.c_fc")
+    assert layer.up.shape == (1, 64, 3) and layer.gate.shape == (1, 3, 16)
+
+
+def test_parameters_are_those_of_the_formula() -> None:
+    base = base_of(llama)
+    made = fw.merge(Smile(rank=3, gate=2), base=base,
+                    experts={"a": expert_of(base, 1), "b": expert_of(base, 2)})  # fmt: skip
+    linears = [part for path, part in base.named_modules()
+               if isinstance(part, nn.Linear) and path != "lm_head"]  # fmt: skip
+    extra = sum(2 * (3 * (x.in_features + x.out_features) + 2 * x.in_features) for x in linears)
+    before = sum(t.numel() for t in base.state_dict().values())
+    assert made.report["parameters"]["stored"] - before == extra
+
+
+def test_experts_that_change_no_linear_layer_are_refused() -> None:
+    base = base_of(bert)
+    expert = copy.deepcopy(base)
+    with torch.no_grad():
+        expert.embeddings.word_embeddings.weight.add_(0.1)
+    with pytest.raises(PlanError, match="no linear layer"):
+        fw.merge(Smile(), base=base, experts={"a": expert})
+
+
+def test_a_folder_of_another_format_is_refused(tmp_path) -> None:
+    base = base_of(gpt2)
+    base.save_pretrained(tmp_path / "base")
+    expert_of(base, 1).save_pretrained(tmp_path / "a")
+    fw.merge(Smile(), base=tmp_path / "base", experts={"a": tmp_path / "a"}, out=tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "routed.json").read_text())
+    (tmp_path / "out" / "routed.json").write_text(json.dumps({**said, "routed": 2}))
+    with pytest.raises(WeightsError, match="another format"):
+        fw.load(tmp_path / "out")
