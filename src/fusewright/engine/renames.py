@@ -18,7 +18,6 @@ from fusewright.engine.libraries import quiet
 from fusewright.errors import PlanError
 from fusewright.extras import needs
 
-
 FIRST = 2**16
 """The first tensor's number: none that a fresh bias or norm is filled with."""
 
@@ -60,9 +59,10 @@ def _found(
     found = {}
     for name, tensor in loaded.items():
         if tensor.numel() and tensor.is_floating_point():
-            number = tensor.flatten()[0].item() - FIRST
-            if number.is_integer() and 0 <= number < len(names) and (tensor == number + FIRST).all():
-                found[name] = names[int(number)]
+            number = tensor.flatten()[0].item()
+            known = number.is_integer() and 0 <= number - FIRST < len(names)
+            if known and (tensor == number).all():
+                found[name] = names[int(number) - FIRST]
     return found
 
 
