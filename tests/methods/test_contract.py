@@ -11,7 +11,17 @@ from references import REFERENCES
 from torch import Tensor
 
 from fusewright.errors import PlanError
-from fusewright.methods.contract import At, Card, Merger, Method, Program, Round, Routed, Seen, Transform
+from fusewright.methods.contract import (
+    At,
+    Card,
+    Merger,
+    Method,
+    Program,
+    Round,
+    Routed,
+    Seen,
+    Transform,
+)
 from fusewright.methods.partials import Partial
 from fusewright.methods.registry import registry
 from fusewright.methods.static import Average, IsoC, Mean, Slerp

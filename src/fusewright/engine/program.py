@@ -106,6 +106,8 @@ def run_program(
         check_absent(resolve_target(Path(out)))  # before the long work, and again at its end
     if isinstance(method, Fold):
         return _run_fold(method, recipe, out, options, progress)
+    if not recipe.experts:
+        raise PlanError("there is nothing to merge", expected="at least one expert", found="none")
     context = Trials(recipe, options, data, evaluate)
     if isinstance(method, Routed):
         from fusewright.engine.routed import upscaled

@@ -83,7 +83,7 @@ def whole(weights: Weights, name: str) -> Tensor:
 def load_module(path: Path) -> nn.Module:
     """The folder's model, of the class its config names, by transformers; by timm or OpenCLIP if
     the config is theirs."""
-    from fusewright.engine.libraries import TRANSFORMERS, library_of, open_module
+    from fusewright.engine.libraries import TRANSFORMERS, library_of, open_module, quiet
 
     library = library_of(path)
     if library != TRANSFORMERS:
@@ -97,7 +97,8 @@ def load_module(path: Path) -> nn.Module:
     names = config.get("architectures") or []
     known = [n for n in names if hasattr(transformers, n)]
     cls: Any = getattr(transformers, known[0]) if known else transformers.AutoModel
-    module: nn.Module = cls.from_pretrained(path)
+    with quiet(transformers.utils.logging):
+        module: nn.Module = cls.from_pretrained(path)
     return module
 
 
