@@ -72,6 +72,22 @@ def test_references_and_baselines_are_always_there(swept):
     assert results.facts["failed"] == {}
 
 
+def test_methods_that_learn_or_route_are_measured_when_they_are_asked_for(suite, tmp_path):
+    learns = fw.AdaMerging(steps=2, batch=8, guard=8, every=1)
+    results = sweep(suite, tmp_path / "out", methods=[learns, fw.Smile(rank=2, gate=2)],
+                    joint=[], tune=1)  # fmt: skip
+    assert results.facts["failed"] == {}
+    (learned,), (routed,), (base,) = (results.of(row) for row in ("adamerging", "smile", "base"))
+    assert learned.requirement == "unlabelled" and routed.requirement == "routed"
+    assert not [row for row in results.rows() if row.startswith(("adamerging,", "smile,"))]
+    assert learned.costs["extra_parameters"] == 0 and learned.costs["seconds"] > 0
+    assert routed.costs["extra_parameters"] > 0 and routed.costs["slowdown"] > 1
+    module = fw.merge(fw.Smile(rank=2, gate=2), base=suite.base, experts=suite.experts).module()
+    found = suite.evaluate(module, "digit", limit=LIMIT)
+    assert found.score.tolist() == routed.outcomes["digit"]["clean"].score.tolist()
+    assert scores(routed) != scores(base)
+
+
 def test_every_cell_has_an_outcome_for_every_item(swept):
     results, _ = swept
     for cell in results.cells:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusewright.errors import RecipeError
-from fusewright.methods.contract import Composite, Finish, Merger, Method, Program, Transform
+from fusewright.methods.contract import (
+    Composite,
+    Finish,
+    Merger,
+    Method,
+    Program,
+    Routed,
+    Transform,
+)
 from fusewright.methods.registry import parse_method, registry
 
 STANDS_FOR = {
@@ -80,7 +88,9 @@ def _unfit(method: type[Method], experts: int) -> str | None:
         return f"has no default for {', '.join(required)}"
     if card.data != "none" or issubclass(method, Program):
         return f"asks for {card.data} data" if card.data != "none" else "runs models"
-    return None if issubclass(method, Merger | Composite | Finish) else "is no merge by itself"
+    if issubclass(method, Merger | Composite | Finish | Routed):
+        return None
+    return "is no merge by itself"
 
 
 def _distinct(found: Iterable[Entry]) -> list[Entry]:

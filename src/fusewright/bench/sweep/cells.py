@@ -16,6 +16,7 @@ from fusewright.bench.sweep.ensembles import fitting
 from fusewright.bench.sweep.identity import code_digest, digest, files_digest
 from fusewright.bench.sweep.joint import TITLES, Recipes, training_key
 from fusewright.bench.sweep.space import space
+from fusewright.methods.contract import Program, Routed
 from fusewright.methods.outputs import ENSEMBLES
 from fusewright.methods.pipeline import Pipeline
 
@@ -134,13 +135,16 @@ def _joint(
 def _merges(entry: Entry, pool: Pool, asked: Asked) -> Iterator[Job]:
     requirement = requirement_of(entry.method)
     yield Job("merge", entry.key, entry.title, requirement, pool, entry.method)
-    if asked.tune and space(entry.method):
+    searched = isinstance(entry.method, Program | Routed)
+    if asked.tune and not searched and space(entry.method):
         row = entry.key + TUNED
         yield Job("tuned", row, entry.title + TUNED, "labelled", pool, entry.method, asked.tune)
 
 
 def requirement_of(method: Method) -> str:
     """The class of a method as it comes: what the most demanding of its stages asks for."""
+    if isinstance(method, Routed):
+        return "routed"
     stages = method.chain if isinstance(method, Pipeline) else (method,)
     asked = {getattr(stage.card, "data", "none") for stage in stages}
     return next((data for data in ("labelled", "unlabelled") if data in asked), "none")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,21 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 from fusewright.bench.sweep.costs import measured
 from fusewright.bench.sweep.space import current, linear, with_values
+from fusewright.methods.contract import Program, Routed
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from fusewright.methods.contract import Method
+    from fusewright.tasks.adaptation import Adaptation
 
 State = Mapping[str, "Tensor"]
 
 
 @dataclass(frozen=True)
 class Made:
-    """A merged state dict and what it cost: "seconds", "peak_memory", "bytes_read"."""
+    """A merged state dict and what it cost: "seconds", "peak_memory", "bytes_read"; ``routed``: the
+    module itself, where its layers are not the base's."""
 
     state: State
     costs: dict[str, float]
+    routed: nn.Module | None = None
 
 
 @dataclass
@@ -36,12 +40,16 @@ class Merges:
     base: Path
     experts: Mapping[str, Path]
     threads: int | None = None
+    data: Callable[[], Adaptation] | None = None
+    """What methods that learn are given."""
     optional: tuple[str, ...] = ()
     _kept: tuple[Method, float, Made] | None = field(default=None, repr=False)
     _base: State | None = field(default=None, repr=False)
 
     def make(self, method: Method) -> Made:
         """The merge, made anew or re-scaled; the same bytes as on disk where it is made anew."""
+        if isinstance(method, Program | Routed):
+            return self._merged(method, None)
         name = linear(method)
         scale = 0.0 if name is None else current(method)[name]
         if name is None or scale == 0.0:
@@ -58,14 +66,18 @@ class Merges:
         unused = method.card.base == "unused" and not self.optional
         needs_base = {} if unused else {"base": self.base}
         options: dict[str, Any] = {} if self.threads is None else {"threads": self.threads}
-        _warm(method, len(self.experts))
+        if isinstance(method, Program | Routed):
+            options["data"] = None if self.data is None else self.data()
+        else:
+            _warm(method, len(self.experts))
         with measured() as cost:
             merged = merge(
                 method, experts=dict(self.experts), dtype=dtype, optional=self.optional,
                 **needs_base, **options,
             )  # fmt: skip
-        state = merged.state_dict()
-        return Made(state, cost.plain() | {"bytes_read": float(merged.report["bytes_read"])})
+        module = merged.module() if isinstance(method, Routed) else None
+        read = {k: float(v) for k, v in merged.report.items() if k == "bytes_read"}
+        return Made(merged.state_dict(), cost.plain() | read, module)
 
     def _start(self) -> State:
         if self._base is None:

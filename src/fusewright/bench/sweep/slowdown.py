@@ -46,6 +46,14 @@ def of_ensemble(
     )
 
 
+def of_model(asked: Questions, base: nn.Module, model: nn.Module) -> float:
+    """Of one model of another architecture than the base's."""
+    return slowdown(
+        lambda: [task.logits(model, batch) for task, batch in asked],
+        lambda: [task.logits(base, batch) for task, batch in asked],
+    )
+
+
 def of_experts(asked: Questions, base: nn.Module, experts: Mapping[str, nn.Module]) -> float:
     """Of each task's own expert: one model answers each item, but all are kept at hand."""
     return slowdown(

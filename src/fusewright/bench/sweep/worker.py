@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from fusewright.bench.sweep.slowdown import (
     Questions,
     of_ensemble,
     of_experts,
+    of_model,
     questions,
 )
 from fusewright.bench.sweep.space import current, space, with_values
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from fusewright.bench.suite import Suite
     from fusewright.methods.contract import Method
+    from fusewright.tasks.adaptation import Adaptation
     from fusewright.tasks.outcomes import Outcomes
 
 Found = dict[str, dict[str, "Outcomes"]]
@@ -187,9 +189,19 @@ class Worker:
         if names not in self._merges:
             experts = {name: self.suite.experts[name] for name in names}
             self._merges[names] = Merges(
-                self.suite.base, experts, self.threads, tuple(self.suite.spec.optional)
+                self.suite.base, experts, self.threads, self._learnt_from(names),
+                tuple(self.suite.spec.optional),
             )
         return self._merges[names]
+
+    def _learnt_from(self, names: tuple[str, ...]) -> Callable[[], Adaptation]:
+        """The validation rows of some experts' tasks, without their labels."""
+
+        def data() -> Adaptation:
+            whole = self.suite.unlabelled(limit=self.asked.limit)
+            return replace(whole, questions={name: whole.questions[name] for name in names})
+
+        return data
 
     def _merged(self, job: Job) -> Cell:
         made = self._of(job).make(job.what)
@@ -209,9 +221,13 @@ class Worker:
         return cell, found.trials
 
     def _merge_cell(self, job: Job, method: Method, made: Made, note: str = "") -> Cell:
-        found = self._evaluated(self.exchange.filled(made.state), job)
+        module = made.routed or self.exchange.filled(made.state)
+        found = self._evaluated(module, job)
         merged = sum(t.numel() for t in made.state.values())
         costs = PLAIN | made.costs | {"extra_parameters": merged - self._stored}
+        if made.routed is not None:
+            base = self.suite.open(self.suite.base)
+            costs["slowdown"] = of_model(self._questions(job), base, made.routed)
         return self._as_cell(job, found, costs, method.spec(), note)
 
     @cached_property
