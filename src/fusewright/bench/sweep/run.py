@@ -206,7 +206,7 @@ def _facts(suites: Sequence[Suite], asked: Asked) -> dict[str, Any]:
             continue
     return {
         "command": " ".join(["fusewright", *sys.argv[1:]])
-        if Path(sys.argv[0]).name == "fusewright" else None,
+        if Path(sys.argv[0]).name in ("fusewright", "__main__.py") else None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "suite digest": suites[0].spec.digest(),
         "seeds": [one.seed for one in suites], "variants": [one.variant for one in suites],
