@@ -11,6 +11,7 @@ from small_models import METHODS, bits_equal, models, read, same, saved
 from tiny_llamas import llama, tuned
 
 import fusewright as fw
+from fusewright.methods.contract import Finish, Program, Routed, Transform
 from fusewright.methods.registry import registry
 
 # Over the model and over one tensor is the same where there is one tensor.
@@ -68,8 +69,8 @@ def test_every_registered_map_runs_through_the_engine() -> None:
             method = cls()
         except fw.FusewrightError:
             continue
-        from fusewright.methods.contract import Finish, Transform
-
+        if isinstance(method, Program | Routed):  # they run models
+            continue
         if isinstance(method, Transform):
             method = method >> fw.Sum()
         elif isinstance(method, Finish):
