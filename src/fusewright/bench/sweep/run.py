@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -205,7 +206,7 @@ def _facts(suites: Sequence[Suite], asked: Asked) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "command": " ".join(["fusewright", *sys.argv[1:]])
+        "command": shlex.join(["fusewright", *sys.argv[1:]])
         if Path(sys.argv[0]).name in ("fusewright", "__main__.py") else None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "suite digest": suites[0].spec.digest(),
