@@ -40,6 +40,7 @@ def test_what_is_built_is_named(run, tiny):
 
 
 def test_the_regime_is_printed_and_doubts_are_an_exit_code(run, tiny):
+    assert run("suite", "build", *tiny).exit_code == 0
     found = run("suite", "check", *tiny, "--limit", 30, "--json")
     said = json.loads(found.stdout)
     assert set(said["tasks"]) == {"digit", "parity"} and len(said["cosines"]) == 1
