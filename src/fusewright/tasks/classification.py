@@ -73,10 +73,9 @@ def classified(answers: Iterator[tuple[Tensor, Tensor]]) -> Outcomes:
 
 
 def _of_batch(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    from fusewright.modules.answers import entropies
+
     logs = logits.log_softmax(dim=1)
-    shares = logs.exp()
-    confidence, _ = shares.max(dim=1)
+    confidence, _ = logs.exp().max(dim=1)
     loss = -logs.gather(1, labels[:, None])[:, 0]
-    # 0 log 0 is 0, also where the logarithm is -inf.
-    entropy = -(shares * logs.masked_fill(shares == 0, 0)).sum(dim=1)
-    return labels, logits.argmax(dim=1), loss, confidence, entropy
+    return labels, logits.argmax(dim=1), loss, confidence, entropies(logs)

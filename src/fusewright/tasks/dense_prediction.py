@@ -211,12 +211,14 @@ class Segmentation(DensePrediction):
     def measured(self, said: Tensor, truth: Tensor) -> dict[str, Tensor]:
         confused = dense.confusion(said.argmax(0), truth, len(self.classes), self.ignored)
         hits, union = dense.overlaps(confused)
+        from fusewright.modules.answers import entropies
+
         logs = said[:, truth != self.ignored].log_softmax(0)
         return {
             "pixels": confused.sum(), "pixel_accuracy": _ratio(hits.sum(), confused.sum()),
             "iou": dense.mean_iou(hits, union).nan_to_num(0.0),
             "loss": _mean(self.losses(said, truth)),
-            "entropy": _mean(-(logs.exp() * logs).sum(0)),
+            "entropy": _mean(entropies(logs, dim=0)),
             **{f"intersection {k}": n for k, n in enumerate(hits)},
             **{f"union {k}": n for k, n in enumerate(union)},
         }  # fmt: skip

@@ -120,8 +120,7 @@ def _summed(logits: Tensor, targets: Tensor) -> tuple[int, Tensor, Tensor]:
     """Of one window: predicted tokens, their summed cross-entropy, their summed entropy."""
     import torch.nn.functional as F
 
+    from fusewright.modules.answers import entropies
+
     logs = logits.log_softmax(dim=1)
-    shares = logs.exp()
-    # 0 log 0 is 0, also where the logarithm is -inf.
-    entropy = -(shares * logs.masked_fill(shares == 0, 0)).sum()
-    return len(targets), F.nll_loss(logs, targets, reduction="sum"), entropy
+    return len(targets), F.nll_loss(logs, targets, reduction="sum"), entropies(logs).sum()
