@@ -1,7 +1,8 @@
 """Modules of timm and OpenCLIP: built by their own libraries, filled by fusewright's reader.
 
 Their folders are laid out as on the Hub: timm's ``config.json`` names an ``architecture``,
-OpenCLIP's ``open_clip_config.json`` holds a ``model_cfg``. Nothing is fetched.
+OpenCLIP's ``open_clip_config.json`` holds a ``model_cfg``. Nothing is fetched. What libraries say
+of their own while they load is kept quiet here too.
 """
 
 from __future__ import annotations

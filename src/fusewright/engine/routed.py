@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fusewright.engine.front import Merged, merge
-from fusewright.engine.state import MergedWeights, read_state
+from fusewright.engine.state import MergedWeights, class_of, read_state
 from fusewright.errors import WeightsError
 from fusewright.methods.contract import Context, Routed
 from fusewright.modules.routed import RoutedLinear
@@ -99,13 +99,12 @@ def _empty(path: Path) -> nn.Module:
     from fusewright.extras import needs
 
     transformers: Any = needs("transformers", "transformers")
-    config = transformers.AutoConfig.from_pretrained(path)
-    names = [n for n in config.architectures or [] if hasattr(transformers, n)]
-    if not names:
+    cls = class_of(path)
+    if cls is None:
         raise WeightsError("the config does not say what module the base is", where=path,
                            expected="architectures: [a class of transformers]",
                            fix="fw.load(path, module=...)")  # fmt: skip
-    model: nn.Module = getattr(transformers, names[0])(config)
+    model: nn.Module = cls(transformers.AutoConfig.from_pretrained(path))
     return model
 
 

@@ -93,13 +93,19 @@ def load_module(path: Path) -> nn.Module:
     except ImportError as error:
         raise PlanError("transformers is needed to make a module of a folder",
                         fix="pip install 'fusewright[transformers]'") from error  # fmt: skip
-    config = json.loads((path / "config.json").read_text())
-    names = config.get("architectures") or []
-    known = [n for n in names if hasattr(transformers, n)]
-    cls: Any = getattr(transformers, known[0]) if known else transformers.AutoModel
+    cls = class_of(path) or transformers.AutoModel
     with quiet(transformers.utils.logging):
         module: nn.Module = cls.from_pretrained(path)
     return module
+
+
+def class_of(path: Path) -> Any:
+    """The class of transformers that a folder's config names; None if it names none that there
+    is."""
+    import transformers
+
+    names = json.loads((path / "config.json").read_text()).get("architectures") or []
+    return next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
 
 
 def module_of(model: Any) -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -81,9 +80,9 @@ class Sparse(Delta):
 
     @classmethod
     def largest(cls, whole: Tensor, density: float) -> Sparse:
-        """The ⌈density n⌉ elements of largest magnitude; of equal ones, the first."""
+        """The ⌊density n⌋ elements of largest magnitude; of equal ones, the first."""
         flat = whole.reshape(-1)
-        count = ceil(round(density * flat.numel(), 6))
+        count = int(density * flat.numel())
         order = flat.abs().argsort(descending=True, stable=True)
         return cls.at(whole, order[:count].sort().values)
 

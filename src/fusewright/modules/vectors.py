@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fusewright.errors import PlanError, nearest
+from fusewright.errors import PlanError
 from fusewright.modules.deltas import Delta
 
 Read = Callable[[str, str], Delta]
@@ -28,26 +28,6 @@ class TaskVectors:
     experts: tuple[str, ...]
     base: Mapping[str, Tensor]
     read: Read = field(repr=False)
-
-    @classmethod
-    def of_states(
-        cls, base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]]
-    ) -> TaskVectors:
-        """Of state dicts, over the floating-point tensors of the base; differences in float32 or
-        better. Raises PlanError for an expert that lacks one, or has it in another shape."""
-        from fusewright.modules.deltas import Dense
-
-        floats = {n: t.detach() for n, t in base.items() if t.is_floating_point()}
-        for expert, state in experts.items():
-            for name, tensor in floats.items():
-                _check(expert, name, tensor, state)
-
-        def read(expert: str, name: str) -> Delta:
-            ours, theirs = floats[name], experts[expert][name].detach()
-            wide = torch.promote_types(ours.dtype, torch.float32)
-            return Dense(theirs.to(wide) - ours.to(wide))
-
-        return cls(tuple(experts), floats, read)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -89,12 +69,3 @@ class TaskVectors:
         """‖τ_t‖² over all tensors, float64, of every expert."""
         return {e: float(sum(self.read(e, n).norm2() for n in self.names)) for e in self.experts}
 
-
-def _check(expert: str, name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> None:
-    if name not in state:
-        close = nearest(name, list(state))
-        raise PlanError("an expert lacks a tensor of the base", where=f"{expert}: {name}",
-                        fix=f"it has {close!r}" if close else None)  # fmt: skip
-    if state[name].shape != tensor.shape:
-        raise PlanError("an expert has another shape than the base", where=f"{expert}: {name}",
-                        expected=tuple(tensor.shape), found=tuple(state[name].shape))  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, count, islice
+from itertools import chain, count
 from typing import TYPE_CHECKING, Any
 
 from fusewright.tasks.errors import DataError
@@ -27,12 +27,12 @@ class Question:
     logits: Logits
     epoch: Epoch = field(repr=False)
 
-    def stream(self, size: int, seed: int, start: int = 0) -> Iterator[Any]:
-        """Batches without end from number ``start`` on, each epoch in another order.
+    def stream(self, size: int, seed: int) -> Iterator[Any]:
+        """Batches without end, each epoch in another order.
 
         Raises DataError if there is none.
         """
-        return islice(chain.from_iterable(self._epochs(size, seed)), start, None)
+        return chain.from_iterable(self._epochs(size, seed))
 
     def _epochs(self, size: int, seed: int) -> Iterator[Iterator[Any]]:
         for number in count():

@@ -221,7 +221,7 @@ class Worker:
         return cell, found.trials
 
     def _merge_cell(self, job: Job, method: Method, made: Made, note: str = "") -> Cell:
-        module = made.routed or self.exchange.filled(made.state)
+        module = self.exchange.filled(made.state) if made.routed is None else made.routed
         found = self._evaluated(module, job)
         merged = sum(t.numel() for t in made.state.values())
         costs = PLAIN | made.costs | {"extra_parameters": merged - self._stored}
