@@ -79,6 +79,18 @@ def elect(m: Any, base: Any, experts: Any, at: Any) -> np.ndarray:
     return base + _elect(m, [e - base for e in experts])
 
 
+def agreeing(taus: list[np.ndarray], zero: str = "majority") -> list[np.ndarray]:
+    """Each task vector without the entries against the elected sign."""
+    signs = np.sign(np.sum(taus, axis=0))
+    signs[signs == 0] = {"positive": 1, "zero": 0, "majority": np.sign(signs.sum())}[zero]
+    return [np.where(np.sign(tau) == signs, tau, 0) for tau in taus]
+
+
+def agree(m: Any, base: Any, experts: Any, at: Any) -> np.ndarray:
+    kept = agreeing([e - base for e in experts], m.zero_sign)
+    return base + m.scale * m.weight * sum(kept)
+
+
 def ties(m: Any, base: Any, experts: Any, at: Any) -> np.ndarray:
     return base + _elect(m, [_trim(e - base, m.density) for e in experts])
 
@@ -154,8 +166,8 @@ def passthrough(m: Any, base: Any, experts: Any, at: Any) -> np.ndarray:
 
 
 REFERENCES = {
-    "average": average, "dare_linear": dare_linear, "dare_ties": dare_ties, "drop": drop,
-    "elect": elect, "iso_c": iso_c, "linear": linear, "lines": lines, "mean": summed,
+    "agree": agree, "average": average, "dare_linear": dare_linear, "dare_ties": dare_ties,
+    "drop": drop, "elect": elect, "iso_c": iso_c, "linear": linear, "lines": lines, "mean": summed,
     "metagpt": metagpt, "model_stock": model_stock, "passthrough": passthrough, "slerp": slerp,
     "sum": summed, "task_arithmetic": summed, "ties": ties, "trim": trim,
 }  # fmt: skip

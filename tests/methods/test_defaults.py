@@ -13,6 +13,7 @@ ELECT = {"weight": 1.0, "normalize": True, "scale": 1.0, "scope": "model", "zero
 SUM = {"weight": 1.0, "scale": 1.0, "normalize": False}
 DROP = {"density": 0.1, "rescale": "inverse", "seed": None}
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "agree": {k: v for k, v in ELECT.items() if k != "normalize"},
     "average": {},
     "dare_linear": DROP | SUM,
     "dare_ties": DROP | ELECT,

@@ -19,7 +19,8 @@ from fusewright.methods.contract import (
 from fusewright.methods.registry import parse_method, registry
 
 STANDS_FOR = {
-    "elect": "part of ties", "linear": "with equal weights it is average",
+    "agree": "task_arithmetic of what agrees, for adamerging", "elect": "part of ties",
+    "linear": "with equal weights it is average",
     "mean": "with equal weights it is average", "sum": "task_arithmetic with another default",
 }  # fmt: skip
 """Building blocks that would only repeat the row of a named method."""

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -299,15 +300,21 @@ class Fold(Method):
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a program found: the Map to execute, over which experts, and what it measured."""
+    """What a program found: the Map to execute, over which experts, and what it measured.
 
-    method: Stage | Pipeline | Composite
+    What is no Map of the experts (a mask for each element) is given as ``state``: merged tensors
+    under the names of the context's module, in float32 or better; the others are the base's.
+    """
+
+    method: Stage | Pipeline | Composite | None = None
     experts: tuple[str, ...] | None = None
     report: Mapping[str, Any] = field(default_factory=dict)
+    state: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
 
 class Program(Method):
-    """A method that runs models or searches; fitting returns a Map, which the engine executes."""
+    """A method that runs models or searches; fitting returns a Map, which the engine executes, or
+    the merged tensors."""
 
     @abstractmethod
     def fit(self, context: Context) -> Fitted:
@@ -352,3 +359,13 @@ class Context(ABC):
     @abstractmethod
     def stored(self, name: str) -> str:
         """What the checkpoints call a tensor of the module."""
+
+    def layout(self, name: str) -> TensorLayout:
+        """What is known of a tensor of the module."""
+        return TensorLayout(self.stored(name))
+
+    def checkpoint(self, stage: str, asked: str) -> Path | None:
+        """Where a long fit keeps its few numbers, so that a killed one goes on: a file of this
+        recipe, these models, this ``stage`` and what was ``asked`` (a digest) alone. None where a
+        merge has no output folder to keep it beside."""
+        return None

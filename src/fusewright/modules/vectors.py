@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fusewright.errors import PlanError
-from fusewright.modules.deltas import Delta
+from fusewright.modules.deltas import Delta, Dense
 
 Read = Callable[[str, str], Delta]
 """(expert, tensor) -> its task vector there."""
@@ -28,6 +28,8 @@ class TaskVectors:
     experts: tuple[str, ...]
     base: Mapping[str, Tensor]
     read: Read = field(repr=False)
+    held: bool = False
+    """Whether all of them are in memory."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -40,10 +42,18 @@ class TaskVectors:
 
     def combined(self, name: str, weights: Tensor) -> Tensor:
         """Σ_t w_t τ_t at a tensor, for ``weights`` (experts,); gradients flow to the weights."""
+        learned = torch.is_grad_enabled() and weights.requires_grad
         total: Tensor | None = None
+        spare: Tensor | None = None
         for weight, delta in zip(weights, self.at(name), strict=True):
-            part = weight * delta.dense()
-            total = part if total is None else total + part
+            values = delta.dense()
+            if total is None:
+                total = weight * values
+            elif learned or values.dtype != total.dtype:
+                total = total + weight * values
+            else:  # without new memory for each expert: it is what such sums are slow by
+                spare = torch.mul(weight, values, out=spare)
+                total.add_(spare)
         if total is None:
             raise PlanError("there is no expert", expected="at least one")
         return total
@@ -56,14 +66,38 @@ class TaskVectors:
         """Of some tensors alone."""
         return replace(self, base={n: t for n, t in self.base.items() if wanted(n)})
 
+    def expert(self, expert: str) -> dict[str, Tensor]:
+        """An expert's own tensors, in the base's dtypes."""
+        return {n: (t + self.read(expert, n).dense()).to(t.dtype) for n, t in self.base.items()}
+
     def mapped(self, change: Callable[[Delta], Delta]) -> TaskVectors:
         """Every task vector changed when it is read: sparsified, decomposed …"""
-        return replace(self, read=lambda expert, name: change(self.read(expert, name)))
+        read = self.read
+        return replace(self, read=lambda expert, name: change(read(expert, name)), held=False)
+
+    def together(self, change: Callable[[str, Sequence[Tensor]], Sequence[Tensor]]) -> TaskVectors:
+        """The task vectors of all experts at a tensor changed in the light of each other, by
+        ``change(tensor, vectors)``; those of one tensor are in memory at a time."""
+        last: dict[str, Sequence[Tensor]] = {}
+
+        def read(expert: str, name: str) -> Delta:
+            if name not in last:
+                last.clear()
+                last[name] = change(name, [delta.dense() for delta in self.at(name)])
+            return Dense(last[name][self.experts.index(expert)])
+
+        return replace(self, read=read, held=False)
+
+    def summed(self, weights: Sequence[float]) -> TaskVectors:
+        """Σ_t w_t τ_t as the task vector of one expert, "sum", held in memory."""
+        total = torch.tensor(weights)
+        read = lambda expert, name: Dense(self.combined(name, total))  # noqa: E731
+        return TaskVectors(("sum",), self.base, read).kept()
 
     def kept(self) -> TaskVectors:
         """Read now, all of them, and held in memory."""
         held = {(e, n): self.read(e, n) for n in self.names for e in self.experts}
-        return replace(self, read=lambda expert, name: held[expert, name])
+        return replace(self, read=lambda expert, name: held[expert, name], held=True)
 
     def norms2(self) -> dict[str, float]:
         """‖τ_t‖² over all tensors, float64, of every expert."""

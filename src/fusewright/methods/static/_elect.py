@@ -47,7 +47,7 @@ class Elect(Merger):
     def rounds(self, dtype: torch.dtype) -> tuple[Round, ...]:
         if self.zero_sign != "majority":
             return ()
-        return (Round("majority", self.scope, self._count, _majority),)
+        return (Round("majority", self.scope, self._count, majority),)
 
     def _count(self, seen: Seen, at: At) -> Partial:
         signs = torch.sign(weighted_sum(seen.vectors, at.params.weight))
@@ -71,7 +71,8 @@ class Elect(Merger):
         return torch.where(sign == 0, instead, sign)
 
 
-def _majority(partial: Partial, at: At) -> int:
+def majority(partial: Partial, at: At) -> int:
+    """The sign that most elected entries have, 0 if as many have each."""
     return int(partial["net"] > 0) - int(partial["net"] < 0)
 
 

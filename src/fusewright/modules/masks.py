@@ -1,0 +1,100 @@
+"""Masks that are learned: numbers in (0, 1) for elements or rows, drawn by a relaxation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Size = Literal["element", "row"]
+SMALLEST_MEAN = 1e-6
+"""A mask is divided by its mean or, of a mask that has all but vanished, by this."""
+_POINTS, _NODES = 16_385, 256
+
+
+class ConcreteMasks(nn.Module):
+    """One mask for every tensor, a relaxed Bernoulli of learned logits x (*The Concrete
+    Distribution*, 1611.00712), divided by its mean so that it changes no vector's size on average.
+
+    m = σ((log u - log(1 - u) + x) / T), u uniform in (0, 1); then m / mean(m) over the tensor.
+
+    ``shapes`` are those of the tensors. ``size``: a number for each element, or for each "row"
+    along the first axis of tensors of two axes or more, which takes columns times less memory.
+    ``temperature``: T. Logits are float32 and begin at 0. A draw is decided by ``seed``, its number
+    and the tensor's name.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, torch.Size], size: Size = "element", temperature: float = 0.5,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.temperature, self.seed = temperature, seed
+        self._at = {name: at for at, name in enumerate(shapes)}
+        self.logits = nn.ParameterList(
+            nn.Parameter(torch.zeros(_mask_shape(shape, size))) for shape in shapes.values()
+        )
+
+    def drawn(self, name: str, number: int) -> Tensor:
+        """The mask of a tensor in a draw; gradients flow to the logits."""
+        x = self.logits[self._at[name]]
+        u = _uniform(x, self.seed, number, name)
+        return divided(((u.log() - (-u).log1p() + x) / self.temperature).sigmoid())
+
+    def expected(self, name: str) -> Tensor:
+        """E[m] / mean(E[m]); no gradient."""
+        x = self.logits[self._at[name]].detach()
+        return divided(expectation(x, self.temperature))
+
+    def share(self) -> float:
+        """The mean of σ(x), the probability that an element is more on than off."""
+        elements = sum(x.numel() for x in self.logits)
+        return sum(float(x.detach().sigmoid().double().sum()) for x in self.logits) / elements
+
+
+def divided(mask: Tensor) -> Tensor:
+    """m / mean(m). A mask that is 0 everywhere stays 0, instead of becoming no number."""
+    return mask / mask.mean().clamp_min(SMALLEST_MEAN) if mask.numel() else mask
+
+
+def expectation(logits: Tensor, temperature: float) -> Tensor:
+    """E_u[σ((log u - log(1 - u) + x) / T)], to about 1e-6.
+
+    Only for some T is there a closed form (T = ½, p = σ(2x): p + 2x p(1 - p) - (π/2)(2p - 1)
+    √(p(1 - p))); here it is a Gauss-Legendre sum over u, tabulated in x and read linearly.
+    """
+    edge = 16.0 * max(1.0, temperature)
+    grid = torch.linspace(-edge, edge, _POINTS, dtype=torch.float64)
+    table = _expected_at(grid, temperature)
+    place = ((logits.double() + edge) * ((_POINTS - 1) / (2 * edge))).clamp(0, _POINTS - 1)
+    low = place.long().clamp_max(_POINTS - 2)
+    return torch.lerp(table[low], table[low + 1], place - low).to(logits.dtype)
+
+
+def _expected_at(x: Tensor, temperature: float) -> Tensor:
+    from numpy.polynomial.legendre import leggauss
+
+    nodes, weights = (torch.from_numpy(found) for found in leggauss(_NODES))
+    u = (nodes + 1) / 2
+    total = torch.zeros_like(x)
+    for noise, weight in zip((u.log() - (-u).log1p()).tolist(), weights.tolist(), strict=True):
+        total += weight / 2 * ((x + noise) / temperature).sigmoid()
+    return total
+
+
+def _mask_shape(shape: torch.Size, size: Size) -> torch.Size:
+    if size == "element" or len(shape) < 2:
+        return shape
+    return torch.Size((shape[0], *(1 for _ in shape[1:])))
+
+
+def _uniform(like: Tensor, seed: int, number: int, name: str) -> Tensor:
+    """Numbers in the open interval (0, 1)."""
+    key = blake2b(f"{seed}\x00{number}\x00{name}".encode(), digest_size=8).digest()
+    draw = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+    found = torch.rand(like.shape, generator=draw)
+    tiny = torch.finfo(found.dtype).eps / 2
+    return found.clamp(tiny, 1 - tiny).to(like.device)
