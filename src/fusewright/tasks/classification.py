@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from fusewright.tasks.batching import BatchedTask, check_classes, column
@@ -53,26 +54,36 @@ class Classification(BatchedTask):
         return classified(map(lambda batch: (self.logits(model, batch), batch["labels"]), batches))
 
 
+AT_ONCE = 16
+"""Batches whose logits are looked at together."""
 COLUMNS = ("label", "prediction", "loss", "confidence", "entropy")
 
 
 def classified(answers: Iterator[tuple[Tensor, Tensor]]) -> Outcomes:
     """Outcomes from batches of logits (items, classes) and labels (items,).
 
-    Five numbers are kept of each item, never its logits; on an accelerator nothing waits for it
-    until the end. Of equal logits the first class is predicted.
+    Five numbers are kept of each item; its logits wait for those of ``AT_ONCE`` batches. On an
+    accelerator nothing waits for it until the end. Of equal logits the first class is predicted.
     """
     import numpy as np
     import torch
 
-    seen = [[*_of_batch(logits, labels)] for logits, labels in answers]
+    seen = [_recorded(logits, labels) for logits, labels in _gathered(answers)]
     joined = [torch.cat(parts).cpu().numpy() for parts in zip(*seen, strict=True)]
     columns = dict(zip(COLUMNS, joined, strict=True))
     score = (columns["label"] == columns["prediction"]).astype(np.float64)
     return Outcomes("accuracy", score, np.ones_like(score), columns)
 
 
-def _of_batch(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+def _gathered(answers: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, ...]]:
+    """Several batches as one: what is recorded of few items costs as much as of many."""
+    import torch
+
+    while held := list(islice(answers, AT_ONCE)):
+        yield tuple(torch.cat(parts) for parts in zip(*held, strict=True))
+
+
+def _recorded(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     from fusewright.modules.answers import entropies
 
     logs = logits.log_softmax(dim=1)
