@@ -1,10 +1,10 @@
 """Fusewright makes one model that knows what many know.
 
 The front door: ``fw.merge``, ``fw.plan``, ``fw.load``, ``fw.inspect``, ``fw.check`` and
-``fw.verify``; ``fw.suite`` and ``fw.bench``, which measure what a merge gained; the values
-:class:`Expert` and :class:`Merged`; and every method by its class name (``fw.Ties(density=0.2)``),
-those of other packages too. Nothing is imported until it is used: ``import fusewright`` costs no
-torch.
+``fw.verify``; ``fw.suite`` and ``fw.bench``, which measure what a merge gained, and
+``fw.finetune``, which makes experts; the values :class:`Expert` and :class:`Merged`; and every
+method by its class name (``fw.Ties(density=0.2)``), those of other packages too. Nothing is
+imported until it is used: ``import fusewright`` costs no torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fusewright.bench.finetuning import finetune as finetune
     from fusewright.bench.suite import suite as suite
     from fusewright.bench.sweep.run import bench as bench
     from fusewright.engine import Expert as Expert
@@ -35,6 +36,7 @@ _DOORS = {
     "Merged": ("fusewright.engine", "Merged"),
     "bench": ("fusewright.bench", ""),  # the package itself: it can be called
     "check": ("fusewright.engine", "check_models"),
+    "finetune": ("fusewright.bench.finetuning", "finetune"),
     "inspect": ("fusewright.engine", "inspect_models"),
     "load": ("fusewright.engine", "load"),
     "merge": ("fusewright.engine", "merge"),

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fusewright import __version__
-from fusewright.cli import bench, compare, demo, look, merge, methods, suite
+from fusewright.cli import bench, compare, demo, finetune, look, merge, methods, suite
 from fusewright.cli._errors import Commands
 
 app = typer.Typer(
@@ -35,5 +35,5 @@ def _fusewright(
     """One model that knows what many know: merge trained networks on disk, safely."""
 
 
-for module in (merge, look, methods, suite, bench, compare, demo):
+for module in (merge, look, methods, suite, finetune, bench, compare, demo):
     module.register(app)

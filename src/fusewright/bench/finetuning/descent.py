@@ -1,0 +1,127 @@
+"""One task's training: the loop of joint training with one task, that goes on after a kill."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusewright.bench.descent import OneCycle
+from fusewright.bench.finetuning.models import writing
+from fusewright.bench.finetuning.recipe import FineTuning
+from fusewright.bench.joint.train import Augment, _loss, _seeded, _stream
+from fusewright.bench.pools.training import decayed
+from fusewright.errors import NumericError, RecipeError
+from fusewright.tasks.task import Split, Task
+
+CHECKPOINTS = 20
+"""How often a run keeps what it has, so that a kill costs a twentieth of it."""
+
+Tell = Callable[[float], None]
+"""Hears of each step's loss, those of an earlier run too."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is trained, what else moves (BatchNorm's statistics), the optimiser and the random
+    numbers, in a file that is complete or not there."""
+
+    path: Path
+
+    def save(self, model: nn.Module, descent: Resumable, losses: list[float]) -> None:
+        held = {
+            "model": {name: tensor.detach() for name, tensor in _moving(model)},
+            "descent": descent.state(), "losses": losses, "random": torch.get_rng_state(),
+        }  # fmt: skip
+        buffer = io.BytesIO()  # torch's own writer does not say that a disk is full
+        torch.save(held, buffer)
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        with writing(self.path):
+            partial.write_bytes(buffer.getbuffer())
+            partial.replace(self.path)
+
+    def load(self) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return None
+        found: dict[str, Any] = torch.load(self.path, weights_only=True)
+        return found
+
+
+class Resumable(OneCycle):
+    """A descent whose state can be kept."""
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "optimiser": self._optimiser.state_dict(), "schedule": self._schedule.last_epoch,
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._optimiser.load_state_dict(state["optimiser"])  # the rate of the next step as well
+        self._schedule.last_epoch = state["schedule"]
+
+
+def descend(
+    model: nn.Module, task: Task, split: Split, recipe: FineTuning, augment: Augment | None,
+    checkpoint: Checkpoint, tell: Tell,
+) -> list[float]:  # fmt: skip
+    """Train what requires gradients, from the checkpoint on if there is one; every step's loss.
+
+    The end is the same whether or not it was interrupted. Raises NumericError where a loss or a
+    weight is no longer finite, RecipeError if nothing can be trained.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise RecipeError("the model has no parameter that requires gradients")
+    model.train()
+    with _seeded(recipe.seed, trained[0].device):
+        stream = _stream(task, split, recipe.batch, recipe.seed, augment)
+        groups = decayed(model, recipe.decay)
+        descent = Resumable(groups, recipe.steps, recipe.rate, betas=recipe.betas)
+        losses: list[float] = []
+        if (held := checkpoint.load()) is not None:
+            losses = held["losses"]
+            for loss in losses:
+                next(stream)  # draws as it did
+                tell(loss)
+            _restore(model, descent, held)
+        every = ceil(recipe.steps / CHECKPOINTS)
+        autocast = torch.bfloat16 if recipe.bfloat16 else None
+        while len(losses) < recipe.steps:
+            descent.begin()
+            found = _loss(task, model, next(stream), len(losses) + 1, autocast)
+            found.backward()
+            descent.step()
+            losses.append(found.item())
+            tell(losses[-1])
+            if len(losses) % every == 0:
+                _check_finite(model, len(losses))
+                checkpoint.save(model, descent, losses)
+    _check_finite(model, recipe.steps)
+    model.eval()
+    return losses
+
+
+def _moving(model: nn.Module) -> list[tuple[str, Tensor]]:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [*trained, *model.named_buffers()]
+
+
+def _restore(model: nn.Module, descent: Resumable, held: dict[str, Any]) -> None:
+    with torch.no_grad():
+        for name, tensor in _moving(model):
+            tensor.copy_(held["model"][name])
+    descent.restore(held["descent"])
+    torch.set_rng_state(held["random"])
+
+
+def _check_finite(model: nn.Module, step: int) -> None:
+    for name, tensor in _moving(model):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NumericError("a weight is no longer finite", where=f"{name}, step {step}",
+                               fix="lower the learning rate")  # fmt: skip
