@@ -22,6 +22,7 @@ from fusewright.bench.pools.texts import (  # noqa: E402
     TextRecipe,
     encoded,
     load_corpora,
+    start_from_cooccurrence,
     staying,
     train_tokenizer,
 )
@@ -223,6 +224,25 @@ def test_another_seed_gives_other_models_and_the_same_tokenizer(data, pool, tmp_
     assert weights(second / "base") != weights(first / "base")
     vocabularies = [(p / "tokenizer" / "tokenizer.json").read_text() for p in (first, second)]
     assert vocabularies[0] == vocabularies[1]
+
+
+def test_embeddings_start_from_what_stands_near_and_special_tokens_at_random(corpora):
+    tokenizer = train_tokenizer(corpora, RECIPE)
+    model = architectures.new_model(RECIPE, 0, tokenizer)
+    weight = model.get_input_embeddings().weight
+    before = weight.detach().clone()
+    start_from_cooccurrence(model, corpora, tokenizer, 2)
+    special = torch.tensor(tokenizer.all_special_ids)
+    assert torch.equal(weight[special], before[special])
+    words = ["red", "blue", "green"]
+    red, blue, green = weight[[tokenizer.encode(w, add_special_tokens=False)[-1] for w in words]]
+    assert torch.cosine_similarity(red, blue, 0) > torch.cosine_similarity(red, green, 0) + 0.3
+    assert float(weight.detach().std() / before.std()) < 2
+
+
+def test_a_window_is_part_of_the_recipe(data, tmp_path, pool):
+    build(suite(window=2), tmp_path / "seed-0", data, seed=0, progress=False)
+    assert weights(tmp_path / "seed-0" / "base") != weights(pool / "seed-0" / "base")
 
 
 def test_a_folder_of_another_recipe_is_refused(data, pool):

@@ -19,6 +19,7 @@ from fusewright.bench.pools.texts import (
     Texts,
     encoded,
     load_corpora,
+    start_from_cooccurrence,
     train_tokenizer,
 )
 from fusewright.bench.suite_file import SuiteError, SuiteSpec
@@ -74,7 +75,10 @@ class _TextBuilder(Builder[TextRecipe]):
                 for name, c in self.corpora.items()}  # fmt: skip
 
     def new_model(self) -> Any:
-        return architectures.new_model(self.recipe, self.seed, self.tokenizer)
+        model = architectures.new_model(self.recipe, self.seed, self.tokenizer)
+        if self.recipe.window:
+            start_from_cooccurrence(model, self.corpora, self.tokenizer, self.recipe.window)
+        return model
 
     def save(self, model: Any, at: Path) -> None:
         needs("transformers", "demo").utils.logging.disable_progress_bar()

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusewright.bench.pools.byte_pairs import byte_pairs
+from fusewright.bench.pools.cooccurrence import embeddings
 from fusewright.bench.pools.training import Examples, Recipe
 from fusewright.extras import needs
 from fusewright.tasks.tokens import pad_id, tokenised
@@ -32,9 +34,12 @@ class TextRecipe(Recipe):
     their pairs, texts cut at ``length`` tokens (T5: as each task says), ``dropout`` of hidden
     states, and ``thinning``: the share of tokens that training leaves out, others each time, so
     that a few thousand texts are not learnt by heart (Iyyer et al. 2015, "Deep Unordered
-    Composition Rivals Syntactic Methods for Text Classification")."""
+    Composition Rivals Syntactic Methods for Text Classification"). With a ``window``, word
+    embeddings start from which tokens stand so near in the training texts of all tasks
+    (:mod:`.cooccurrence`); with 0, the default, at random."""
 
     vocabulary: int = 8000
+    window: int = 0
     length: int = 32
     dropout: float = 0.1
     thinning: float = 0.0
@@ -87,12 +92,16 @@ class Texts(Examples[TextRecipe]):
         longest = int(self.lengths.max())
         mask = (torch.arange(longest) < self.lengths[:, None]).long()
         given = {"input_ids": self.ids[:, :longest], "attention_mask": mask}
-        if recipe.architecture == "gpt2":
+        decoder = recipe.architecture == "gpt2"
+        if not decoder:
+            given["token_type_ids"] = self.segments[:, :longest]
+        # Of few tokens in bfloat16, the fused kernel's gradient takes as long as all else together.
+        with sdpa_kernel(SDPBackend.MATH):
             hidden = model(**given).last_hidden_state.float()
+        if decoder:
             return hidden[torch.arange(len(self)), self.lengths - 1]
-        hidden = model(**given, token_type_ids=self.segments[:, :longest]).last_hidden_state
         shares = (mask / self.lengths[:, None])[..., None]
-        return (hidden.float() * shares).sum(1)
+        return (hidden * shares).sum(1)
 
     def batches(self, size: int, recipe: TextRecipe, draw: torch.Generator) -> Iterator[Texts]:
         order = torch.randperm(len(self), generator=draw)
@@ -159,6 +168,20 @@ def train_tokenizer(corpora: Mapping[str, Corpus], recipe: TextRecipe) -> Any:
         tokenizer_object=model, pad_token=PAD, **more, model_max_length=recipe.length,
         model_input_names=["input_ids", *inputs, "attention_mask"],
     )  # fmt: skip
+
+
+def start_from_cooccurrence(
+    model: Any, corpora: Mapping[str, Corpus], tokenizer: Any, window: int
+) -> None:
+    """Set the embeddings of a fresh model's tokens, at the spread that they have; tokens that
+    stand beside none, as the special ones, keep theirs."""
+    texts = [text for corpus in corpora.values() for text in corpus.everything]
+    found = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    weight = model.get_input_embeddings().weight
+    start = torch.from_numpy(embeddings(found, *weight.shape, window))
+    met = start.any(dim=1)
+    with torch.no_grad():
+        weight[met] = start[met] * weight.std()
 
 
 def encoded(corpus: Corpus, tokenizer: Any, recipe: TextRecipe, name: str) -> Texts:
