@@ -1,0 +1,132 @@
+"""LoRA against partially linearised LoRA (2310.04742): experts alone, and merged 2 to 7 at a time.
+
+    python benchmarks/l_lora.py --data DIR --pool DIR -o DIR [--steps 200 --batch 64 --rank 16]
+
+Both kinds of experts have the same base, rank, start, data, steps and batch; each its rate
+(--rates, both the same by default). Experts are added in the suite's order and merged by task
+arithmetic; the best λ of .1, .2, ..., 1.5 is chosen on validation rows by the mean accuracy of the
+tasks that are merged. What is shown are test rows: the mean accuracy (absolute), and the mean share
+of each task's own expert of the same kind (normalised), which flatters weaker experts. OUT keeps
+the experts; the same command goes on where it was stopped. It writes OUT/l_lora.{md,json}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+import fusewright as fw
+from fusewright.bench.exchange import Exchange
+
+HOWS = {"lora": "LoRA", "l-lora": "L-LoRA"}
+SCALES = [n / 10 for n in range(1, 16)]
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(1)
+    suite = fw.suite(args.suite, pool=args.pool, data=args.data)
+    tasks = suite.spec.merged[: args.tasks]
+    rates = dict(zip(HOWS, args.rates or (None, None), strict=True))
+    began = time.perf_counter()
+    experts = {how: {t: train(suite, t, how, rates[how], args) for t in tasks} for how in HOWS}
+    measure = Measure(suite, args)
+    found = {
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "tasks": tasks, "base": measure.all(suite.open(suite.base), tasks, "test"),
+        "experts": {how: measure.experts(made) for how, made in experts.items()},
+        "trained": {how: {t: e.plain() | {"losses": e.losses[-1]} for t, e in made.items()}
+                    for how, made in experts.items()},
+    }  # fmt: skip
+    found["merged"] = {
+        how: [measure.merged(made, tasks[:count], found["experts"][how])
+              for count in range(2, len(tasks) + 1)]
+        for how, made in experts.items()
+    }  # fmt: skip
+    found["seconds"] = time.perf_counter() - began
+    (args.out / "l_lora.json").write_text(json.dumps(found, indent=1) + "\n")
+    (args.out / "l_lora.md").write_text(table(found))
+    print(table(found))
+
+
+def train(suite, task: str, how: str, rate: float | None, args: argparse.Namespace):
+    return fw.finetune(
+        suite, task, how=how, out=args.out / how / task, steps=args.steps, batch=args.batch,
+        rate=rate, rank=args.rank, alpha=2 * args.rank, threads=1, limit=args.validation,
+    )  # fmt: skip
+
+
+class Measure:
+    """Accuracies in percent, by one module whose weights are exchanged."""
+
+    def __init__(self, suite, args: argparse.Namespace) -> None:
+        self.suite, self.rows = suite, {"validation": args.validation, "test": args.test}
+        self.module = Exchange(suite.open(suite.base), suite.base, suite.spec.opens)
+
+    def all(self, model, tasks: list[str], split: str) -> dict[str, float]:
+        return {t: self.suite.evaluate(model, t, split, self.rows[split]).shown for t in tasks}
+
+    def at(self, experts: list[Path], scale: float):
+        merged = fw.merge({"task_arithmetic": {"scale": scale}}, base=self.suite.base,
+                          experts=experts)  # fmt: skip
+        return self.module.filled(merged.state_dict())
+
+    def experts(self, made) -> dict[str, float]:
+        return {t: self.all(self.at([e.path], 1.0), [t], "test")[t] for t, e in made.items()}
+
+    def merged(self, made, tasks: list[str], alone: dict[str, float]) -> dict:
+        paths = [made[task].path for task in tasks]
+        tried = {s: mean(self.all(self.at(paths, s), tasks, "validation").values()) for s in SCALES}
+        best = max(tried, key=lambda scale: tried[scale])
+        scores = self.all(self.at(paths, best), tasks, "test")
+        return {
+            "count": len(tasks), "scale": best, "scores": scores, "tried": tried,
+            "absolute": mean(scores.values()),
+            "normalised": 100 * mean(scores[t] / alone[t] for t in tasks),
+        }  # fmt: skip
+
+
+def table(found: dict) -> str:
+    tasks, base = found["tasks"], found["base"]
+    lines = ["| | " + " | ".join(tasks) + " | mean |", "|---" * (len(tasks) + 2) + "|",
+             row("base", [base[t] for t in tasks])]  # fmt: skip
+    lines += [row(f"{name} experts", [found["experts"][how][t] for t in tasks])
+              for how, name in HOWS.items()]  # fmt: skip
+    head = "| tasks | " + " | ".join(
+        f"{name} absolute | {name} normalised | {name} λ" for name in HOWS.values()
+    ) + " |"  # fmt: skip
+    lines += ["", head, "|---" * 7 + "|"]
+    for pair in zip(*(found["merged"][how] for how in HOWS), strict=True):
+        cells = [f"{one['absolute']:.1f} | {one['normalised']:.1f} | {one['scale']}"
+                 for one in pair]  # fmt: skip
+        lines.append(f"| {pair[0]['count']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def row(name: str, values: list[float]) -> str:
+    return f"| {name} | " + " | ".join(f"{v:.1f}" for v in [*values, mean(values)]) + " |"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--suite", default="vision-mini")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--pool", type=Path, required=True)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--tasks", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rates", type=float, nargs=2, metavar=("LORA", "L_LORA"))
+    parser.add_argument("--validation", type=int, default=300)
+    parser.add_argument("--test", type=int, default=1000)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
