@@ -151,7 +151,7 @@ def test_an_interruption_says_what_is_kept_and_the_same_command_goes_on(
 
     def interrupted(recipe: Any, out: Path, options: Options, progress: Any) -> Merged:
         def stop(now: Progress) -> None:
-            if now.done_bytes >= now.total_bytes:
+            if now.done >= now.total:
                 os.kill(os.getpid(), number)
                 time.sleep(0.5)  # the main thread hears of it while this unit is under way
 

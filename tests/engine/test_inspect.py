@@ -283,4 +283,4 @@ def test_an_adapter_alone_is_refused(tmp_path: Path) -> None:
 def test_progress_ends_with_every_byte() -> None:
     heard: list[Any] = []
     inspect_models([random(s, w=(300, 1000)) for s in range(3)], progress=heard.append)
-    assert heard[-1].done_bytes == heard[-1].total_bytes == 3 * 4 * 300_000
+    assert heard[-1].done == heard[-1].total == 3 * 4 * 300_000

@@ -180,7 +180,7 @@ import fusewright as fw
 from pathlib import Path
 here = Path(sys.argv[1])
 def die(progress):
-    if progress.done_bytes > 20_000:
+    if progress.done > 20_000:
         os.kill(os.getpid(), signal.SIGKILL)
 fw.merge(fw.Ties(density=0.3, scope="tensor"), base=here / "base",
          experts={"a": here / "a", "b": here / "b"}, out=here / "out", progress=die, threads=2)

@@ -28,30 +28,52 @@ def shown(quiet: bool) -> Iterator[Listener | None]:
         yield Lines().report
 
 
-class Lines:
-    """A line of text every :data:`EVERY` seconds. The rate counts from the first report: what an
-    earlier run had done does not make this one look faster."""
+class Pace:
+    """How fast a phase goes, from its first report: what an earlier run had done does not make
+    this one look faster, nor a fit the merge that follows it."""
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self.clock = clock
-        self.first: tuple[float, int] | None = None
+        self._unit = ""
+        self._first = 0.0, 0
+        self._last = 0
+
+    def rate(self, now: Progress) -> float:
+        """Units a second."""
+        time = self.clock()
+        if now.unit != self._unit or now.done < self._last:
+            self._unit, self._first = now.unit, (time, now.done)
+        self._last = now.done
+        began, skipped = self._first
+        return (now.done - skipped) / max(time - began, 1e-9)
+
+
+class Lines:
+    """A line of text every :data:`EVERY` seconds."""
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self.clock, self.pace = clock, Pace(clock)
         self.last = clock()
 
     def report(self, now: Progress) -> None:
-        time = self.clock()
-        began, skipped = self.first = self.first or (time, now.done_bytes)
+        rate, time = self.pace.rate(now), self.clock()
         if time - self.last >= EVERY:
             self.last = time
-            rate = (now.done_bytes - skipped) / max(time - began, 1e-9)
             print(line(now, rate), file=sys.stderr, flush=True)
 
 
 def line(now: Progress, rate: float) -> str:
-    """How far, how fast (bytes a second), how long yet."""
-    left = f"{duration((now.total_bytes - now.done_bytes) / rate)} left" if rate > 0 else "starting"
+    """How far, how fast, how long yet."""
+    left = f"{duration((now.total - now.done) / rate)} left" if rate > 0 else "starting"
     again = "resumed, " if now.resumed else ""
-    done, total = size(now.done_bytes), size(now.total_bytes)
-    return f"{now.phase}: {again}{done} of {total}, {size(rate)}/s, {left}"
+    return f"{now.phase}: {again}{amounts(now, rate)}, {left}"
+
+
+def amounts(now: Progress, rate: float) -> str:
+    """How far and how fast: bytes a second, or a fit's steps and its loss."""
+    if now.unit == "steps":
+        return f"{now.done} of {now.total} steps, loss {now.loss:.4g}"
+    return f"{size(now.done)} of {size(now.total)}, {size(rate)}/s"
 
 
 @contextmanager
@@ -61,15 +83,20 @@ def _bar() -> Iterator[Listener]:
 
     columns = (
         progress.TextColumn("{task.description}", markup=False), progress.BarColumn(),
-        progress.DownloadColumn(), progress.TransferSpeedColumn(), progress.TimeRemainingColumn(),
-    )  # fmt: skip
+        progress.TextColumn("{task.fields[amounts]}", markup=False),
+        progress.TimeRemainingColumn(),
+    )
+    pace, unit = Pace(), ""
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("planning", total=None)
+        task = bar.add_task("planning", total=None, amounts="")
 
         def report(now: Progress) -> None:
-            if bar.tasks[0].total is None:  # the clock starts with the first report
-                bar.reset(task, total=now.total_bytes, completed=now.done_bytes)
+            nonlocal unit
+            if now.unit != unit or now.done < bar.tasks[0].completed:  # the clock starts anew
+                unit = now.unit
+                bar.reset(task, total=now.total, completed=now.done)
             label = f"{now.phase} (resumed)" if now.resumed else now.phase
-            bar.update(task, description=label, completed=now.done_bytes)
+            told = amounts(now, pace.rate(now))
+            bar.update(task, description=label, completed=now.done, amounts=told)
 
         yield report

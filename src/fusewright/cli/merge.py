@@ -147,8 +147,13 @@ def execute(recipe: Any, options: Options, out: Path, *, quiet: bool, as_json: b
     """Merge, and say what was read, written and how fast."""
     from fusewright.engine import run
 
+    given = {}
+    if recipe.data is not None:
+        from fusewright.bench.adaptation import data_of
+
+        given["data"] = data_of(recipe.data)
     with resumable(out), shown(quiet) as progress:
-        merged = run(recipe, out, options, progress)
+        merged = run(recipe, out, options, progress, **given)
     if as_json:
         print_json({"out": str(out), **merged.report})
     elif not quiet:
@@ -174,10 +179,13 @@ def _terminate(*_: object) -> None:
 def _kept(out: Path) -> str:
     from fusewright.weights.target import resolve_target, staging_folder
 
-    folder = staging_folder(resolve_target(out))
-    if not folder.exists():
+    from fusewright.engine.program import fits_folder
+
+    target = resolve_target(out)
+    kept = [folder for folder in (staging_folder(target), fits_folder(target)) if folder.exists()]
+    if not kept:
         return "nothing was written"
-    return f"finished work is kept in {folder}\n  fix:      run the same command to go on"
+    return f"finished work is kept in {' and '.join(map(str, kept))}\n  fix:      run the same command to go on"
 
 
 def summary(out: Path, report: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from fusewright.engine.inputs import Inputs
+from fusewright.engine.origin import Origin
 from fusewright.engine.planner import Plan
 from fusewright.layout.compare import licences
 from fusewright.weights import Weights
@@ -24,7 +25,9 @@ COPIED = (
 )  # fmt: skip
 
 
-def add_artefacts(staging: Staging, plan: Plan, inputs: Inputs) -> list[str]:
+def add_artefacts(
+    staging: Staging, plan: Plan, inputs: Inputs, fitted: Origin | None = None
+) -> list[str]:
     """Copy the reference's small files and write a model card; returns notes on what was not."""
     root = inputs.reference.root
     notes: list[str] = []
@@ -39,7 +42,7 @@ def add_artefacts(staging: Staging, plan: Plan, inputs: Inputs) -> list[str]:
         notes += _code(staging, root, plan.options.copy_code)
     for name, content in getattr(inputs.reference, "files", {}).items():
         staging.add_file(name, content)
-    staging.add_file("README.md", model_card(plan, inputs).encode())
+    staging.add_file("README.md", model_card(plan, inputs, fitted).encode())
     return notes
 
 
@@ -67,18 +70,21 @@ def _code(staging: Staging, root: Path, copy: bool) -> list[str]:
     return [f"code was not copied: {names}; --copy-code copies it"] if code else []
 
 
-def model_card(plan: Plan, inputs: Inputs) -> str:
-    """README.md of the result: front matter, sources with their licences, and the recipe."""
-    recipe = plan.recipe.plain()
-    roots = {label: w.root for label, w in inputs.all().items() if w.root is not None}
+def model_card(plan: Plan, inputs: Inputs, fitted: Origin | None = None) -> str:
+    """README.md of the result: front matter, sources with their licences, and the recipe that was
+    asked for."""
+    recipe = (plan.recipe if fitted is None else fitted.recipe).plain()
+    models = (fitted.models if fitted is not None else {}) or inputs.all()
+    roots = {label: w.root for label, w in models.items() if w.root is not None}
     found = licences(list(roots.values()))
     by_label = {label: found.get(root) for label, root in roots.items()}
     names = [n for n in dict.fromkeys(by_label.values()) if n]
     front: dict[str, Any] = {"tags": ["merge", "fusewright"]}
     if len(names) == 1:
         front["license"] = names[0]
-    sources = "\n".join(_source(k, w, by_label) for k, w in inputs.all().items())
-    cards = {s.card.title: s.card for s in plan.method.chain}
+    sources = "\n".join(_source(k, w, by_label) for k, w in models.items())
+    stages = plan.method.chain if fitted is None else [fitted.method]
+    cards = {s.card.title: s.card for s in stages}
     papers = "\n".join(f"- {t}: {c.paper}{f' (arXiv:{c.arxiv})' if c.arxiv else ''}"
                        for t, c in cards.items() if c.paper)  # fmt: skip
     return (

@@ -19,6 +19,7 @@ from fusewright.errors import NumericError, PlanError, RecipeError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fusewright.engine.origin import Origin
     from fusewright.methods.contract import Method
 
 
@@ -129,13 +130,18 @@ def run(
     data: Any = None,
     heads: Mapping[str, Any] | None = None,
     evaluate: Callable[[Any], float] | None = None,
+    fitted: Origin | None = None,
 ) -> Merged:
-    """Carry out a recipe; see :func:`merge`."""
+    """Carry out a recipe; see :func:`merge`. ``fitted``: what the recipe was made by."""
     options = options or Options()
     method = recipe_method(recipe)
     if is_program(method):
         from fusewright.engine.program import run_program
 
+        if data is None and recipe.data is not None:
+            raise PlanError("a recipe's data are opened by the command", where="data",
+                            found=f"suite: {recipe.data.suite}",
+                            fix="data=fw.suite(...).unlabelled()")  # fmt: skip
         if method.card.data != "none" and data is not None:
             from fusewright.tasks.adaptation import adaptation
 
@@ -154,7 +160,7 @@ def run(
         if out is None:
             tensors, report = run_to_memory(plan_, inputs, progress)
             return Merged(None, report, plan_.to_json(), tensors, source_of(recipe, inputs))
-        report = run_to_folder(plan_, inputs, Path(out), progress, started)
+        report = run_to_folder(plan_, inputs, Path(out), progress, started, fitted)
         return Merged(Path(out), report, plan_.to_json())
 
 

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fusewright.engine.front import Merged, run
-from fusewright.engine.inputs import open_inputs
+from fusewright.engine.front import Merged, run, source_of
+from fusewright.engine.inputs import Inputs, open_inputs
 from fusewright.engine.options import Options
-from fusewright.engine.progress import Listener
+from fusewright.engine.origin import Origin
+from fusewright.engine.planner import make_plan, recipe_method
+from fusewright.engine.progress import Listener, fit_told
 from fusewright.engine.recipe import ExpertEntry, Recipe
 from fusewright.engine.renames import renames
-from fusewright.engine.state import module_of, read_state
+from fusewright.engine.runner import bound_digest
+from fusewright.engine.state import MergedWeights, module_of, read_state, whole
 from fusewright.errors import PlanError
+from fusewright.layout import TensorLayout
 from fusewright.methods.contract import Context, Fold, Method, Program, Routed
+from fusewright.methods.static import Passthrough, Sum
+from fusewright.weights import Weights
 from fusewright.weights.target import check_absent, resolve_target
 
 if TYPE_CHECKING:
@@ -32,16 +41,18 @@ Evaluate = Callable[[Any], float]
 class Trials(Context):
     """A program's context: merges in memory and scores them, or opens what it learns with.
 
-    Files are open until :meth:`close`.
+    Files are open until :meth:`close`. ``fits`` is the folder of checkpoints of fits.
     """
 
     def __init__(
-        self, recipe: Recipe, options: Options, data: Any, evaluate: Evaluate | None
-    ) -> None:
+        self, recipe: Recipe, options: Options, data: Any, evaluate: Evaluate | None,
+        progress: Listener | None = None, fits: Path | None = None,
+    ) -> None:  # fmt: skip
         self.base, self.data, self.seed = recipe.base, data, recipe.seed
         self.experts = {name: entry.model for name, entry in recipe.experts.items()}
+        self.tell = None if progress is None else fit_told(progress)
         self._recipe, self._options, self._evaluate = recipe, options, evaluate
-        self._open = ExitStack()
+        self._fits, self._open = fits, ExitStack()
 
     def close(self) -> None:
         self._open.close()
@@ -64,11 +75,32 @@ class Trials(Context):
         return self._module[1].get(name, name)
 
     @cached_property
+    def inputs(self) -> Inputs:
+        """The recipe's models, open."""
+        return self._open.enter_context(open_inputs(self._recipe, self._options.untie))
+
+    def layout(self, name: str) -> TensorLayout:
+        return self.inputs.layout[self.stored(name)]
+
+    def checkpoint(self, stage: str, asked: Callable[[], str]) -> Path | None:
+        if self._fits is None:
+            return None
+        facts = json.dumps([stage, asked(), self._digest], sort_keys=True, default=str)
+        return self._fits / f"{stage}-{sha256(facts.encode()).hexdigest()[:32]}.pt"
+
+    @cached_property
+    def _digest(self) -> list[Any]:
+        """What a fit depends on beside its data: the method, and the models' bytes."""
+        plain = with_method(self._recipe, Sum(), None)
+        plan = make_plan(plain, self._options, self.inputs)
+        method = recipe_method(self._recipe).spec()
+        return [method, self.seed, bound_digest(plan, self.inputs)]
+
+    @cached_property
     def _vectors(self) -> TaskVectors:
         from fusewright.engine.vectors import task_vectors
 
-        inputs = self._open.enter_context(open_inputs(self._recipe, self._options.untie))
-        found = task_vectors(inputs, self._module[1])
+        found = task_vectors(self.inputs, self._module[1])
         held = 4 * len(found.experts) * sum(t.numel() for t in found.base.values())
         return found.kept() if held <= self._options.memory else found
 
@@ -108,22 +140,70 @@ def run_program(
         return _run_fold(method, recipe, out, options, progress)
     if not recipe.experts:
         raise PlanError("there is nothing to merge", expected="at least one expert", found="none")
-    context = Trials(recipe, options, data, evaluate)
     if isinstance(method, Routed):
         from fusewright.engine.routed import upscaled
 
-        with closing(context):
+        with closing(Trials(recipe, options, data, evaluate, progress)) as context:
             made = upscaled(method, context)
         return made if out is None else made.save(out, overwrite=options.overwrite)
     assert isinstance(method, Program)
-    with closing(context):
+    return _run_fit(method, recipe, out, options, progress, data, evaluate)
+
+
+def fits_folder(out: Path) -> Path:
+    """Where fits for an output keep their checkpoints, beside it."""
+    return out.parent / f".{out.name}.fit"
+
+
+def _run_fit(
+    method: Program,
+    recipe: Recipe,
+    out: str | Path | None,
+    options: Options,
+    progress: Listener | None,
+    data: Any,
+    evaluate: Evaluate | None,
+) -> Merged:
+    fits = None if out is None else fits_folder(resolve_target(Path(out)))
+    with closing(Trials(recipe, options, data, evaluate, progress, fits)) as context:
         fitted = method.fit(context)
-    merged = run(with_method(recipe, fitted.method, fitted.experts), out, options, progress)
-    merged.report["fitted"] = {
-        **fitted.report, "method": fitted.method.spec(),
-        "experts": list(fitted.experts or recipe.experts),
-    }  # fmt: skip
+        report = {
+            **fitted.report, "program": method.spec(),
+            "experts": list(fitted.experts or recipe.experts),
+        }  # fmt: skip
+        models: Mapping[str, Weights] = {}
+        if fitted.method is not None:
+            chosen = with_method(recipe, fitted.method, fitted.experts)
+            report["method"] = fitted.method.spec()
+        else:
+            chosen, models = _given(recipe, fitted.state or {}, context), context.inputs.all()
+        origin = Origin(recipe, method, report, models)
+        merged = run(chosen, out, options, progress, fitted=origin)
+    merged.report["fitted"] = report
+    if fits is not None:
+        shutil.rmtree(fits, ignore_errors=True)
     return merged
+
+
+def _given(recipe: Recipe, state: Mapping[str, Tensor], context: Trials) -> Recipe:
+    """The recipe of a model whose tensors a program made; those it did not make are the base's."""
+    inputs = context.inputs
+    assert inputs.base is not None
+    named = {context.stored(name): tensor for name, tensor in state.items()}
+    cast = recipe.dtype is None and recipe.out_dtype is None
+    tensors: dict[str, Tensor] = {}
+    for name, info in inputs.base.items():
+        if name in named:
+            tensors[name] = named[name].to(info.dtype.torch) if cast else named[name]
+        else:
+            tensors[name] = whole(inputs.base, name)
+    for alias, name in inputs.alignment.aliases.items():
+        if alias in tensors:
+            tensors[alias] = tensors[name]
+    merged = ExpertEntry(model=MergedWeights(tensors, source_of(recipe, inputs)))
+    return recipe.model_copy(update={
+        "method": Passthrough(), "parameters": {}, "base": None, "experts": {"merged": merged},
+    })  # fmt: skip
 
 
 def _run_fold(

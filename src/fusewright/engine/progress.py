@@ -5,20 +5,36 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Output bytes that passes have gone over, of all passes together."""
+    """Output bytes that passes have gone over, of all passes together; or the steps of a fit, with
+    the latest loss."""
 
-    done_bytes: int
-    total_bytes: int
+    done: int
+    total: int
     phase: str
     tensor: str
     resumed: bool = False
+    unit: Literal["bytes", "steps"] = "bytes"
+    loss: float | None = None
 
 
 Listener = Callable[[Progress], None]
+
+
+def fit_told(listener: Listener) -> Callable[[int, int, float], None]:
+    """What a fit tells of its steps, told to a listener."""
+    first: list[int] = []
+
+    def tell(done: int, total: int, loss: float) -> None:
+        if not first or done < first[0]:  # a program may fit several times
+            first[:] = [done]
+        listener(Progress(done, total, "fit", "", first[0] > 1, "steps", loss))
+
+    return tell
 
 
 class Meter:

@@ -27,6 +27,25 @@ class ExpertEntry(BaseModel):
         return dict(self.model_extra or {})
 
 
+class AdaptationData(BaseModel):
+    """What a method learns from: the rows of a suite's tasks; experts are named as its tasks are.
+
+    ``suite``: a name or a file. ``pool``, ``data``: the folders of its models (heads are kept
+    there) and data sets. ``split``: "validation", so that what is tested on is not learned from.
+    ``seed``, ``variant``: which of the pool's models. ``limit``: rows of each task.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    suite: str
+    pool: str | None = None
+    data: str | None = None
+    split: str = "validation"
+    seed: int | None = None
+    variant: str | None = None
+    limit: int | None = Field(None, ge=1)
+
+
 class Recipe(BaseModel):
     """A merge. ``dtype`` is that of the result, and of the arithmetic where it is wider than
     float32; ``out_dtype`` stores the result in another one. Both default to the base's."""
@@ -42,6 +61,7 @@ class Recipe(BaseModel):
     out_dtype: str | None = Field(None, description="dtype in which it is stored, if another")
     seed: int = Field(0, description="for methods that draw at random")
     optional: list[str] = Field([], description="patterns of tensors that an expert may lack")
+    data: AdaptationData | None = Field(None, description="for methods that learn")
     output: str = Field("model", description='"model", or "adapter" for merged LoRA factors')
 
     @field_validator("experts", mode="before")

@@ -18,6 +18,7 @@ from fusewright import __version__
 from fusewright.engine import bandwidth
 from fusewright.engine.artefacts import add_artefacts
 from fusewright.engine.inputs import Inputs
+from fusewright.engine.origin import Origin
 from fusewright.engine.planner import Plan
 from fusewright.engine.progress import Listener, Meter
 from fusewright.engine.schedule import Schedule
@@ -52,9 +53,11 @@ def run_to_folder(
     out: Path,
     listener: Listener | None = None,
     started: float | None = None,
+    fitted: Origin | None = None,
 ) -> dict[str, Any]:
     """Write the merged model to ``out``, complete or not at all; returns the report, whose seconds
-    count from ``started`` (time.perf_counter(); by default now) to the rename."""
+    count from ``started`` (time.perf_counter(); by default now) to the rename. ``fitted`` is what
+    the plan was made by."""
     started = time.perf_counter() if started is None else started
     shards = plan_shards(plan.outputs(), plan.options.shard_size, {"format": "pt"})
     with Staging.open(
@@ -63,8 +66,8 @@ def run_to_folder(
     ) as staging:  # fmt: skip
         report = _passes(plan, inputs, staging, listener, staging.resumed)
         inputs.check_unchanged()
-        report["notes"] += add_artefacts(staging, plan, inputs)
-        staging.publish(manifest(plan, inputs, report))
+        report["notes"] += add_artefacts(staging, plan, inputs, fitted)
+        staging.publish(manifest(plan, inputs, report, fitted))
     report["seconds"] = time.perf_counter() - started
     _compare_with_bandwidth(report, inputs, Path(out), plan.options.durable)
     return report
@@ -137,9 +140,12 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def manifest(plan: Plan, inputs: Inputs, report: Mapping[str, Any]) -> dict[str, Any]:
+def manifest(
+    plan: Plan, inputs: Inputs, report: Mapping[str, Any], fitted: Origin | None = None
+) -> dict[str, Any]:
     """What fusewright.json says: enough to repeat the merge and to check the result."""
     return {
+        **({} if fitted is None else {"fitted": fitted.to_json()}),
         "schema": MANIFEST_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": _versions(),

@@ -321,13 +321,24 @@ class Program(Method):
         """Choose what to execute, by trials in ``context``."""
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a routed method built: ``layers`` by the path where they go, e.g.
+    :class:`~fusewright.modules.routed.RoutedLinear`, each holding the layer it replaces;
+    ``tensors`` of the rest of the module that are not the base's any more; what it measured."""
+
+    layers: Mapping[str, nn.Module]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Routed(Method):
     """A method whose result sends each input its own way: a module with routed layers."""
 
     @abstractmethod
-    def build(self, context: Context) -> Mapping[str, nn.Module]:
-        """The layers that take the place of the base's, by path, e.g.
-        :class:`~fusewright.modules.routed.RoutedLinear`; each holds the layer it replaces."""
+    def build(self, context: Context) -> Parts:
+        """The layers that take the place of the base's. ``context.module()`` may be changed: it is
+        what they are put into."""
 
 
 class Context(ABC):
@@ -364,8 +375,8 @@ class Context(ABC):
         """What is known of a tensor of the module."""
         return TensorLayout(self.stored(name))
 
-    def checkpoint(self, stage: str, asked: str) -> Path | None:
+    def checkpoint(self, stage: str, asked: Callable[[], str]) -> Path | None:
         """Where a long fit keeps its few numbers, so that a killed one goes on: a file of this
-        recipe, these models, this ``stage`` and what was ``asked`` (a digest) alone. None where a
+        recipe, these models, this ``stage`` and what is ``asked`` (a digest) alone. None where a
         merge has no output folder to keep it beside."""
         return None

@@ -47,18 +47,19 @@ class ParametrisedMerge:
     def __init__(self, model: nn.Module, vectors: TaskVectors, coefficients: Coefficients) -> None:
         self.model, self.vectors, self.coefficients = model, vectors, coefficients
 
-    def tensor(self, name: str) -> Tensor:
-        """The merged tensor; gradients flow to φ."""
+    def tensor(self, name: str, wide: bool = False) -> Tensor:
+        """The merged tensor; gradients flow to φ. ``wide``: as it was summed, not cast to the
+        model's dtype."""
         total = self.vectors.combined(name, self.coefficients.weights(name))
         mask = self.coefficients.mask(name)
         base = self.vectors.base[name]
         found = base.to(total.dtype) + (total if mask is None else mask * total)
-        return found.to(base.dtype)
+        return found if wide else found.to(base.dtype)
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, wide: bool = False) -> dict[str, Tensor]:
         """Every merged tensor, without a gradient."""
         with torch.no_grad():
-            return {name: self.tensor(name) for name in self.vectors.names}
+            return {name: self.tensor(name, wide) for name in self.vectors.names}
 
     @contextmanager
     def live(self, mode: Mode = "projection") -> Iterator[Live]:

@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 Logits = Callable[["nn.Module", Any], "Tensor"]
 Epoch = Callable[[int, int], Iterable[Any]]
+LABELS = ("label", "labels")
+"""What a batch's labels are called."""
 Open = Callable[[], "tuple[nn.Module, Mapping[str, str]]"]
 
 
 @dataclass(frozen=True)
 class Question:
     """One task: ``logits(model, batch)`` are (items, classes), ``epoch(size, seed)`` its batches,
-    shuffled by the seed."""
+    shuffled by the seed. Few methods need labels; a batch holds them as "label" or "labels"."""
 
     name: str
     logits: Logits
@@ -33,6 +35,18 @@ class Question:
         Raises DataError if there is none.
         """
         return chain.from_iterable(self._epochs(size, seed))
+
+    def labels(self, batch: Any) -> Tensor:
+        """A batch's labels (items,). Raises DataError if it has none."""
+        from torch import as_tensor
+
+        held = [batch[key] for key in LABELS if key in batch] if isinstance(batch, Mapping) else []
+        if not held:
+            raise DataError("the objective needs labels, and a batch has none",
+                            where=f"task {self.name}", expected='a mapping with "labels"',
+                            found=type(batch).__name__,
+                            fix="an objective without labels: entropy, self_label")  # fmt: skip
+        return as_tensor(held[0])
 
     def _epochs(self, size: int, seed: int) -> Iterator[Iterator[Any]]:
         for number in count():
@@ -76,15 +90,20 @@ def adaptation(
     """What a caller gives as ``data`` and ``heads``, as one value.
 
     ``data``: batches by expert, each a list or a loader that can be gone over again. A batch is
-    what the model is called with: keywords, a tuple of arguments, or one tensor. ``heads``: by
+    what the model is called with: keywords, a tuple of arguments, or one tensor; labels among the
+    keywords are not shown to it. ``heads``: by
     expert, a function (model, batch) -> logits, or a frozen linear head (classes, width) over
     :func:`~fusewright.tasks.heads.image_features`; without, the logits that the model returns.
     """
     if isinstance(data, Adaptation):
         return data
     heads = heads or {}
+    unknown = [name for name in heads if name not in data]
+    if unknown:
+        raise DataError("heads are given for tasks without data", expected=", ".join(data),
+                        found=", ".join(unknown), fix="the same names in both")  # fmt: skip
     return Adaptation({
-        name: Question(name, _answer(heads.get(name)), _given(batches))
+        name: Question(name, _checked(name, _answer(heads.get(name))), _given(batches))
         for name, batches in data.items()
     })  # fmt: skip
 
@@ -102,8 +121,27 @@ def _answer(head: Any) -> Logits:
 def _own(model: nn.Module, batch: Any) -> Tensor:
     from fusewright.modules.batchnorm import call
 
+    if isinstance(batch, Mapping):
+        batch = {key: value for key, value in batch.items() if key not in LABELS}
     found = call(model, batch)
     return getattr(found, "logits", found)
+
+
+def _checked(task: str, logits: Logits) -> Logits:
+    def answer(model: nn.Module, batch: Any) -> Tensor:
+        from torch import Tensor
+
+        found = logits(model, batch)
+        if not isinstance(found, Tensor) or found.dim() < 2:
+            raise DataError(
+                "the model does not answer with logits", where=f"task {task}",
+                expected="a tensor (items, classes)",
+                found=tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__,
+                fix=f"heads={{{task!r}: a tensor (classes, width), or function(model, batch)}}",
+            )  # fmt: skip
+        return found
+
+    return answer
 
 
 def _through(head: Tensor) -> Logits:

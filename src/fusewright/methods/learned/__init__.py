@@ -2,12 +2,14 @@
 
 Each is a :class:`~fusewright.methods.contract.Program`: it fits in a live module whose weights are
 a function of those numbers (:mod:`fusewright.modules.parametrised`), and answers with an ordinary
-Map, which the engine executes as any other.
+Map, which the engine executes as any other, or with the merged tensors. A new one derives from
+:class:`~fusewright.methods.learned._fitting.Learner`.
 """
 
 from fusewright.methods.contract import Method
 from fusewright.methods.learned._adamerging import AdaMerging
+from fusewright.methods.learned._concrete import Concrete
 
-METHODS: tuple[type[Method], ...] = (AdaMerging,)
+METHODS: tuple[type[Method], ...] = (AdaMerging, Concrete)
 
-__all__ = ["METHODS", "AdaMerging"]
+__all__ = ["METHODS", "AdaMerging", "Concrete"]

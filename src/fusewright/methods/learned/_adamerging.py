@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fusewright.errors import PlanError
-from fusewright.methods.contract import Card, Context, Fitted, Program
-from fusewright.methods.learned._guard import Agreement
+from fusewright.methods.contract import Card, Context, Fitted, Method
+from fusewright.methods.learned import scalarisers
+from fusewright.methods.learned._fitting import Fitting, Learner, asked
+from fusewright.methods.learned._stages import Staged, adding, with_weight
 from fusewright.methods.learned.coefficients import LinearCoefficients
-from fusewright.methods.learned.fitter import Fitter
-from fusewright.methods.learned.objectives import entropy
-from fusewright.methods.static._sum import Sum
+from fusewright.methods.learned.fitter import Fit
 from fusewright.modules.parametrised import ParametrisedMerge
+from fusewright.modules.vectors import TaskVectors
 
 
-class AdaMerging(Program):
+__all__ = ["AdaMerging", "asked", "per_group"]
+
+
+class AdaMerging(Learner):
     """Learn how much of each task vector to add from unlabelled inputs (*AdaMerging: Adaptive
     Model Merging for Multi-Task Learning*, arXiv 2310.02575).
 
@@ -25,11 +29,12 @@ class AdaMerging(Program):
     every task t, by Adam.
 
     ``granularity``: λ of each tensor ("layer", the paper's best) or one of all ("task").
-    ``start``: 0.3. ``steps``, ``rate`` (Adam's), ``batch`` (inputs of each task in a step):
-    500, 1e-3, 32, as the official code. ``low``, ``high``: λ is kept in [0, 1] after each step, as
-    there, where λ outside has no gradient any more. ``guard``: inputs of each task on which
-    the merge's predictions are compared with those of the task's own expert, every ``every`` steps;
-    the λ that agreed best are kept, since entropy can fall while errors rise. 0 turns it off.
+    ``start``: 0.3. ``steps``, ``rate`` (Adam's), ``batch``: 500, 1e-3, 32, as the official code.
+    ``low``, ``high``: λ is kept in [0, 1] after each step, as there, where λ outside has no
+    gradient any more. ``merger``: stages before the learned sum; profile "plus" is AdaMerging++,
+    ``trim >> agree``. ``objective``, ``guard``, ``every``: see :class:`Learner`.
+    ``combine``: how tasks' losses become one step: "sum", "mgda" (the shortest combined gradient)
+    or "tchebycheff" (the largest loss alone); ``importance``: a factor of each task's loss, 1.
 
     Raises PlanError where an expert has no data, NumericError for a loss that is not finite.
     """
@@ -41,56 +46,55 @@ class AdaMerging(Program):
     )  # fmt: skip
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "fusionbench": {"steps": 1000, "batch": 16, "low": None, "high": None, "guard": 0},
+        "plus": {"merger": ["trim", "agree"]},
     }
 
     granularity: Literal["layer", "task"] = "layer"
     start: float = 0.3
     steps: int = Field(500, ge=0)
     rate: float = Field(1e-3, gt=0)
-    batch: int = Field(32, ge=1)
     low: float | None = 0.0
     high: float | None = 1.0
-    guard: int = Field(128, ge=0)
-    every: int = Field(50, ge=1)
+    merger: Any = "sum"
+    combine: scalarisers.Name = "sum"
+    importance: dict[str, float] = Field(default_factory=dict)
+
+    @field_validator("merger")
+    @classmethod
+    def _adds(cls, merger: Any) -> Any:
+        from fusewright.methods.registry import parse_method
+
+        adding(parse_method(merger))
+        return merger.spec() if isinstance(merger, Method) else merger
 
     def fit(self, context: Context) -> Fitted:
-        questions = asked(context)
-        model, vectors = context.module(), context.vectors()
-        per_tensor = self.granularity == "layer"
-        coefficients = LinearCoefficients(
-            vectors.names, vectors.experts, lambda name: name if per_tensor else "", self.start
-        )
-        merge = ParametrisedMerge(model, vectors, coefficients)
-        streams = {t: q.stream(self.batch, context.seed) for t, q in questions.items()}
+        from fusewright.methods.registry import parse_method
+
+        fitting, pipeline = Fitting(context, self), adding(parse_method(self.merger))
+        vectors = Staged(pipeline, fitting.vectors, context).vectors()
+        coefficients = per_group(vectors, self.granularity, self.start)
+        merge = ParametrisedMerge(fitting.model, vectors, coefficients)
+        fit = self.learn(fitting, merge, coefficients)
+        written = coefficients.written(context.stored)
+        return Fitted(with_weight(pipeline, written), report=fitting.report(merge, fit))
+
+    def learn(
+        self, fitting: Fitting, merge: ParametrisedMerge, coefficients: LinearCoefficients
+    ) -> Fit:
+        """Descend on ``coefficients``, which are all or a part of the merge's."""
+        unknown = [task for task in self.importance if task not in fitting.questions]
+        if unknown:
+            raise PlanError("importance names no expert", found=", ".join(unknown),
+                            expected=", ".join(fitting.questions))  # fmt: skip
+        scalarise = scalarisers.SCALARISERS[self.combine]
 
         def step(number: int) -> dict[str, float]:
-            losses = {}
-            with merge.live() as live:
-                for task, question in questions.items():
-                    loss = entropy(question.logits(live.model, next(streams[task])))
-                    live.backward(loss)
-                    losses[task] = float(loss.detach())
-                live.collect()
-            return losses
+            return fitting.gradients(merge, number, self.importance, scalarise)
 
-        agreement = None
-        if self.guard:
-            agreement = Agreement(model, vectors, questions, self.batch, self.guard, context.seed)
-
-        def score() -> float:
-            assert agreement is not None
-            with merge.live() as live:
-                found = agreement.of(live.model)
-            return sum(found.values()) / len(found)
-
-        fitter = Fitter(
-            self.steps, self.rate, every=self.every, score=score if self.guard else None,
-            constrain=self._constrained(coefficients), tell=context.tell,
+        return fitting.descend(
+            "weights", coefficients, step, lambda: fitting.score(merge), steps=self.steps,
+            rate=self.rate, constrain=self._constrained(coefficients),
         )  # fmt: skip
-        fit = fitter.run(coefficients, step)
-        report = {"losses": list(fit.losses), "agreement": [list(s) for s in fit.scores],
-                  "kept": fit.kept}  # fmt: skip
-        return Fitted(Sum(weight=coefficients.written(context.stored)), report=report)
 
     def _constrained(self, coefficients: LinearCoefficients) -> Any:
         if self.low is None and self.high is None:
@@ -100,14 +104,11 @@ class AdaMerging(Program):
         return lambda: coefficients.clamp(low, high)
 
 
-def asked(context: Context) -> Mapping[str, Any]:
-    """The questions of the experts' tasks. Raises PlanError if an expert has none."""
-    found: Mapping[str, Any] = getattr(context.data, "questions", {})
-    missing = [name for name in context.experts if name not in found]
-    if missing:
-        raise PlanError(
-            "there are no data of an expert's task to learn from", where=", ".join(missing),
-            expected="data={expert: batches}", found=", ".join(found) or "no data",
-            fix="data=suite.unlabelled(), or batches under the experts' names",
-        )  # fmt: skip
-    return {name: found[name] for name in context.experts}
+def per_group(
+    vectors: TaskVectors, granularity: Literal["layer", "task"], start: float
+) -> LinearCoefficients:
+    """A coefficient for every expert, and for every tensor if "layer"."""
+    per_tensor = granularity == "layer"
+    return LinearCoefficients(
+        vectors.names, vectors.experts, lambda name: name if per_tensor else "", start
+    )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
 
+from fusewright.errors import FusewrightWarning
 from fusewright.modules.functional import with_weights
 from fusewright.modules.vectors import TaskVectors
 
@@ -22,6 +24,8 @@ class Agreement:
     Experts are good at their own tasks, so it follows accuracy where entropy need not: a model that
     is confidently wrong agrees with nobody. Each expert is asked once, about the first ``rows``
     items of its task in an order of their own.
+
+    Warns where an expert says one class of everything: entropy has then nothing to tell.
     """
 
     def __init__(
@@ -31,17 +35,47 @@ class Agreement:
         self.questions = questions
         self.asked: dict[str, list[tuple[Any, Tensor]]] = {}
         for task, question in questions.items():
-            expert = {n: vectors.base[n] + vectors.read(task, n).dense().to(vectors.base[n])
-                      for n in vectors.names}  # fmt: skip
             batches = islice(question.stream(size, seed), -(-rows // size))
-            with with_weights(model, expert), torch.no_grad():
+            with with_weights(model, vectors.expert(task)), torch.no_grad():
                 self.asked[task] = [(b, question.logits(model, b).argmax(-1)) for b in batches]
+        self._warn_of_one_class()
 
     def of(self, model: nn.Module) -> dict[str, float]:
         """The share by task, in [0, 1]."""
-        with torch.no_grad():
-            return {task: self._share(model, task, asked) for task, asked in self.asked.items()}
+        return {task: found["agreement"] for task, found in self.measured(model).items()}
 
-    def _share(self, model: nn.Module, task: str, asked: Sequence[tuple[Any, Tensor]]) -> float:
-        same = [self.questions[task].logits(model, b).argmax(-1) == said for b, said in asked]
-        return float(torch.cat([each.reshape(-1) for each in same]).double().mean())
+    def measured(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        """By task, shares in [0, 1]: "agreement"; "most_predicted", of the class that the model
+        names most often; "expert_most_predicted", the same of the task's own expert."""
+        with torch.no_grad():
+            return {task: self._measured(model, task) for task in self.asked}
+
+    def _measured(self, model: nn.Module, task: str) -> dict[str, float]:
+        logits, asked = self.questions[task].logits, self.asked[task]
+        said = torch.cat([logits(model, batch).argmax(-1).reshape(-1) for batch, _ in asked])
+        expert = torch.cat([answers.reshape(-1) for _, answers in asked])
+        return {
+            "agreement": float((said == expert).double().mean()),
+            "most_predicted": _most(said), "expert_most_predicted": _most(expert),
+        }  # fmt: skip
+
+    def _warn_of_one_class(self) -> None:
+        answers = {t: torch.cat([a.reshape(-1) for _, a in each]) for t, each in self.asked.items()}
+        alike = [t for t, said in answers.items() if len(said) > 1 and _most(said) == 1.0]
+        if alike:
+            warn(f"the experts answer all inputs of {', '.join(alike)} with one class: little can "
+                 "be learned from inputs that are all alike", FusewrightWarning,
+                 stacklevel=2)  # fmt: skip
+
+
+def collapsed(measured: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The tasks of which a model names one class far too often: more than half way from the
+    expert's most frequent share to all."""
+    return [
+        task for task, of in measured.items()
+        if of["most_predicted"] > (1 + of["expert_most_predicted"]) / 2
+    ]  # fmt: skip
+
+
+def _most(said: Tensor) -> float:
+    return float(said.unique(return_counts=True)[1].max()) / len(said)

@@ -1,12 +1,14 @@
-"""Coefficients that are learned: one for each expert and group of tensors."""
+"""Coefficients that are learned: one for each expert and group of tensors, and masks over them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fusewright.modules.masks import ConcreteMasks
 from fusewright.modules.parametrised import Coefficients
 
 
@@ -31,6 +33,11 @@ class LinearCoefficients(Coefficients):
     def weights(self, name: str) -> Tensor:
         return self.values[self._row[name]]
 
+    def restart(self, value: float) -> None:
+        """The same number everywhere."""
+        with torch.no_grad():
+            self.values.fill_(value)
+
     def clamp(self, low: float, high: float) -> None:
         """Project onto [low, high]: unlike a clamp inside the merge, it lets no gradient die."""
         with torch.no_grad():
@@ -44,6 +51,41 @@ class LinearCoefficients(Coefficients):
         """
         table = {stored(name): self.values[row].tolist() for name, row in self._row.items()}
         return {expert: _filters(table, at) for at, expert in enumerate(self.experts)}
+
+
+class MaskedCoefficients(Coefficients):
+    """Linear coefficients under masks: those of a ``draw`` or, where it is None, the final ones,
+    which are the expected masks or (``answer`` "drawn") one more draw."""
+
+    FINAL: ClassVar[int] = -1
+    """The number of the draw that is the final mask."""
+
+    def __init__(
+        self, linear: LinearCoefficients, masks: ConcreteMasks,
+        answer: Literal["expected", "drawn"],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.linear, self.masks, self.answer = linear, masks, answer
+        self.draw: int | None = None
+        self._fixed: dict[str, Tensor] = {}
+
+    def weights(self, name: str) -> Tensor:
+        return self.linear.weights(name)
+
+    def mask(self, name: str) -> Tensor:
+        if self.draw is not None:
+            return self.masks.drawn(name, self.draw)
+        return self._fixed[name] if name in self._fixed else self._final(name)
+
+    def fix(self, names: Sequence[str]) -> None:
+        """From now on the masks are the final ones, held in memory; they are learned no more."""
+        self.masks.requires_grad_(False)
+        self.draw, self._fixed = None, {name: self._final(name) for name in names}
+
+    def _final(self, name: str) -> Tensor:
+        if self.answer == "expected":
+            return self.masks.expected(name)
+        return self.masks.drawn(name, self.FINAL).detach()
 
 
 def _filters(table: Mapping[str, Sequence[float]], expert: int) -> list[object]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
+from time import monotonic
 from typing import Any, Literal
 
 import torch
@@ -17,16 +18,19 @@ Step = Callable[[int], Mapping[str, float]]
 """Leaves gradients in the parameters and answers with the losses by task."""
 Tell = Callable[[int, int, float], None]
 """Hears of (steps done, steps in all, mean loss)."""
+SAVED_EVERY = 60.0
+"""Seconds of work that a killed fit loses at most, beside the step it is in."""
 
 
 @dataclass(frozen=True)
 class Fit:
     """How a descent went: mean loss of each step, held-out scores (step, score), the step whose
-    state was kept."""
+    state was kept, the losses of each step by task."""
 
     losses: tuple[float, ...]
     scores: tuple[tuple[int, float], ...] = ()
     kept: int = 0
+    tasks: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ class Fitter:
 
     ``score`` (larger is better) is asked before the first step, every ``every`` steps and at the
     end; the state that scored best is kept, the earliest of equals: what makes it worse is undone.
-    ``constrain`` is called after each step. ``checkpoint``: a file that is written at every score,
-    and gone on from if it is there.
+    ``constrain`` is called after each step. ``checkpoint``: a file that is written at every score
+    and every minute, and gone on from if it is there.
 
     Raises NumericError where a loss is no longer finite; the best state so far is then in place.
     """
@@ -63,7 +67,8 @@ class Fitter:
             run.measure()
         finally:
             run.restore()
-        return Fit(tuple(run.losses), tuple(run.scores), run.kept)
+        tasks = {task: tuple(losses) for task, losses in run.tasks.items()}
+        return Fit(tuple(run.losses), tuple(run.scores), run.kept, tasks)
 
     def _move(self, run: _Run, step: Step) -> None:
         run.optimiser.zero_grad()
@@ -78,7 +83,7 @@ class Fitter:
         if self.constrain is not None:
             self.constrain()
         run.done += 1
-        run.losses.append(sum(losses.values()) / len(losses))
+        run.note(losses)
         if self.tell is not None:
             self.tell(run.done, self.steps, run.losses[-1])
 
@@ -95,8 +100,18 @@ class _Run:
         self.fitter, self.trained, self.optimiser = fitter, trained, optimiser
         self.done, self.kept = 0, 0
         self.losses: list[float] = []
+        self.tasks: dict[str, list[float]] = {}
+        self._saved = monotonic()
         self.scores: list[tuple[int, float]] = []
         self._best: dict[str, Any] | None = None
+
+    def note(self, losses: Mapping[str, float]) -> None:
+        """A step was made."""
+        self.losses.append(sum(losses.values()) / len(losses))
+        for task, loss in losses.items():
+            self.tasks.setdefault(task, []).append(loss)
+        if monotonic() - self._saved > SAVED_EVERY:
+            self._save()
 
     def measure(self) -> None:
         if self.scores and self.scores[-1][0] == self.done:
@@ -122,19 +137,22 @@ class _Run:
         self.trained.load_state_dict(held["trained"])
         self.optimiser.load_state_dict(held["optimiser"])
         self._best, self.done, self.kept = held["best"], held["done"], held["kept"]
+        self.tasks = held["tasks"]
         self.losses, self.scores = held["losses"], [(int(s), v) for s, v in held["scores"]]
 
     def _save(self) -> None:
         path = self.fitter.checkpoint
         if path is None:
             return
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         torch.save({
             "trained": self.trained.state_dict(), "optimiser": self.optimiser.state_dict(),
             "best": self._best, "done": self.done, "kept": self.kept, "losses": self.losses,
-            "scores": self.scores,
+            "scores": self.scores, "tasks": self.tasks,
         }, partial)  # fmt: skip
         partial.replace(path)
+        self._saved = monotonic()
 
 
 def _copied(module: nn.Module) -> dict[str, Any]:

@@ -1,10 +1,21 @@
-"""What is minimised: losses of logits (items, classes), in nats."""
+"""What is minimised: losses of answers (items, classes) over a batch, in nats, averaged over items.
+
+Some look at the answers alone; some compare them with labels, or with what the task's own expert
+answers, which needs no labels but a forward pass of the expert.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
 from torch import Tensor
+from torch.nn import functional as F
 
 from fusewright.modules.answers import entropies
+
+Name = Literal["entropy", "cross_entropy", "self_label", "matching"]
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -14,3 +25,34 @@ def entropy(logits: Tensor) -> Tensor:
     is as good for it as one that is right, so watch what is predicted.
     """
     return entropies(logits.float().log_softmax(dim=-1)).mean()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p of the labels (items,)."""
+    return F.cross_entropy(logits.float(), labels.to(logits.device).reshape(-1).long())
+
+
+def self_label(logits: Tensor, expert: Tensor) -> Tensor:
+    """-log p of what the task's own expert predicts (*SyMerge*, 2412.19098)."""
+    return cross_entropy(logits, expert.argmax(dim=-1))
+
+
+def matching(answers: Tensor, expert: Tensor) -> Tensor:
+    """The mean squared difference of logits, or of features where no head is given."""
+    return F.mse_loss(answers.float(), expert.float())
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss of (answers) or of (answers, target); ``target`` says of what."""
+
+    loss: Callable[..., Tensor]
+    target: Literal["none", "labels", "expert"] = "none"
+
+
+OBJECTIVES: Mapping[Name, Objective] = {
+    "entropy": Objective(entropy),
+    "cross_entropy": Objective(cross_entropy, "labels"),
+    "self_label": Objective(self_label, "expert"),
+    "matching": Objective(matching, "expert"),
+}

@@ -28,7 +28,7 @@ METHODS: tuple[type[Method], ...] = (
 )  # fmt: skip
 
 __all__ = [
-    "METHODS", "Agree", "Average", "DareLinear", "DareTies", "Drop", "Elect", "IsoC", "LiNeS", "Linear",
-    "Mean", "MetaGPT", "ModelStock", "Passthrough", "Slerp", "Sum", "TaskArithmetic", "Ties",
-    "Trim",
+    "METHODS", "Agree", "Average", "DareLinear", "DareTies", "Drop", "Elect", "IsoC", "LiNeS",
+    "Linear", "Mean", "MetaGPT", "ModelStock", "Passthrough", "Slerp", "Sum", "TaskArithmetic",
+    "Ties", "Trim",
 ]  # fmt: skip

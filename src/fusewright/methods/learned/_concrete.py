@@ -1,0 +1,185 @@
+"""Concrete subspace learning: one mask of all task vectors, learned from unlabelled inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from fusewright.methods.contract import Card, Context, Fitted
+from fusewright.methods.learned._adamerging import AdaMerging, per_group
+from fusewright.methods.learned._fitting import Fitting, Learner
+from fusewright.methods.learned.coefficients import LinearCoefficients, MaskedCoefficients
+from fusewright.modules.masks import ConcreteMasks, Size
+from fusewright.modules.parametrised import ParametrisedMerge
+
+_PAPER = (
+    "Concrete Subspace Learning based Interference Elimination for Multi-task Model Fusion"
+)
+
+
+class Concrete(Learner):
+    """Learn one mask over all task vectors in which they interfere less (*Concrete Subspace
+    Learning based Interference Elimination for Multi-task Model Fusion*, arXiv 2312.06173).
+
+    θ = θ0 + m ∘ Σ_t λ_t τ_t, m a relaxed Bernoulli draw of learned logits, divided by its mean
+    over the tensor (:class:`~fusewright.modules.masks.ConcreteMasks`); the logits minimise the
+    tasks' mean entropy, by Adam.
+
+    ``form``: "task_arithmetic", λ = ``scale`` (0.3) fixed; or "adamerging": each step starts from
+    λ = ``scale``, moves λ once down the entropy of a batch under the draw, and then the logits
+    down that of the next batch (first order, the draw the same); afterwards the mask is fixed and
+    λ learned in ``weight_steps`` steps, as :class:`AdaMerging` does. ``granularity``: of that λ.
+    ``mask``: a number for each "element", or for each "row", which a large model can afford.
+    ``temperature``: 0.5. ``steps``, ``rate``, ``batch``: 2000, 1e-3, 16, as the paper's code.
+    ``answer``: the final mask is the "expected" one, E[m] / mean(E[m]), or "drawn" by the seed.
+    ``inner``: how λ is moved: "normalised", by ``inner_rate`` (0.03) times the gradient over its
+    root mean square, whatever the gradient's size; or "adam", as the paper's code, whose moments
+    outlive the restarts of λ and whose rate of 1 moves λ by about 1. ``objective``, ``guard``,
+    ``every``: see :class:`Learner`.
+
+    Profile "fusionbench": that inner step, one drawn mask, 1000 steps, no guard.
+
+    Memory beyond AdaMerging's: logits and Adam's two moments, three numbers for each of the mask.
+
+    Raises as AdaMerging.
+    """
+
+    name: ClassVar[str] = "concrete"
+    card: ClassVar[Card] = Card(
+        "Concrete subspace", _PAPER, "2312.06173", data="unlabelled",
+        cost="a forward and backward pass of each task a step (two in the adamerging form)",
+    )  # fmt: skip
+    profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fusionbench": {"steps": 1000, "inner": "adam", "inner_rate": 1.0, "answer": "drawn",
+                        "guard": 0, "low": None, "high": None},
+    }  # fmt: skip
+
+    form: Literal["task_arithmetic", "adamerging"] = "task_arithmetic"
+    granularity: Literal["layer", "task"] = "layer"
+    mask: Size = "element"
+    temperature: float = Field(0.5, gt=0)
+    scale: float = 0.3
+    steps: int = Field(2000, ge=0)
+    rate: float = Field(1e-3, gt=0)
+    batch: int = Field(16, ge=1)
+    answer: Literal["expected", "drawn"] = "expected"
+    inner: Literal["normalised", "adam"] = "normalised"
+    inner_rate: float = Field(0.03, ge=0)
+    weight_steps: int = Field(1000, ge=0)
+    weight_rate: float = Field(1e-3, gt=0)
+    low: float | None = 0.0
+    high: float | None = 1.0
+
+    def fit(self, context: Context) -> Fitted:
+        fitting = Fitting(context, self)
+        vectors, adapts = fitting.vectors, self.form == "adamerging"
+        shapes = {name: tensor.shape for name, tensor in vectors.base.items()}
+        masks = ConcreteMasks(shapes, self.mask, self.temperature, context.seed)
+        if adapts:
+            linear = per_group(vectors, self.granularity, self.scale)
+        else:  # with λ fixed only Σ λ τ_t is needed
+            vectors = vectors.summed([self.scale] * len(vectors.experts))
+            linear = per_group(vectors, "task", 1.0)
+        coefficients = MaskedCoefficients(linear, masks, self.answer)
+        merge = ParametrisedMerge(fitting.model, vectors, coefficients)
+        fit = _MaskFit(self, fitting, merge, coefficients).run()
+        coefficients.fix(vectors.names)
+        masked = fitting.report(merge, fit)
+        report = masked | {"mask": {"kept": fit.kept, "share": masks.share()}}
+        if adapts:
+            report = self._adapted(fitting, merge, coefficients) | {"mask": masked | report["mask"]}
+        return Fitted(state={**merge.state(wide=True), **fitting.statistics}, report=report)
+
+    def _adapted(
+        self, fitting: Fitting, merge: ParametrisedMerge, coefficients: MaskedCoefficients
+    ) -> dict[str, Any]:
+        linear = coefficients.linear
+        linear.restart(self.scale)
+        linear.requires_grad_(True)
+        second = AdaMerging(
+            granularity=self.granularity, start=self.scale, steps=self.weight_steps,
+            rate=self.weight_rate, low=self.low, high=self.high, objective=self.objective,
+            batch=self.batch, guard=self.guard, every=self.every,
+        )  # fmt: skip
+        fit = second.learn(fitting, merge, linear)
+        written = linear.written(fitting.context.stored)
+        return fitting.report(merge, fit) | {"weight": written}
+
+
+class _MaskFit:
+    """The descent on the masks' logits."""
+
+    def __init__(
+        self, method: Concrete, fitting: Fitting, merge: ParametrisedMerge,
+        coefficients: MaskedCoefficients,
+    ) -> None:  # fmt: skip
+        self.method, self.fitting, self.merge = method, fitting, merge
+        self.coefficients, self.linear = coefficients, coefficients.linear
+        self.inner = _Inner(self.linear, method.inner, method.inner_rate)
+
+    def run(self) -> Any:
+        self.linear.requires_grad_(False)
+        trained = nn.ModuleDict({"masks": self.coefficients.masks, "inner": self.inner})
+        return self.fitting.descend(
+            "masks", trained, self._step, self._score, steps=self.method.steps,
+            rate=self.method.rate,
+        )  # fmt: skip
+
+    def _step(self, number: int) -> Mapping[str, float]:
+        self.coefficients.draw = number
+        if self.method.form == "task_arithmetic":
+            return self.fitting.gradients(self.merge, number)
+        self._move_weights(2 * number)
+        return self.fitting.gradients(self.merge, 2 * number + 1)
+
+    def _move_weights(self, batch: int) -> None:
+        masks = self.coefficients.masks
+        self.linear.restart(self.method.scale)
+        self.linear.requires_grad_(True)
+        masks.requires_grad_(False)
+        self.linear.zero_grad()
+        self.fitting.gradients(self.merge, batch)
+        self.inner.move()
+        self.linear.requires_grad_(False)
+        masks.requires_grad_(True)
+
+    def _score(self) -> float:
+        self.coefficients.draw = None
+        if self.method.form == "adamerging":
+            self.linear.restart(self.method.scale)
+        return self.fitting.score(self.merge)
+
+
+class _Inner(nn.Module):
+    """One step on λ. What it remembers are buffers, so that a killed fit goes on alike."""
+
+    mean: torch.Tensor
+    square: torch.Tensor
+    count: torch.Tensor
+
+    def __init__(self, linear: LinearCoefficients, how: str, rate: float) -> None:
+        super().__init__()
+        self._values, self.how, self.rate = (linear.values,), how, rate
+        for name in ("mean", "square"):
+            self.register_buffer(name, torch.zeros_like(linear.values.detach()))
+        self.register_buffer("count", torch.zeros(()))
+
+    @torch.no_grad()
+    def move(self) -> None:
+        (values,) = self._values
+        gradient = values.grad
+        if gradient is None:
+            return
+        if self.how == "normalised":
+            size = gradient.square().mean().sqrt()
+            values.sub_(self.rate * gradient / size.clamp_min(torch.finfo(size.dtype).tiny))
+            return
+        self.count += 1  # Adam (1412.6980), β = (0.9, 0.999), ε = 1e-8
+        self.mean.lerp_(gradient, 0.1)
+        self.square.lerp_(gradient.square(), 0.001)
+        mean, square = self.mean / (1 - 0.9**self.count), self.square / (1 - 0.999**self.count)
+        values.sub_(self.rate * mean / (square.sqrt() + 1e-8))

@@ -1,0 +1,212 @@
+"""What learned methods share: data, model, guards, and the descent."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+from warnings import warn
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fusewright.errors import FusewrightWarning, PlanError
+from fusewright.layout.spec import Role
+from fusewright.methods.contract import Context, Program
+from fusewright.methods.learned import objectives, scalarisers
+from fusewright.methods.learned._guard import Agreement, collapsed
+from fusewright.methods.learned.fitter import Fit, Fitter, Step
+from fusewright.modules.functional import with_weights
+from fusewright.modules.parametrised import ParametrisedMerge
+
+if TYPE_CHECKING:
+    from fusewright.tasks.adaptation import Question
+
+
+class Learner(Program, ABC):
+    """A program that descends on few numbers by the answers to every task's inputs.
+
+    ``objective``: "entropy"; "self_label" (what each task's own expert predicts) and "matching"
+    (its logits) cost a forward pass of the expert more; "cross_entropy" needs labels.
+    ``batch``: inputs of each task in a step. ``guard``: inputs of each task on which the merge's
+    predictions are compared with those of the task's own expert, every ``every`` steps; the numbers
+    that agreed best are kept, since entropy can fall while errors rise. 0 turns it off.
+    """
+
+    objective: objectives.Name = "entropy"
+    batch: int = Field(32, ge=1)
+    guard: int = Field(128, ge=0)
+    every: int = Field(50, ge=1)
+
+
+class Fitting:
+    """One fit under way: ``model`` is run with the weights of merges of ``vectors``."""
+
+    def __init__(self, context: Context, method: Learner) -> None:
+        self.context, self.method = context, method
+        self.questions = asked(context)
+        self.model = context.module()
+        self._experts = context.vectors()
+        average = [n for n in self._experts.names if context.layout(n).role is Role.STATISTIC]
+        self.vectors = self._experts.select(lambda name: name not in average)
+        self.statistics = self._averaged(average)
+        _fill(self.model, self.statistics)
+        self._streams: dict[str, tuple[int, Iterator[Any]]] = {}
+        self._agreement: Agreement | None = None
+        if method.guard:
+            self._agreement = Agreement(
+                self.model, self._experts, self.questions, method.batch, method.guard, context.seed
+            )
+
+    def _averaged(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Running statistics become the experts' mean, as in every merge."""
+        count = len(self._experts.experts)
+        mean, base = torch.full((count,), 1 / count), self._experts.base
+        return {n: base[n] + self._experts.combined(n, mean) for n in names}
+
+    def batch(self, task: str, number: int) -> Any:
+        """Batch ``number`` of a task; numbers ascend, and some may be left out."""
+        start = self.questions[task].stream
+        at, stream = self._streams.get(task) or (0, start(self.method.batch, self.context.seed))
+        for _ in range(at, number):
+            next(stream)
+        self._streams[task] = number + 1, stream
+        return next(stream)
+
+    def loss(self, model: nn.Module, task: str, number: int) -> Tensor:
+        """The objective of one batch."""
+        batch, objective = self.batch(task, number), objectives.OBJECTIVES[self.method.objective]
+        question = self.questions[task]
+        logits = question.logits(model, batch)
+        if objective.target == "none":
+            return objective.loss(_uncertain(task, logits))
+        if objective.target == "labels":
+            return objective.loss(logits, question.labels(batch))
+        with with_weights(model, self._experts.expert(task)), torch.no_grad():
+            return objective.loss(logits, question.logits(model, batch))
+
+    def gradients(
+        self, merge: ParametrisedMerge, number: int, weights: Mapping[str, float] | None = None,
+        scalarise: scalarisers.Scalariser | None = None,
+    ) -> dict[str, float]:  # fmt: skip
+        """Leave in the coefficients the gradient of Σ w_t L_t, or of what ``scalarise`` makes of
+        the w_t L_t, on every task's batch ``number``; answers with the L_t."""
+        weights = weights or {}
+        learned = [p for p in merge.coefficients.parameters() if p.requires_grad]
+        losses: dict[str, float] = {}
+        each: list[list[Tensor]] = []
+        with merge.live() as live:
+            for task in self.questions:
+                loss = self.loss(live.model, task, number)
+                losses[task] = float(loss.detach())
+                live.backward(weights.get(task, 1.0) * loss)
+                if scalarise is not None:
+                    live.collect()
+                    each.append([_taken(p) for p in learned])
+            live.collect()
+        if scalarise is not None:
+            scaled = [torch.tensor(weights.get(t, 1.0) * loss) for t, loss in losses.items()]
+            scalarisers.combine(learned, scaled, each, scalarise)
+        return losses
+
+    def descend(
+        self, stage: str, trained: nn.Module, step: Step, score: Callable[[], float], *,
+        steps: int, rate: float, constrain: Callable[[], None] | None = None,
+    ) -> Fit:  # fmt: skip
+        """Adam on ``trained``; a killed stage goes on where the context keeps checkpoints."""
+        fitter = Fitter(
+            steps, rate, every=self.method.every, constrain=constrain, tell=self.context.tell,
+            score=score if self._agreement is not None else None,
+            checkpoint=self.context.checkpoint(stage, lambda: self.digest),
+        )  # fmt: skip
+        return fitter.run(trained, step)
+
+    def score(self, merge: ParametrisedMerge) -> float:
+        """The mean agreement with the experts."""
+        found = self.measured(merge)
+        return sum(of["agreement"] for of in found.values()) / len(found)
+
+    def measured(self, merge: ParametrisedMerge) -> dict[str, dict[str, float]]:
+        """What the guard sees by task; empty without one."""
+        if self._agreement is None:
+            return {}
+        with merge.live() as live:
+            return self._agreement.measured(live.model)
+
+    def report(self, merge: ParametrisedMerge, fit: Fit) -> dict[str, Any]:
+        """How the fit went; warns where the merge's predictions collapsed."""
+        guard = self.measured(merge)
+        if fallen := collapsed(guard):
+            warn(
+                f"the merge names one class of {', '.join(fallen)} far more often than the expert "
+                "does: look at report['fitted']['guard']",
+                FusewrightWarning, stacklevel=2,
+            )  # fmt: skip
+        return {
+            "losses": list(fit.losses), "agreement": [list(s) for s in fit.scores],
+            "kept": fit.kept, "tasks": {t: list(losses) for t, losses in fit.tasks.items()},
+            "guard": guard,
+        }  # fmt: skip
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what is asked: the first inputs of every task, and how the base answers them."""
+        found = sha256()
+        with torch.no_grad():
+            for task, question in self.questions.items():
+                first = next(question.stream(self.method.batch, self.context.seed))
+                found.update(task.encode())
+                _digested(first, found)
+                _digested(question.logits(self.model, first), found)
+        return found.hexdigest()
+
+
+def asked(context: Context) -> Mapping[str, Question]:
+    """The questions of the experts' tasks. Raises PlanError if an expert has none."""
+    found: Mapping[str, Any] = getattr(context.data, "questions", {})
+    missing = [name for name in context.experts if name not in found]
+    if missing:
+        raise PlanError(
+            "there are no data of an expert's task to learn from", where=", ".join(missing),
+            expected="data={expert: batches}", found=", ".join(found) or "no data",
+            fix="data=suite.unlabelled(), or batches under the experts' names",
+        )  # fmt: skip
+    return {name: found[name] for name in context.experts}
+
+
+def _uncertain(task: str, logits: Tensor) -> Tensor:
+    if logits.shape[-1] < 2:
+        raise PlanError(
+            "answers of one class have no entropy to learn from", where=f"task {task}",
+            expected="logits of two classes or more", found=tuple(logits.shape),
+            fix="another objective, or the head of the whole task",
+        )  # fmt: skip
+    return logits
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    own = dict(model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def _taken(parameter: Tensor) -> Tensor:
+    found, parameter.grad = parameter.grad, None
+    return torch.zeros_like(parameter) if found is None else found
+
+
+def _digested(value: Any, into: Any) -> None:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            into.update(repr(key).encode())
+            _digested(part, into)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _digested(part, into)
+    elif isinstance(value, Tensor):
+        into.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    else:
+        into.update(repr(value).encode())

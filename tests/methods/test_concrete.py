@@ -1,0 +1,168 @@
+"""Concrete masks and the methods that learn them, against plain autograd in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from learned_toys import QUICK, data, experts, network
+from torch.func import functional_call
+
+import fusewright as fw
+from fusewright.methods.learned import Concrete
+from fusewright.methods.learned.objectives import entropy
+from fusewright.modules.masks import ConcreteMasks, divided, expectation
+
+HALF = torch.float64
+
+
+def merged(**params):
+    base = network(HALF)
+    method = Concrete(**{**QUICK, "guard": 0, **params})
+    return fw.merge(method, base=base, experts=experts(base), data=data(HALF))
+
+
+def reference(steps: int, adapts: bool, rate: float = 0.05, inner: float = 0.03):
+    """The published procedure, whole tensors and no shortcut: (masks' logits, λ in the end)."""
+    base = network(HALF)
+    start = {n: t.detach() for n, t in base.named_parameters()}
+    taus = [{n: t.detach() - start[n] for n, t in e.named_parameters()}
+            for e in experts(base).values()]  # fmt: skip
+    masks = ConcreteMasks({n: t.shape for n, t in start.items()}, seed=0)
+    logits = {n: torch.zeros(t.shape, requires_grad=True) for n, t in start.items()}
+    adam = torch.optim.Adam(list(logits.values()), lr=rate)
+    batches = data(HALF)
+
+    def loss(weights, mask, number: int) -> torch.Tensor:
+        tensors = {n: start[n] + mask[n] * sum(w * tau[n] for w, tau in zip(weights[n], taus,
+                   strict=True)) for n in start}  # fmt: skip
+        return sum(entropy(functional_call(base, tensors, (batches[t][number % 4],)))
+                   for t in batches)  # fmt: skip
+
+    def masked(number: int):
+        found = {}
+        for at, (n, x) in enumerate(logits.items()):
+            with torch.no_grad():
+                masks.logits[at].copy_(torch.zeros_like(x))
+                noise = masks.drawn(n, number)  # undo what is not the draw
+                del noise
+            u = uniform(masks, n, number)
+            m = ((u / (1 - u)).log() + x).div(0.5).sigmoid()
+            found[n] = m / m.mean()
+        return found
+
+    for step in range(steps):
+        weights = {n: torch.full((2,), 0.3, requires_grad=True) for n in start}
+        if adapts:
+            held = {n: m.detach() for n, m in masked(step).items()}
+            loss(weights, held, 2 * step).backward()
+            flat = torch.cat([w.grad for w in weights.values()])
+            size = flat.square().mean().sqrt()
+            weights = {n: (w - inner * w.grad / size).detach() for n, w in weights.items()}
+        adam.zero_grad()
+        loss(weights, masked(step), 2 * step + 1 if adapts else step).backward()
+        adam.step()
+    return logits
+
+
+def uniform(masks: ConcreteMasks, name: str, number: int) -> torch.Tensor:
+    from fusewright.modules.masks import _uniform
+
+    return _uniform(masks.logits[masks._at[name]], masks.seed, number, name)
+
+
+@pytest.mark.parametrize("adapts", [False, True])
+def test_a_fit_is_that_of_plain_autograd(adapts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {}
+    real = ConcreteMasks.share
+    monkeypatch.setattr(ConcreteMasks, "share", lambda self: kept.update(masks=self) or real(self))
+    form = "adamerging" if adapts else "task_arithmetic"
+    merged(form=form, rate=0.05, steps=4, weight_steps=0)
+    expected = reference(4, adapts)
+    for name, x in expected.items():
+        found = kept["masks"].logits[kept["masks"]._at[name]]
+        assert found.abs().max() > 0.01
+        torch.testing.assert_close(found.detach(), x.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_result_is_the_masked_sum_and_survives_the_disk(tmp_path) -> None:
+    found = merged(out=None) if False else merged(steps=3)
+    base = network(HALF)
+    on_disk = fw.merge(Concrete(**{**QUICK, "guard": 0, "steps": 3}), base=base,
+                       experts=experts(base), data=data(HALF), out=tmp_path / "out")  # fmt: skip
+    for name, tensor in on_disk.state_dict().items():
+        assert tensor.equal(found.state_dict()[name]) and tensor.dtype == HALF
+        total = sum(e.state_dict()[name] - base.state_dict()[name] for e in experts(base).values())
+        ratio = (tensor - base.state_dict()[name]) / (0.3 * total)
+        assert float(ratio.min()) > 0 and float(ratio.mean()) == pytest.approx(1, abs=1e-3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "2312.06173" in card and "expert a" in card
+
+
+def test_masks_follow_the_gradient_down() -> None:
+    losses = merged(steps=60, rate=0.1).report["fitted"]["losses"]
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+def test_nothing_learned_is_task_arithmetic() -> None:
+    base = network(HALF)
+    start = fw.merge("task_arithmetic", base=base, experts=experts(base)).state_dict()
+    for form in ("task_arithmetic", "adamerging"):
+        found = merged(steps=0, weight_steps=0, form=form).state_dict()
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, start[name], rtol=1e-6, atol=1e-7)
+
+
+def test_row_masks_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, base = merged(mask="row", rate=0.1).state_dict(), network(HALF)
+    name = "0.weight"
+    total = sum(e.state_dict()[name] - base.state_dict()[name] for e in experts(base).values())
+    ratio = (found[name] - base.state_dict()[name]) / total
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))
+    assert ratio[:, 0].std() > 1e-3
+
+
+def test_the_seed_decides_a_drawn_mask() -> None:
+    one, two = (merged(answer="drawn", steps=1).state_dict() for _ in range(2))
+    assert all(t.equal(two[n]) for n, t in one.items())
+    expected = merged(steps=1).state_dict()
+    assert any(not t.equal(expected[n]) for n, t in one.items())
+
+
+@pytest.mark.parametrize("form", ["task_arithmetic", "adamerging"])
+def test_profiles_and_forms_run(form: str) -> None:
+    base = network()
+    method = Concrete.profile("fusionbench", form=form, steps=2, weight_steps=2)
+    report = fw.merge(method, base=base, experts=experts(base), data=data()).report["fitted"]
+    assert report["guard"] == {} and ("weight" in report) == (form == "adamerging")
+
+
+def test_the_expectation_is_the_closed_form_at_a_half() -> None:
+    x = torch.linspace(-9, 9, 501, dtype=HALF)
+    p = torch.sigmoid(2 * x)
+    closed = p + 2 * x * p * (1 - p) - math.pi / 2 * (2 * p - 1) * (p * (1 - p)).sqrt()
+    torch.testing.assert_close(expectation(x, 0.5), closed, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.2, 0.5, 1.5])
+def test_the_expectation_is_the_mean_of_draws(temperature: float) -> None:
+    masks = ConcreteMasks({"w": torch.Size((40_000,))}, temperature=temperature)
+    with torch.no_grad():
+        masks.logits[0].fill_(0.7)
+        for number in (0, 1):
+            u = uniform(masks, "w", number)
+            mean = ((u.logit() + 0.7) / temperature).sigmoid().mean()
+            exact = expectation(torch.tensor(0.7), temperature)
+            assert float(mean) == pytest.approx(float(exact), abs=0.01)
+
+
+def test_a_mask_has_mean_one_and_one_that_vanished_stays_a_number() -> None:
+    masks = ConcreteMasks({"w": torch.Size((30, 5)), "s": torch.Size(()), "e": torch.Size((0,))})
+    with torch.no_grad():
+        assert float(masks.drawn("w", 3).mean()) == pytest.approx(1, rel=1e-5)
+        assert float(masks.drawn("s", 3)) == pytest.approx(1)
+        assert masks.drawn("e", 3).shape == (0,)
+        masks.logits[1].fill_(-1000.0)
+        for gone in (masks.drawn("s", 3), masks.expected("s"), divided(torch.zeros(4))):
+            assert gone.isfinite().all() and float(gone.max()) <= 1
