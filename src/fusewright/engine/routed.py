@@ -8,18 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fusewright.engine.front import Merged, merge
 from fusewright.engine.state import MergedWeights, class_of, read_state
-from fusewright.errors import WeightsError
+from fusewright.errors import PlanError, WeightsError
 from fusewright.methods.contract import Context, Routed
-from fusewright.modules.routed import RoutedLinear
+from fusewright.modules.batchnorm import call
+from fusewright.modules.mixed import MixedLinear
+from fusewright.modules.mixture import ROUTING, Routing, fixed, weights_of
+from fusewright.modules.routed import RoutedLinear, put_in
 from fusewright.weights import open_weights
 from fusewright.weights.names import canonical_names
 
 DESCRIPTION, FORMAT = "routed.json", 1
-_KINDS: dict[str, type[RoutedLinear]] = {"linear": RoutedLinear}
+_KINDS: dict[str, type[RoutedLinear] | type[MixedLinear]] = {
+    "linear": RoutedLinear, "mixed": MixedLinear,
+}  # fmt: skip
 
 
 @dataclass
@@ -40,34 +46,81 @@ class RoutedModel(Merged):
     def save(self, out: str | Path, **options: Any) -> Merged:
         """Write it as a folder that :func:`fusewright.load` opens: the tensors of base and layers,
         the base's config and tokenizer, and ``routed.json``."""
+        described = {p: self.routed.get_submodule(p).described() for p in self.layers}  # type: ignore
         said = {
             "routed": FORMAT, "method": self.report["method"], "left": list(self.left),
-            "layers": {path: _said(self.routed.get_submodule(path)) for path in self.layers},
+            "layers": described,
         }  # fmt: skip
         files = {DESCRIPTION: json.dumps(said, indent=1).encode()}
         source = MergedWeights(self.state_dict(), self.source, files)
         return merge("passthrough", experts={"merged": source}, out=out, **options)
 
+    def unload(self, inputs: Any = None) -> Merged:
+        """A plain model of the base's architecture, with one w for each mixture: that of routers
+        without input (depth 0), or the mean of what ``inputs`` are routed to, which are what the
+        model is called with: keywords, a tuple of arguments, or one tensor.
+
+        Raises PlanError for layers that send each token its own way, and for routers that depend
+        on the input where none is given.
+        """
+        routing = getattr(self.routed, ROUTING, None)
+        if not isinstance(routing, Routing):
+            raise PlanError("every token has its own weights here, so no plain model is the same",
+                            found=f"{len(self.layers)} routed layers",
+                            expected="mixtures, as of wemoe")  # fmt: skip
+        if inputs is not None:
+            with torch.no_grad():
+                call(self.routed, inputs)
+        elif not fixed(routing):
+            raise PlanError("the weights depend on the input", expected="routers of depth 0",
+                            fix="unload(inputs), or WEMoE(router=0)")  # fmt: skip
+        return Merged(None, self.report, {"recipe": {}}, self._plain(routing), self.source)
+
+    def _plain(self, routing: Routing) -> dict[str, Tensor]:
+        state = self.state_dict()
+        for path in self.layers:
+            layer = self.routed.get_submodule(path)
+            state = {n: t for n, t in state.items() if not n.startswith(f"{path}.")}
+            if isinstance(layer, MixedLinear):
+                merged = layer.merged(weights_of(layer.mixture))
+                state |= {f"{path}.{name}": tensor for name, tensor in merged.items()}
+        return state
+
 
 def upscaled(method: Routed, context: Context) -> RoutedModel:
-    """The base's module with the layers that a method builds."""
+    """The base's module with what a method builds."""
     module = context.module()
-    layers, own = method.build(context), dict(module.named_parameters())
+    own = [name for name, _ in module.named_parameters()]
     with open_weights(context.base) as base:
         known = canonical_names(list(base), "base")[0]
     left = tuple(name for name in own if context.stored(name) not in known)
-    replaced(module, layers)
+    parts = method.build(context)
+    put_in(module, parts.layers, parts.tensors)
     of_base = sum(tensor.numel() for tensor in context.vectors().base.values())
-    sizes = {"stored": _count(module), "base": of_base, "layers": len(layers)}
-    report = {"method": method.spec(), "parameters": sizes}
-    return RoutedModel(None, report, {}, None, context.base, module, tuple(layers), left)
+    sizes = {**counted(module, tuple(parts.layers)), "base": of_base, "layers": len(set(parts.layers) - {ROUTING})}
+    report = {"method": method.spec(), "parameters": sizes, "fitted": dict(parts.report)}
+    return RoutedModel(None, report, {}, None, context.base, module, tuple(parts.layers), left)
 
 
-def replaced(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put layers at their paths, in place."""
-    for path, layer in layers.items():
-        parent, _, name = path.rpartition(".")
-        setattr(module.get_submodule(parent), name, layer)
+def counted(module: nn.Module, layers: tuple[str, ...]) -> dict[str, int]:
+    """How large a routed model is: floating-point numbers that are ``stored``, those of them that a
+    method ``trained`` and that one input's answer depends on (``active``), and ``bytes``."""
+    state = module.state_dict()
+    stored = sum(t.numel() for t in state.values() if t.is_floating_point())
+    made = [module.get_submodule(path) for path in layers]
+    added = sum(_added(layer) for layer in made)
+    return {
+        "stored": stored,
+        "trained": sum(p.numel() for r in made if isinstance(r, Routing) for p in r.parameters()),
+        "active": stored - added + sum(int(layer.active) for layer in made),  # type: ignore
+        "bytes": sum(t.nbytes for t in state.values()),
+    }
+
+
+def _added(layer: nn.Module) -> int:
+    of_base = layer.base.state_dict().values() if hasattr(layer, "base") else ()  # type: ignore
+    floats = [t.numel() for t in layer.state_dict().values() if t.is_floating_point()]
+    return sum(floats) - sum(t.numel() for t in of_base)
 
 
 def load_routed(path: Path, module: nn.Module | None = None) -> nn.Module:
@@ -79,19 +132,37 @@ def load_routed(path: Path, module: nn.Module | None = None) -> nn.Module:
                            fix="pip install --upgrade fusewright")  # fmt: skip
     state = read_state(path)
     model = _empty(path) if module is None else module
-    layers = {}
-    for at, layer in said["layers"].items():
-        dtype = state[f"{at}.up"].dtype
-        layers[at] = _KINDS[layer.pop("kind")].like(model.get_submodule(at), layer, dtype)
-    replaced(model, layers)
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    put_in(model, _restored(model, said["layers"], state, path))
     parameters = dict(model.named_parameters())
+    for name in parameters.keys() & state.keys():
+        parameters[name].data = parameters[name].data.to(state[name].dtype)
+    missing, unexpected = model.load_state_dict(state, strict=False)
     persistent = [n for n in missing if n in parameters and n not in said["left"]]
     if persistent or unexpected:
         raise WeightsError("the tensors are not those of the described model", where=path,
                            expected=", ".join(persistent[:3]) or "no more",
                            found=", ".join(list(unexpected)[:3]) or "without them")  # fmt: skip
-    return model.eval()
+    return model.eval().requires_grad_(False)
+
+
+def _restored(
+    model: nn.Module, said: Mapping[str, Mapping[str, Any]], state: Mapping[str, Tensor], path: Path
+) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {}
+    routing = Routing.restored(model, said[ROUTING]) if ROUTING in said else None
+    for at, layer in said.items():
+        if layer["kind"] == "routing":
+            assert routing is not None
+            layers[at] = routing
+            continue
+        tensors = {n.removeprefix(f"{at}."): t for n, t in state.items() if n.startswith(f"{at}.")}
+        try:
+            cls = _KINDS[layer["kind"]]
+            layers[at] = cls.restored(model.get_submodule(at), layer, tensors, routing)
+        except (KeyError, AttributeError) as error:
+            raise WeightsError("a routed layer is not complete", where=f"{path}: {at}",
+                               expected=str(error)) from error  # fmt: skip
+    return layers
 
 
 def _empty(path: Path) -> nn.Module:
@@ -106,13 +177,3 @@ def _empty(path: Path) -> nn.Module:
                            fix="fw.load(path, module=...)")  # fmt: skip
     model: nn.Module = cls(transformers.AutoConfig.from_pretrained(path))
     return model
-
-
-def _said(layer: nn.Module) -> dict[str, Any]:
-    kind = next(name for name, cls in _KINDS.items() if type(layer) is cls)
-    assert isinstance(layer, RoutedLinear)
-    return {"kind": kind, **layer.described()}
-
-
-def _count(module: nn.Module) -> int:
-    return sum(t.numel() for t in module.state_dict().values())

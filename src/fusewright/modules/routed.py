@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,16 +73,41 @@ class RoutedLinear(nn.Module):
 
     def described(self) -> dict[str, Any]:
         """What is needed, beside the tensors, to make this layer again."""
-        shape = {name: list(getattr(self, name).shape) for name in ("up", "down", "gate")}
-        return {"top": self.top, "shift": self.shift is not None, **shape}
+        return {"kind": "linear", "top": self.top}
 
     @classmethod
-    def like(cls, base: nn.Module, said: dict[str, Any], dtype: torch.dtype) -> RoutedLinear:
-        """An empty layer of that description over a base, for tensors to be loaded into."""
-        up, down, gate = (torch.empty(said[name], dtype=dtype) for name in ("up", "down", "gate"))
-        shift = torch.empty(said["up"][:2], dtype=dtype) if said["shift"] else None
-        return cls(base, up, down, gate, shift, said["top"])
+    def restored(
+        cls, base: nn.Module, said: Mapping[str, Any], tensors: Mapping[str, Tensor],
+        routing: object = None,
+    ) -> RoutedLinear:  # fmt: skip
+        """The layer of that description over a base."""
+        up, down, gate = (tensors[name] for name in ("up", "down", "gate"))
+        return cls(base, up, down, gate, tensors.get("shift"), said["top"])
+
+    @property
+    def active(self) -> int:
+        """Numbers that one input's answer depends on, beside the base's: of one token's experts."""
+        shift = 0 if self.shift is None else self.shift[0].numel()
+        one = self.up[0].numel() + self.down[0].numel() + shift
+        return self.gate.numel() + min(self.top, self.experts) * one
 
     def extra_repr(self) -> str:
         experts, _, rank = self.up.shape
         return f"experts={experts}, rank={rank}, gate={self.gate.shape[1]}, top={self.top}"
+
+
+def put_in(
+    model: nn.Module, layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Put layers at their paths and other values into tensors, in place; a path that is new becomes
+    a child. Layers that listen to others do so from then on."""
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in (tensors or {}).items():
+            own[name].copy_(tensor)
+    for path, layer in layers.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer)
+    for layer in layers.values():
+        if hasattr(layer, "listen"):
+            layer.listen(model)  # type: ignore[operator]

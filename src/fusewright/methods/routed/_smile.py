@@ -10,9 +10,10 @@ from pydantic import Field
 from torch import nn
 
 from fusewright.errors import PlanError
-from fusewright.methods.contract import Card, Context, Routed
+from fusewright.methods.contract import Card, Context, Parts, Routed
+from fusewright.methods.routed._linears import is_routable, turned
 from fusewright.modules.architecture import describe_module
-from fusewright.modules.deltas import Delta, Factors, triples
+from fusewright.modules.deltas import triples
 from fusewright.modules.linears import LinearMap
 from fusewright.modules.routed import RoutedLinear
 from fusewright.modules.vectors import TaskVectors
@@ -48,11 +49,12 @@ class Smile(Routed):
     gate: int = Field(16, ge=1)
     top: int = Field(1, ge=1)
 
-    def build(self, context: Context) -> Mapping[str, nn.Module]:
+    def build(self, context: Context) -> Parts:
         model, vectors = context.module(), context.vectors()
         found: dict[str, nn.Module] = {}
         for linear in describe_module(model).linears.values():
-            if _is_routable(linear, model) and linear.weight in vectors.base:
+            inside = linear.block is not None
+            if inside and is_routable(linear, model) and linear.weight in vectors.base:
                 layer = self._layer(linear, model.get_submodule(linear.module), vectors)
                 if layer is not None:
                     found[linear.module] = layer
@@ -60,13 +62,13 @@ class Smile(Routed):
             raise PlanError("no linear layer of a block is changed by an expert",
                             expected="nn.Linear or Conv1D inside blocks",
                             fix="`fusewright inspect` shows what the experts change")  # fmt: skip
-        return found
+        return Parts(found)
 
     def _layer(
         self, linear: LinearMap, base: nn.Module, vectors: TaskVectors
     ) -> RoutedLinear | None:
         wide = max(self.rank, self.gate)
-        split = [triples(_turned(d, linear.in_first), wide) for d in vectors.at(linear.weight)]
+        split = [triples(turned(d, linear.in_first), wide) for d in vectors.at(linear.weight)]
         if not any(bool(values.any()) for _, values, _ in split):
             return None
         dtype = vectors.base[linear.weight].dtype
@@ -77,24 +79,6 @@ class Smile(Routed):
         if linear.bias is not None and linear.bias in vectors.base:
             bias = torch.stack([d.dense() for d in vectors.at(linear.bias)]).to(dtype)
         return RoutedLinear(base, up, down, gate, bias, self.top)
-
-
-def _is_routable(linear: LinearMap, model: nn.Module) -> bool:
-    """A whole matrix inside a block, which its module multiplies with by itself."""
-    owner = type(model.get_submodule(linear.module)).__name__
-    plain = not linear.kernel and linear.groups == 1
-    return linear.block is not None and plain and owner in ("Linear", "Conv1D")
-
-
-def _turned(delta: Delta, in_first: bool) -> Delta:
-    """A matrix (out, in)."""
-    if not in_first:
-        return delta
-    if isinstance(delta, Factors):
-        return Factors(delta.down.T, delta.up.T, torch.Size(reversed(delta.shape)))
-    from fusewright.modules.deltas import Dense
-
-    return Dense(delta.dense().T)
 
 
 def _stacked(columns: list[torch.Tensor]) -> torch.Tensor:

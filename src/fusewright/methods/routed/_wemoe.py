@@ -1,0 +1,211 @@
+"""WEMoE and E-WEMoE: the weights of selected modules mixed anew for every input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+from warnings import warn
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fusewright.errors import FusewrightWarning
+from fusewright.layout import Role
+from fusewright.methods.contract import Card, Context, Parts, Routed
+from fusewright.methods.learned._fitting import asked
+from fusewright.methods.learned._guard import Agreement, collapsed
+from fusewright.methods.learned.fitter import Fitter
+from fusewright.methods.learned.objectives import entropy
+from fusewright.methods.routed._linears import turned
+from fusewright.methods.routed._mixtures import MLP, Part, parts_of
+from fusewright.modules.architecture import describe_module
+from fusewright.modules.critical import critical
+from fusewright.modules.linears import LinearMap
+from fusewright.modules.mixed import MixedLinear
+from fusewright.modules.mixture import ROUTING, Mixture, Routing
+from fusewright.modules.routed import put_in
+from fusewright.modules.routers import Router
+from fusewright.modules.stacks import stacked
+from fusewright.modules.vectors import TaskVectors
+
+
+class WEMoE(Routed):
+    """Mix the experts' feed-forward weights anew for every input, by routers that learned from
+    unlabelled inputs (*Merging Multi-Task Models via Weight-Ensembling Mixture of Experts*,
+    arXiv 2402.00433).
+
+    A selected module becomes f(x; θ_0 + Σ_t w_t(x) τ_t), where w(x) is the mean over x's tokens of
+    r(x) (:class:`~fusewright.modules.routers.Router`); all other tensors are θ_0 + 0.3 Σ_t τ_t.
+    Routers alone are trained: Σ_t mean H(softmax f_t(x)) over inputs x of every task t, by Adam.
+
+    ``modules``: "mlp", the feed-forward part of every block, as published; any other text is a
+    regular expression for modules' paths. ``router``: its depth, 2, the paper's best; 0 does not
+    see the input and can be unloaded into a plain model. ``start``: 0.3, of w and of the rest, so
+    that it begins as task arithmetic. ``per``: each "sample" has its own w, whatever else is in the
+    batch; "batch" takes the mean, which is faster, and tells the tasks apart only where batches
+    do. ``steps``, ``rate``, ``batch`` (inputs of each task in a step), ``schedule``: 1000, 1e-4, 16
+    and cosine, as the official code; 200 steps come close. ``guard`` and ``every``: as of
+    adamerging, the routers are kept that agreed best with each task's own expert.
+
+    Of text, padding does not count. With a key-value cache w is that of the prompt; a language
+    model that is given a whole text at once routes by all of it, also by what comes later.
+
+    Raises PlanError where nothing is selected or an expert has no data, NumericError for a loss
+    that is not finite.
+    """
+
+    name: ClassVar[str] = "wemoe"
+    card: ClassVar[Card] = Card(
+        "WEMoE", "Merging Multi-Task Models via Weight-Ensembling Mixture of Experts",
+        "2402.00433", data="unlabelled", output="routed",
+        cost="a forward and backward pass of each task a step; a merge at every input",
+    )  # fmt: skip
+    profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fusionbench": {"per": "batch", "schedule": "constant", "guard": 0},
+    }
+    shared: ClassVar[bool] = False
+    """Whether one router serves all modules of a width."""
+
+    modules: str = MLP
+    router: Literal[0, 1, 2] = 2
+    start: float = 0.3
+    per: Literal["sample", "batch"] = "sample"
+    steps: int = Field(1000, ge=0)
+    rate: float = Field(1e-4, gt=0)
+    batch: int = Field(16, ge=1)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    guard: int = Field(128, ge=0)
+    every: int = Field(50, ge=1)
+
+    def build(self, context: Context) -> Parts:
+        questions = asked(context) if self.steps else {}
+        model, vectors = context.module(), context.vectors()
+        agreement = None
+        if self.guard and self.steps:  # it asks experts, which have the base's architecture
+            agreement = Agreement(
+                model, vectors, questions, self.batch, self.guard, context.seed
+            )
+        parts, norms = self._parts(context, model, vectors), critical(vectors, model)
+        put_in(model, parts.layers, parts.tensors)
+        fitted = self._fitted(context, model, questions, agreement) if self.steps else {}
+        return replace(parts, report={**fitted, "critical": norms})
+
+    def _density(self) -> float:
+        """The share of each task vector's elements that is kept."""
+        return 1.0
+
+    def _parts(self, context: Context, model: nn.Module, vectors: TaskVectors) -> Parts:
+        """Mixtures, routing as they begin, and the rest by task arithmetic."""
+        found = parts_of(model, vectors, self.modules)
+        routing, places = self._routing(found, len(vectors.experts), context.seed)
+        layers: dict[str, nn.Module] = {}
+        layout, taken = describe_module(model).layout, set()
+        for part, place in zip(found, places, strict=True):
+            mixture = routing.add(model, part.entry, place, self.per)
+            for linear in part.linears:
+                layers[linear.module] = self._layer(linear, model, vectors, mixture)
+                taken |= {linear.weight, linear.bias}
+        with torch.no_grad():
+            rest = {n: self._rest(vectors, n, layout[n].role)
+                    for n in vectors.names if n not in taken}  # fmt: skip
+        return Parts({**layers, ROUTING: routing}, rest)
+
+    def _routing(
+        self, parts: Sequence[Part], experts: int, seed: int
+    ) -> tuple[Routing, list[int]]:
+        """The routers, and which of them each part asks."""
+        keys = [part.inputs if self.shared else at for at, part in enumerate(parts)]
+        first = {key: keys.index(key) for key in keys}
+        routers = [
+            Router(parts[at].inputs, experts, self.router, self.start, seed + number)
+            for number, at in enumerate(first.values())
+        ]
+        return Routing(routers), [list(first).index(key) for key in keys]
+
+    def _layer(
+        self, linear: LinearMap, model: nn.Module, vectors: TaskVectors, mixture: Mixture
+    ) -> MixedLinear:
+        density, dtype = self._density(), vectors.base[linear.weight].dtype
+        deltas = [turned(delta, linear.in_first) for delta in vectors.at(linear.weight)]
+        shift = None
+        if linear.bias is not None and linear.bias in vectors.base:
+            kept = (d.dense() for d in vectors.at(linear.bias))
+            shift = torch.stack([_pruned(b, density) for b in kept]).to(dtype)
+        base = model.get_submodule(linear.module)
+        return MixedLinear(base, stacked(deltas, density, dtype), shift, mixture)
+
+    def _rest(self, vectors: TaskVectors, name: str, role: Role) -> Tensor:
+        """Task arithmetic; of running statistics the experts' mean, as in every merge."""
+        base, count = vectors.base[name], len(vectors.experts)
+        scale = 1 / count if role is Role.STATISTIC else self.start
+        total = vectors.combined(name, torch.full((count,), scale))
+        return (base.to(total.dtype) + total).to(base.dtype)
+
+    def _fitted(
+        self, context: Context, model: nn.Module, questions: Mapping[str, Any],
+        agreement: Agreement | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        streams = {t: q.stream(self.batch, context.seed) for t, q in questions.items()}
+
+        def step(number: int) -> dict[str, float]:
+            losses = {}
+            for task, question in questions.items():
+                loss = entropy(question.logits(model, next(streams[task])))
+                loss.backward()  # type: ignore[no-untyped-call]
+                losses[task] = float(loss.detach())
+            return losses
+
+        def score() -> float:
+            assert agreement is not None
+            found = agreement.of(model)
+            return sum(found.values()) / len(found)
+
+        fitter = Fitter(
+            self.steps, self.rate, self.schedule, self.every,
+            score=score if agreement is not None else None, tell=context.tell,
+        )  # fmt: skip
+        fit = fitter.run(model.get_submodule(ROUTING), step)
+        guard = {} if agreement is None else agreement.measured(model)
+        if fallen := collapsed(guard):
+            warn(
+                f"the routed model names one class of {', '.join(fallen)} far more often than the "
+                "expert does: look at report['fitted']['guard']", FusewrightWarning, stacklevel=2,
+            )  # fmt: skip
+        return {"losses": list(fit.losses), "agreement": [list(s) for s in fit.scores],
+                "kept": fit.kept, "guard": guard}  # fmt: skip
+
+
+class EWEMoE(WEMoE):
+    """WEMoE with the largest tenth of every task vector, really stored sparse, and one router for
+    all modules (*Efficient and Effective Weight-Ensembling Mixture of Experts for Multi-Task Model
+    Merging*, arXiv 2410.21804).
+
+    As :class:`WEMoE`, with ``density``: the share of elements of largest magnitude that is kept,
+    tensor by tensor and expert by expert, biases too: 0.1, the paper's, which lost nothing there
+    (0.01 lost two points). Modules of one width share one router. Steps have a constant rate.
+    """
+
+    name: ClassVar[str] = "e_wemoe"
+    card: ClassVar[Card] = Card(
+        "E-WEMoE", "Efficient and Effective Weight-Ensembling Mixture of Experts for Multi-Task "
+        "Model Merging", "2410.21804", data="unlabelled", output="routed",
+        cost="a forward and backward pass of each task a step; a merge at every input",
+    )  # fmt: skip
+    profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fusionbench": {"per": "batch", "guard": 0},
+    }
+    shared: ClassVar[bool] = True
+
+    schedule: Literal["constant", "cosine"] = "constant"
+    density: float = Field(0.1, gt=0, le=1)
+
+    def _density(self) -> float:
+        return self.density
+
+
+def _pruned(vector: Tensor, density: float) -> Tensor:
+    from fusewright.modules.deltas import Sparse
+
+    return vector if density == 1 else Sparse.largest(vector, density).dense()

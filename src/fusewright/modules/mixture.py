@@ -1,0 +1,189 @@
+"""Which experts a part of a model mixes for an input: asked once where the part begins."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from fusewright.errors import PlanError
+from fusewright.modules.mixed import check_samples
+from fusewright.modules.routers import Router
+
+Per = Literal["sample", "batch"]
+
+
+class Text:
+    """What a text model was called with, for the mixtures inside it: which tokens are padding, and
+    whether they go on from a cache."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self.continues = False
+
+    def note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the model's forward."""
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.continues = cache is not None and int(cache.get_seq_length()) > 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"mask": None, "continues": False}
+
+
+class Mixture:
+    """Linear maps that share one w: routed at the input of the module ``entry``, the first floating
+    tensor that it is called with, (samples, …, width).
+
+    ``per`` "sample": every sample has its own w, whatever it is in one batch with. "batch": the
+    mean over the batch, for all. With a filled cache the w of the prompt stays: what is cached was
+    made with it.
+    """
+
+    def __init__(
+        self, number: int, entry: str, router: Router, per: Per, text: Text | None
+    ) -> None:
+        self.number, self.entry, self.per = number, entry, per
+        self.router, self.text = router, text
+        self.weights: Tensor | None = None
+
+    def route(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the forward of the entry."""
+        inputs = next((v for v in (*args, *kwargs.values())
+                       if isinstance(v, Tensor) and v.is_floating_point()), None)  # fmt: skip
+        if inputs is None or inputs.dim() < 2 or inputs.shape[-1] != self.router.inputs:
+            raise PlanError("a mixture is routed by tensors (samples, ..., width)",
+                            where=self.entry, expected=f"(samples, ..., {self.router.inputs})",
+                            found=None if inputs is None else tuple(inputs.shape),
+                            fix="select modules with that input")  # fmt: skip
+        if self.text is not None and self.text.continues:
+            self._check_prompt(inputs)
+            return
+        tokens = inputs.reshape(len(inputs), -1, inputs.shape[-1])
+        weights = self.router(tokens, self._mask(tokens))
+        self.weights = weights.mean(dim=0, keepdim=True) if self.per == "batch" else weights
+
+    def weights_for(self, inputs: Tensor) -> Tensor:
+        """w, for inputs inside the part."""
+        if self.weights is None:
+            raise PlanError("a mixed layer was called before its mixture", where=self.entry,
+                            fix="call the whole model, or at least that module")  # fmt: skip
+        check_samples(inputs, self.weights, self.entry)
+        return self.weights
+
+    def _mask(self, tokens: Tensor) -> Tensor | None:
+        mask = None if self.text is None else self.text.mask
+        if mask is None:
+            return None
+        if mask.shape != tokens.shape[:2]:
+            raise PlanError("the attention mask is of other tokens than the mixture sees",
+                            where=self.entry, expected=tuple(tokens.shape[:2]),
+                            found=tuple(mask.shape))  # fmt: skip
+        return mask != 0
+
+    def _check_prompt(self, inputs: Tensor) -> None:
+        if self.weights is None or len(self.weights) not in (1, len(inputs)):
+            raise PlanError("a cache is given whose prompt was not the last that was routed here",
+                            where=self.entry, found=f"{len(inputs)} samples",
+                            expected=f"{0 if self.weights is None else len(self.weights)} samples",
+                            fix="begin with the prompt, and without a cache")  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "weights": None}
+
+
+class Routing(nn.Module):
+    """All mixtures of a model and their ``routers``, each of which is held once, however many
+    mixtures share it. A child of the model under :data:`ROUTING`."""
+
+    def __init__(self, routers: Sequence[Router]) -> None:
+        super().__init__()
+        self.routers = nn.ModuleList(routers)
+        self.mixtures: list[Mixture] = []
+        self._texts: dict[str, Text] = {}
+        self._listens = False
+
+    def add(self, model: nn.Module, entry: str, router: int, per: Per) -> Mixture:
+        """A mixture of the part of ``model`` that begins at ``entry``."""
+        reader, text = text_model(model, entry), None
+        if reader is not None:
+            text = self._texts.setdefault(reader, Text())
+        gate = self.routers[router]
+        assert isinstance(gate, Router)
+        self.mixtures.append(Mixture(len(self.mixtures), entry, gate, per, text))
+        return self.mixtures[-1]
+
+    def listen(self, model: nn.Module) -> None:
+        """Have the model's modules tell the mixtures when they are called: once the layers are in
+        their places. Once is enough, for copies too: what is bound to an object is copied with
+        it."""
+        if self._listens:
+            return
+        self._listens = True
+        for path, text in self._texts.items():
+            model.get_submodule(path).register_forward_pre_hook(text.note, with_kwargs=True)
+        for mixture in self.mixtures:
+            entry = model.get_submodule(mixture.entry)
+            entry.register_forward_pre_hook(mixture.route, with_kwargs=True)
+
+    @property
+    def active(self) -> int:
+        """Numbers that one input's answer depends on."""
+        return sum(p.numel() for p in self.parameters())
+
+    def described(self) -> dict[str, Any]:
+        """What is needed, beside the tensors, to make this again."""
+        places = {id(router): at for at, router in enumerate(self.routers)}
+        return {
+            "kind": "routing", "routers": [router.described() for router in self.routers],  # type: ignore
+            "mixtures": [{"entry": m.entry, "router": places[id(m.router)], "per": m.per}
+                         for m in self.mixtures],
+        }  # fmt: skip
+
+    @classmethod
+    def restored(cls, model: nn.Module, said: Mapping[str, Any]) -> Routing:
+        """Of that description, for the base ``model``."""
+        made = cls([Router.restored(router) for router in said["routers"]])
+        for mixture in said["mixtures"]:
+            made.add(model, **mixture)
+        return made
+
+
+ROUTING = "routing"
+"""The name under which a model holds its :class:`Routing`."""
+
+
+_INPUTS = frozenset({"input_ids", "pixel_values", "input_features", "input_values"})
+
+
+def text_model(model: nn.Module, path: str) -> str | None:
+    """The innermost module around a path that is called with what a user has: if that is
+    ``input_ids`` and an ``attention_mask``, it reads text. T5's encoder and decoder are two."""
+    parts = path.split(".")
+    for end in range(len(parts), -1, -1):
+        outer = ".".join(parts[:end])
+        taken = set(inspect.signature(model.get_submodule(outer).forward).parameters)
+        if taken & _INPUTS:
+            return outer if {"input_ids", "attention_mask"} <= taken else None
+    return None
+
+
+def fixed(routing: Routing) -> bool:
+    """Whether no mixture depends on the input."""
+    return all(mixture.router.depth == 0 for mixture in routing.mixtures)
+
+
+def weights_of(mixture: Mixture) -> Tensor:
+    """One w (experts,): that of a router without input, or the mean of what was routed last."""
+    if mixture.router.depth == 0:
+        return mixture.router.bias.detach()
+    if mixture.weights is None:
+        raise PlanError("nothing was routed yet", where=mixture.entry,
+                        fix="unload(inputs)")  # fmt: skip
+    return mixture.weights.detach().mean(dim=0)
+
+

@@ -1,0 +1,179 @@
+"""Linear maps mixed for every sample: all forms are one map, forward and backward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fusewright.errors import PlanError
+from fusewright.modules import mixed
+from fusewright.modules.deltas import Dense, Factors, Sparse
+from fusewright.modules.mixed import MixedLinear, cheapest
+from fusewright.modules.mixture import Mixture
+from fusewright.modules.routers import Router
+from fusewright.modules.stacks import DenseStack, FactorStack, SparseStack, stacked
+
+OUT, EXPERTS, IN, SAMPLES, TOKENS = 7, 3, 6, 4, 5
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def forms() -> dict[str, list]:
+    whole = [Dense(draw(OUT, IN, seed=t)) for t in range(EXPERTS)]
+    low = [Factors(draw(OUT, 1 + t % 2, seed=t), draw(1 + t % 2, IN, seed=9 + t),
+                   torch.Size((OUT, IN))) for t in range(EXPERTS)]  # fmt: skip
+    return {"dense": [whole, 1.0], "sparse": [whole, 0.3], "factors": [low, 1.0]}
+
+
+def layer(kind: str) -> tuple[MixedLinear, torch.Tensor]:
+    """A layer, and its deltas (experts, out, in)."""
+    deltas, density = forms()[kind]
+    stack = stacked(deltas, density, torch.float64)
+    assert stack.kind == kind
+    kept = [Sparse.largest(d.dense(), density) if density < 1 else d for d in deltas]
+    torch.manual_seed(1)
+    mixture = Mixture(0, "here", Router(IN, EXPERTS, 0), "sample", None)
+    made = MixedLinear(nn.Linear(IN, OUT).double(), stack, draw(EXPERTS, OUT, seed=5), mixture)
+    return made, torch.stack([d.dense() for d in kept])
+
+
+def plain(made: MixedLinear, deltas: torch.Tensor, x: torch.Tensor, w: torch.Tensor):
+    weight = made.matrix + torch.einsum("nt,tri->nri", w, deltas)
+    bias = made.base.bias + w @ made.shift
+    return torch.einsum("nsi,nri->nsr", x, weight.expand(len(x), -1, -1)) + bias[:, None]
+
+
+@pytest.mark.parametrize("block", [1, 3 * (EXPERTS + 1) * IN * 8, 1 << 20])
+@pytest.mark.parametrize("form", ["weights", "outputs", "factors"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "factors"])
+@pytest.mark.parametrize("rows", [1, SAMPLES])
+def test_every_form_is_the_reference_in_value_and_gradient(
+    kind: str, form: str, block: int, rows: int, monkeypatch
+) -> None:
+    if form == "factors" and kind != "factors":
+        pytest.skip("there are no factors")
+    monkeypatch.setattr(mixed, "_BLOCK", block)
+    monkeypatch.setattr(mixed, "cheapest", lambda *_: form)
+    made, deltas = layer(kind)
+    x, w = draw(SAMPLES, TOKENS, IN).requires_grad_(), draw(rows, EXPERTS, seed=2).requires_grad_()
+    made.mixture.weights = w
+    found, expected = made(x), plain(made, deltas, x, w)
+    torch.testing.assert_close(found, expected)
+    up = draw(SAMPLES, TOKENS, OUT, seed=3)
+    for one, two in zip(torch.autograd.grad(found, (x, w), up),
+                        torch.autograd.grad(expected, (x, w), up), strict=True):  # fmt: skip
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("form", ["weights", "outputs"])
+def test_the_gradient_is_that_of_finite_differences(form: str, monkeypatch) -> None:
+    monkeypatch.setattr(mixed, "_BLOCK", 2 * (EXPERTS + 1) * IN * 8)
+    made, _ = layer("dense")
+    x, w = draw(2, 3, IN).requires_grad_(), draw(2, EXPERTS, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, w: mixed._Mix.apply(x, w, made.matrix, made.stack, form), (x, w)
+    )
+
+
+def test_no_more_than_a_block_is_merged_at_once(monkeypatch) -> None:
+    monkeypatch.setattr(mixed, "_BLOCK", 2 * (EXPERTS + 1) * IN * 8)
+    sizes = []
+    of = mixed._merged
+    monkeypatch.setattr(mixed, "_merged", lambda *a: sizes.append(of(*a).numel()) or of(*a))
+    made, _ = layer("dense")
+    x, w = draw(SAMPLES, TOKENS, IN).requires_grad_(), draw(SAMPLES, EXPERTS).requires_grad_()
+    mixed._Mix.apply(x, w, made.matrix, made.stack, "weights").sum().backward()
+    assert max(sizes) <= SAMPLES * 2 * IN < SAMPLES * OUT * IN
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 3), st.integers(1, 60), st.integers(0, 9), st.data())
+def test_a_sparse_stack_gives_any_rows_back(outputs, experts, inputs, seed, data) -> None:
+    density = data.draw(st.sampled_from([0.001, 0.02, 0.5, 0.9]))
+    whole = [Dense(draw(outputs, inputs, seed=seed + t)) for t in range(experts)]
+    stack = stacked(whole, density, torch.float64)
+    assert isinstance(stack, SparseStack)
+    start = data.draw(st.integers(0, outputs - 1))
+    stop = data.draw(st.integers(start + 1, outputs))
+    out = draw(stop - start, experts, inputs)
+    stack.fill(out, start)
+    kept = [Sparse.largest(d.dense(), density).dense()[start:stop] for d in whole]
+    assert out.equal(torch.stack(kept, dim=1))
+
+
+def test_gaps_of_more_than_a_byte_are_bridged() -> None:
+    for places in ([0, 255, 256, 511], [255], [254, 764, 1019], [999], []):
+        values = draw(len(places))
+        stack = SparseStack.of(values, torch.tensor(places, dtype=torch.int64), (1, 1, 1020))
+        out = draw(1, 1, 1020)
+        stack.fill(out, 0)
+        expected = torch.zeros(1020).double()
+        expected[places] = values
+        assert out.flatten().equal(expected)
+
+
+def test_sixteen_bits_stay_and_are_summed_in_32() -> None:
+    whole = [Dense(draw(OUT, IN, seed=t).float()) for t in range(EXPERTS)]
+    for density in (1.0, 0.4):
+        stack = stacked(whole, density, torch.bfloat16)
+        assert stack.values.dtype == torch.bfloat16
+        mixture = Mixture(0, "here", Router(IN, EXPERTS, 0), "sample", None)
+        mixture.weights = draw(2, EXPERTS).float()
+        base = nn.Linear(IN, OUT).bfloat16()
+        x = draw(2, 3, IN).bfloat16()
+        found = MixedLinear(base, stack, None, mixture)(x)
+        assert found.dtype == torch.bfloat16
+        deltas = torch.empty(stack.shape)
+        stack.fill(deltas, 0)
+        weight = base.weight.float() + torch.einsum("nt,rti->nri", mixture.weights, deltas)
+        expected = torch.einsum("nsi,nri->nsr", x.float(), weight) + base.bias.float()
+        torch.testing.assert_close(found.float(), expected, rtol=0.03, atol=0.03)
+
+
+def test_one_w_for_many_tokens_is_merged_and_single_tokens_are_not() -> None:
+    dense = DenseStack(torch.empty(3072, 8, 768))
+    assert cheapest(64, 3200, dense) == cheapest(1, 3200, dense) == "weights"
+    assert cheapest(64, 64, dense) == "outputs"
+    low = FactorStack(torch.empty(8, 3072, 4), torch.empty(8, 4, 768))
+    assert cheapest(64, 3200, low) == cheapest(1, 1, low) == "factors"
+
+
+def test_other_samples_than_were_routed_are_refused() -> None:
+    made, _ = layer("dense")
+    with pytest.raises(PlanError, match="before its mixture"):
+        made(draw(2, TOKENS, IN))
+    made.mixture.weights = draw(SAMPLES, EXPERTS)
+    with pytest.raises(PlanError, match="other samples"):
+        made(draw(2, TOKENS, IN))
+
+
+def test_a_copy_has_a_mixture_of_its_own() -> None:
+    made, _ = layer("dense")
+    made.mixture.weights = draw(1, EXPERTS).requires_grad_() * 2
+    twin = copy.deepcopy(made)
+    assert twin.mixture is not made.mixture and twin.mixture.weights is None
+
+
+def test_padding_has_no_say_and_a_row_of_padding_is_no_number_over_nothing() -> None:
+    for depth in (1, 2):
+        router = Router(IN, EXPERTS, depth, start=0.3)
+        tokens, mask = draw(2, TOKENS, IN).float(), torch.ones(2, TOKENS, dtype=torch.bool)
+        mask[0, 2:], mask[1] = False, False
+        found = router(tokens, mask)
+        torch.testing.assert_close(found[:1], router(tokens[:1, :2]))
+        torch.testing.assert_close(found[1], torch.full((EXPERTS,), 0.3))
+
+
+def test_a_router_is_a_mean_over_tokens_of_what_it_says_of_each() -> None:
+    router = Router(IN, EXPERTS, 2)
+    tokens = draw(2, TOKENS, IN).float()
+    each = torch.stack([router(tokens[:, s : s + 1]) for s in range(TOKENS)])
+    torch.testing.assert_close(router(tokens), each.mean(dim=0))
+    assert router(tokens).var(dim=0).max() > 0
