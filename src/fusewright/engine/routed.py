@@ -97,7 +97,8 @@ def upscaled(method: Routed, context: Context) -> RoutedModel:
     parts = method.build(context)
     put_in(module, parts.layers, parts.tensors)
     of_base = sum(tensor.numel() for tensor in context.vectors().base.values())
-    sizes = {**counted(module, tuple(parts.layers)), "base": of_base, "layers": len(set(parts.layers) - {ROUTING})}
+    layers = len(set(parts.layers) - {ROUTING})
+    sizes = {**counted(module, tuple(parts.layers)), "base": of_base, "layers": layers}
     report = {"method": method.spec(), "parameters": sizes, "fitted": dict(parts.report)}
     return RoutedModel(None, report, {}, None, context.base, module, tuple(parts.layers), left)
 

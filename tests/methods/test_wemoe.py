@@ -1,0 +1,376 @@
+"""WEMoE and E-WEMoE on tiny models of every kind: one method object, unchanged."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fusewright as fw
+from fusewright.errors import NumericError, PlanError, WeightsError
+from fusewright.methods.routed import EWEMoE, WEMoE
+from fusewright.modules.mixed import MixedLinear
+
+hf = pytest.importorskip("transformers")
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_IDS = {"bos_token_id": 0, "eos_token_id": 49, "pad_token_id": 0}
+TEXT = {**TINY, "intermediate_size": 32, "vocab_size": 50, **_IDS}
+PIXELS = torch.linspace(-1, 1, 3 * 3 * 64).reshape(3, 3, 8, 8) ** 2
+IDS = torch.arange(1, 25).reshape(3, 8)
+MASK = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] * 2 + [0] * 6])
+WORDS = {"input_ids": IDS, "attention_mask": MASK}
+
+
+def clip():
+    return hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(
+        **TINY, intermediate_size=32, image_size=8, patch_size=4, projection_dim=8))  # fmt: skip
+
+
+def vit():
+    return hf.ViTForImageClassification(hf.ViTConfig(
+        **TINY, intermediate_size=32, image_size=8, patch_size=4, num_labels=4))  # fmt: skip
+
+
+def bert():
+    return hf.BertForSequenceClassification(hf.BertConfig(**TEXT, num_labels=4))
+
+
+def gpt2():
+    return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, **_IDS))
+
+
+def llama():
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT))
+
+
+def t5():
+    return hf.T5ForConditionalGeneration(hf.T5Config(
+        d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=50,
+        decoder_start_token_id=0))  # fmt: skip
+
+
+INPUTS = {
+    clip: {"pixel_values": PIXELS}, vit: {"pixel_values": PIXELS},
+    bert: WORDS, gpt2: WORDS, llama: WORDS,
+    t5: {**WORDS, "decoder_input_ids": IDS[:, :4], "decoder_attention_mask": MASK[:, 2:6]},
+}  # fmt: skip
+WEIGHTS = {clip: 4, vit: 4, bert: 4, gpt2: 4, llama: 6, t5: 8}
+MODELS = pytest.mark.parametrize("make", INPUTS, ids=lambda make: make.__name__)
+UNTRAINED = [WEMoE(steps=0), EWEMoE(steps=0)]
+METHODS = pytest.mark.parametrize("method", UNTRAINED, ids=lambda method: method.name)
+
+
+def base_of(make) -> nn.Module:
+    torch.manual_seed(0)
+    return make().eval()
+
+
+def expert_of(base: nn.Module, seed: int) -> nn.Module:
+    """The base with every parameter moved."""
+    draw, expert = torch.Generator().manual_seed(seed), copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in expert.parameters():
+            noise = torch.randn(parameter.shape, generator=draw).to(parameter)
+            parameter.add_(0.3 * max(0.05, float(parameter.float().std().nan_to_num())) * noise)
+    return expert
+
+
+def experts_of(base: nn.Module) -> dict[str, nn.Module]:
+    return {name: expert_of(base, seed) for seed, name in enumerate(("a", "b"), 1)}
+
+
+def answer(model: nn.Module, make, **changes) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**{**INPUTS[make], **changes})[0]
+
+
+def built(method, make, **options):
+    base = base_of(make)
+    return fw.merge(method, base=base, experts=experts_of(base), **options)
+
+
+def loud(model: nn.Module, seed: int = 7) -> nn.Module:
+    """Routers that tell inputs apart plainly."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.get_submodule("routing").parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) / 2)
+    return model
+
+
+@MODELS
+def test_a_router_of_zero_weights_is_task_arithmetic(make) -> None:
+    made = built(WEMoE(steps=0), make)
+    with torch.no_grad():
+        for name, parameter in made.module().get_submodule("routing").named_parameters():
+            if name.endswith("weight"):
+                parameter.zero_()
+    base = base_of(make)
+    plain = fw.merge(fw.TaskArithmetic(scale=0.3), base=base, experts=experts_of(base)).module()
+    torch.testing.assert_close(answer(made.module(), make), answer(plain, make),
+                               rtol=1e-4, atol=1e-5)  # fmt: skip
+    assert (answer(plain, make) - answer(base, make)).abs().max() > 1e-3
+    mixed = [p for p, layer in made.module().named_modules() if isinstance(layer, MixedLinear)]
+    assert len(mixed) == WEIGHTS[make] and not any("att" in path.lower() for path in mixed)
+
+
+@MODELS
+@METHODS
+def test_an_input_is_answered_alike_in_any_batch(method, make) -> None:
+    model = loud(built(method, make).module())
+    whole = answer(model, make)
+    for row in range(3):
+        alone = answer(model, make, **{k: v[row : row + 1] for k, v in INPUTS[make].items()})
+        torch.testing.assert_close(whole[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+    routed = model.get_submodule("routing").mixtures
+    assert all(mixture.weights.shape == (1, 2) for mixture in routed)
+
+
+@MODELS
+def test_alike_samples_are_answered_as_the_unloaded_model_does(make) -> None:
+    made = built(WEMoE(steps=0), make)
+    loud(made.module())
+    same = {name: value[:1].expand(3, *value.shape[1:]) for name, value in INPUTS[make].items()}
+    plain = base_of(make)
+    plain.load_state_dict(made.unload(same).state_dict())
+    torch.testing.assert_close(answer(made.module(), make, **same), answer(plain, make, **same),
+                               rtol=1e-4, atol=1e-4)  # fmt: skip
+
+
+def test_all_are_saved_and_loaded_in_another_process(tmp_path) -> None:
+    expected = {}
+    for make in INPUTS:
+        for method in UNTRAINED:
+            made = built(method, make)
+            loud(made.module())
+            at = tmp_path / f"{make.__name__}-{method.name}"
+            base_of(make).save_pretrained(tmp_path / make.__name__)
+            made.source = tmp_path / make.__name__
+            made.save(at)
+            expected[at.name] = answer(made.module(), make)
+            torch.save(INPUTS[make], at / "inputs.pt")
+    code = (
+        "import sys, torch, fusewright as fw\n"
+        "from pathlib import Path\n"
+        "for name in sys.argv[2:]:\n"
+        "    at = Path(sys.argv[1]) / name\n"
+        "    with torch.no_grad(): found = fw.load(at)(**torch.load(at / 'inputs.pt'))[0]\n"
+        "    torch.save(found, at / 'found.pt')\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path), *expected]
+    subprocess.run(command, check=True, capture_output=True)
+    for name, said in expected.items():
+        torch.testing.assert_close(torch.load(tmp_path / name / "found.pt"), said)
+
+
+def test_a_density_of_one_is_wemoe_with_one_router() -> None:
+    one, two = (built(method, gpt2).module() for method in
+                (EWEMoE(steps=0, density=1.0), EWEMoE(steps=0)))  # fmt: skip
+    many = built(WEMoE(steps=0), gpt2).module()
+    routers = many.get_submodule("routing").routers
+    assert len(routers) == 2 and len(one.get_submodule("routing").routers) == 1
+    for router in routers:
+        router.load_state_dict(loud(one).get_submodule("routing").routers[0].state_dict())
+    assert answer(one, gpt2).equal(answer(many, gpt2))
+    assert not answer(loud(two), gpt2).equal(answer(one, gpt2))
+
+
+def test_what_e_wemoe_stores() -> None:
+    dense, thin = built(WEMoE(steps=0), llama).report, built(EWEMoE(steps=0), llama).report
+    sizes, less = dense["parameters"], thin["parameters"]
+    mlp = 2 * 2 * 3 * 16 * 32
+    assert sizes["stored"] - sizes["base"] - sizes["trained"] == mlp
+    kept = less["stored"] - less["base"] - less["trained"]
+    assert mlp * 0.09 < kept < mlp * 0.1 + 200  # and what bridges wide gaps
+    assert less["bytes"] == 4 * less["stored"] + kept
+    assert sizes["trained"] == 2 * less["trained"] == 2 * (16 * 16 + 16 + 16 * 2 + 2)
+
+
+def test_padding_has_no_say() -> None:
+    for make in (bert, gpt2, llama):
+        model = loud(built(WEMoE(steps=0), make).module())
+        answer(model, make)
+        first = model.get_submodule("routing").mixtures[0]
+        whole = first.weights
+        short = {"input_ids": IDS[2:, :2], "attention_mask": MASK[2:, :2]}
+        answer(model, make, **short)
+        torch.testing.assert_close(first.weights, whole[2:], rtol=1e-4, atol=1e-5)
+        answer(model, make, attention_mask=torch.ones_like(MASK))
+        assert (first.weights[2] - whole[2]).abs().max() > 1e-3
+
+
+def test_a_row_of_padding_and_t5s_two_masks() -> None:
+    model = loud(built(WEMoE(steps=0), bert).module())
+    blank = answer(model, bert, attention_mask=MASK * torch.tensor([[1], [1], [0]]))
+    assert blank.isfinite().all()
+    model = loud(built(WEMoE(steps=0), t5).module())
+    answer(model, t5)
+    before = [m.weights for m in model.get_submodule("routing").mixtures]
+    answer(model, t5, decoder_attention_mask=torch.ones(3, 4, dtype=torch.long))
+    after = [m.weights for m in model.get_submodule("routing").mixtures]
+    changed = [not one.equal(two) for one, two in zip(before, after, strict=True)]
+    assert changed == [False, False, True, True]
+
+
+@pytest.mark.parametrize("make", [gpt2, llama], ids=["gpt2", "llama"])
+def test_generation_keeps_the_weights_of_the_prompt(make) -> None:
+    model = loud(built(WEMoE(steps=0), make).module())
+    prompt = {"input_ids": IDS.flip(1), "attention_mask": MASK.flip(1)}  # padding is on the left
+    found = model.generate(**prompt, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    with torch.no_grad():
+        model(**prompt, position_ids=(prompt["attention_mask"].cumsum(1) - 1).clamp(min=0))
+    routing = model.get_submodule("routing")
+    routed = [mixture.weights for mixture in routing.mixtures]
+    ids, mask = prompt["input_ids"], prompt["attention_mask"]
+    for hook in [m for m in model.modules() if m._forward_pre_hooks]:
+        hook._forward_pre_hooks.clear()  # by hand: the prompt's weights at every step, no cache
+    for mixture, weights in zip(routing.mixtures, routed, strict=True):
+        mixture.weights = weights
+    for _ in range(5):
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            said = model(input_ids=ids, attention_mask=mask, position_ids=places).logits[:, -1]
+        ids = torch.cat([ids, said.argmax(-1, keepdim=True)], dim=1)
+        mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], dim=1)
+    assert found.equal(ids)
+
+
+def test_a_cache_of_another_prompt_is_refused() -> None:
+    model = built(WEMoE(steps=0), gpt2).module()
+    with torch.no_grad():
+        cache = model(input_ids=IDS, use_cache=True).past_key_values
+        model(input_ids=IDS[:2])
+        with pytest.raises(PlanError, match="not the last that was routed"):
+            model(input_ids=IDS[:, :1], past_key_values=cache)
+
+
+def test_per_batch_is_one_w_for_all() -> None:
+    made = built(WEMoE(steps=0, per="batch"), vit)
+    model = loud(made.module())
+    whole, alone = answer(model, vit), answer(model, vit, pixel_values=PIXELS[:1])
+    assert all(m.weights.shape == (1, 2) for m in model.get_submodule("routing").mixtures)
+    assert not torch.allclose(whole[:1], alone, atol=1e-4)
+    plain = base_of(vit)
+    plain.load_state_dict(made.unload(INPUTS[vit]).state_dict())
+    torch.testing.assert_close(answer(plain, vit), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_no_input_is_needed_to_unload_depth_zero(tmp_path) -> None:
+    made = built(WEMoE(steps=0, router=0), vit)
+    plain = base_of(vit)
+    plain.load_state_dict(made.unload().state_dict())
+    torch.testing.assert_close(answer(plain, vit), answer(made.module(), vit))
+    made.unload().save(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "routed.json").exists()
+    with pytest.raises(PlanError, match="depend on the input"):
+        built(WEMoE(steps=0), vit).unload()
+
+
+def test_sixteen_bits_are_kept(tmp_path) -> None:
+    base = base_of(llama).bfloat16()
+    base.save_pretrained(tmp_path / "base")
+    made = fw.merge(EWEMoE(steps=0), base=base, experts=experts_of(base))
+    made.source = tmp_path / "base"
+    loud(made.module())
+    made.save(tmp_path / "out")
+    model = fw.load(tmp_path / "out")
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            wanted = torch.float32 if name.startswith("routing.") else torch.bfloat16
+            assert tensor.dtype == wanted, name
+    assert answer(model, llama).equal(answer(made.module(), llama))
+
+
+def test_modules_are_chosen_by_their_paths() -> None:
+    found = built(WEMoE(steps=0, modules=r"self_attn$"), llama).module()
+    entries = [mixture.entry for mixture in found.get_submodule("routing").mixtures]
+    assert entries == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert answer(found, llama).isfinite().all()
+    with pytest.raises(PlanError, match="no linear layer is selected"):
+        built(WEMoE(steps=0, modules="nowhere"), llama)
+
+
+def test_a_copy_of_the_model_routes_by_itself() -> None:
+    model = loud(built(WEMoE(steps=0), gpt2).module())
+    twin = copy.deepcopy(model)
+    said = answer(model, gpt2)
+    loud(twin, seed=8)
+    assert answer(model, gpt2).equal(said) and not answer(twin, gpt2).equal(said)
+
+
+def images(count: int = 12) -> dict[str, list]:
+    draw = torch.Generator().manual_seed(3)
+    return {name: [{"pixel_values": torch.randn(6, 3, 8, 8, generator=draw)}
+                   for _ in range(count)] for name in ("a", "b")}  # fmt: skip
+
+
+QUICK = {"steps": 30, "rate": 3e-3, "batch": 6, "every": 10, "guard": 24}
+
+
+@pytest.mark.parametrize("cls", [WEMoE, EWEMoE])
+def test_routers_alone_learn_and_entropy_falls(cls) -> None:
+    made = built(cls(**QUICK), vit, data=images())
+    fitted = made.report["fitted"]
+    assert sum(fitted["losses"][-5:]) < sum(fitted["losses"][:5])
+    steps, shares = zip(*fitted["agreement"], strict=True)
+    assert fitted["kept"] == steps[shares.index(max(shares))] and steps[-1] == 30
+    start = built(cls(steps=0), vit).module().state_dict()
+    changed = {n for n, t in made.module().state_dict().items() if not t.equal(start[n])}
+    assert all(name.startswith("routing.") for name in changed)
+    assert bool(changed) == bool(fitted["kept"])
+
+
+def test_the_same_seed_learns_the_same() -> None:
+    one, two = (built(WEMoE(**{**QUICK, "guard": 0}), vit, data=images()).state_dict()
+                for _ in range(2))  # fmt: skip
+    assert all(tensor.equal(two[name]) for name, tensor in one.items())
+
+
+def test_a_loss_that_is_no_number_ends_the_fit() -> None:
+    data = images()
+    data["b"][3]["pixel_values"][0] = float("nan")
+    with pytest.raises(NumericError, match="no longer finite"):
+        built(WEMoE(**{**QUICK, "guard": 0}), vit, data=data)
+
+
+def test_collapsed_routers_are_undone() -> None:
+    made = built(WEMoE(**{**QUICK, "rate": 5.0}), vit, data=images())
+    found = made.report["fitted"]
+    steps, shares = zip(*found["agreement"], strict=True)
+    assert shares[steps.index(found["kept"])] == max(shares)
+
+
+def test_an_expert_without_data_is_named() -> None:
+    with pytest.raises(PlanError, match=r"data of an expert's task[\s\S]*b"):
+        built(WEMoE(**QUICK), vit, data={"a": images()["a"]})
+
+
+def test_norms_by_kind_are_reported() -> None:
+    found = built(WEMoE(steps=0), clip).report["fitted"]["critical"]
+    base = base_of(clip)
+    experts = experts_of(base).values()
+    mlp = [n for n, _ in base.named_parameters() if ".mlp." in n]
+    norms = [sum(float((e.state_dict()[n].double() - base.state_dict()[n].double()).square().sum())
+                 for n in mlp) ** 0.5 for e in experts]  # fmt: skip
+    assert found["mlp"]["l2"] == pytest.approx(sum(norms) / 2, rel=1e-6)
+    elements = sum(base.state_dict()[n].numel() for n in mlp)
+    assert found["mlp"]["rms"] == pytest.approx(sum(norms) / 2 / elements**0.5, rel=1e-6)
+    assert {"attention", "mlp", "norm"} <= set(found)
+
+
+def test_a_folder_that_lacks_a_layers_tensors_is_refused(tmp_path) -> None:
+    base_of(gpt2).save_pretrained(tmp_path / "base")
+    made = built(WEMoE(steps=0), gpt2)
+    made.source = tmp_path / "base"
+    made.save(tmp_path / "out")
+    at = tmp_path / "out" / "routed.json"
+    said = json.loads(at.read_text())
+    said["layers"]["transformer.h.0.mlp.c_fc"]["stack"] = {"kind": "sparse", "shape": [64, 2, 16]}
+    at.write_text(json.dumps(said))
+    with pytest.raises(WeightsError, match=r"not complete[\s\S]*c_fc"):
+        fw.load(tmp_path / "out")
