@@ -82,8 +82,13 @@ def llama(window: int = 64):
     return t.LlamaForCausalLM(config).eval()
 
 
+PROMPTS = ("fewshot", "max_new_tokens", "chat", "system", "turns")
+TEMPLATE = ("{% for m in messages %}{{ {'user': 'the ', 'assistant': 'so ', 'system': 'run '}"
+            "[m.role] }}{{ m.content }} {% endfor %}{% if add_generation_prompt %}so {% endif %}")
+
+
 def task_of(folder: Path, name: str, tokenizer, **options) -> LmEval:
-    prompts = {k: options.pop(k) for k in ("fewshot", "max_new_tokens") if k in options}
+    prompts = {k: options.pop(k) for k in PROMPTS if k in options}
     said = Benchmark(file=folder / f"{name}.yaml", **prompts)
     return LmEval(name, benchmark=said, tokenizer=tokenizer(), **options)
 
@@ -123,6 +128,41 @@ def test_choices_score_as_in_lm_eval(folder, tokenizer, monkeypatch, fewshot, me
     found = direct(folder, "chooses", tokenizer, model, monkeypatch, num_fewshot=fewshot)
     assert seen.score.tolist() == [s[metric] for s in found["samples"]["chooses"]]
     assert set(seen.columns) == {"truncated"}  # nothing was written that could be unreadable
+
+
+@pytest.mark.parametrize("system", [None, "good dog"])
+@pytest.mark.parametrize("turns", [True, False])
+@pytest.mark.parametrize("name", ["writes", "chooses"])
+def test_chats_score_as_in_lm_eval(folder, tokenizer, monkeypatch, name, turns, system) -> None:
+    def chatting():
+        words = tokenizer()
+        words.chat_template = TEMPLATE
+        return words
+
+    chatting().save_pretrained(folder / "words")
+    model, fewshot = llama(), 2 * (name == "chooses")
+    task = task_of(folder, name, chatting, chat=folder / "words", turns=turns, system=system,
+                   fewshot=fewshot)  # fmt: skip
+    seen = asked(task, model)
+    found = direct(folder, name, chatting, model, monkeypatch, apply_chat_template=True,
+                   fewshot_as_multiturn=turns, system_instruction=system,
+                   num_fewshot=fewshot)  # fmt: skip
+    metric = {"writes": "exact_match", "chooses": "acc"}[name]
+    samples = found["samples"][name][: len(seen)]
+    assert seen.score.tolist() == [s[metric] for s in samples]
+    prompts = task.benchmark.documents().rows(range(7))["requests"]
+    assert [p[0].args[0] for p in prompts] == [s["arguments"][0][0] for s in samples]
+    plain = task_of(folder, name, chatting, fewshot=fewshot).benchmark
+    assert plain.documents().digest() != task.benchmark.documents().digest()
+
+
+def test_a_chat_needs_a_template(folder, tokenizer) -> None:
+    tokenizer().save_pretrained(folder / "words")
+    file = folder / "writes.yaml"
+    with pytest.raises(DataError, match="no chat template"):
+        Benchmark(file=file, chat=folder / "words").documents()
+    with pytest.raises(DataError, match="need a chat template"):
+        Benchmark(file=file, system="be brief").documents()
 
 
 @torch.no_grad()

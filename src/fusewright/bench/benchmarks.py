@@ -2,16 +2,16 @@
 
 ``data`` is a task file below the data folder; without it ``options: {task: NAME}`` (else the
 suite's own name of the task) is a benchmark that lm-eval brings. Splits are slices of the documents
-that lm-eval scores, ``{validation: "all[:50]", test: "all[50:]"}``.
+that lm-eval scores, ``{validation: "all[:50]", test: "all[50:]"}``. ``options: {chat: true}``
+writes prompts in the chat template of the base's tokenizer.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusewright.bench.suite_file import SuiteError, TaskSpec
+from fusewright.bench.suite_file import SuiteError
 from fusewright.errors import nearest
 
 if TYPE_CHECKING:
@@ -29,12 +29,13 @@ def options() -> set[str]:
     return {field.name for field in fields(Benchmark)} - {"file", "root"}
 
 
-def benchmark(name: str, spec: TaskSpec, data: Path | None) -> Benchmark:
+def benchmark(suite: Suite, name: str) -> Benchmark:
     """The benchmark of a task. Raises SuiteError for an option that is not known, and if it needs a
     data folder and there is none."""
     from fusewright.tasks.harness import LmEval
     from fusewright.tasks.harness_documents import Benchmark
 
+    spec, data = suite.task_spec(name), suite.data
     scoring = {field.name for field in fields(LmEval)} - {"name", "benchmark", "tokenizer"}
     known = options() | scoring
     for option in spec.options:
@@ -44,6 +45,7 @@ def benchmark(name: str, spec: TaskSpec, data: Path | None) -> Benchmark:
                              where=f"tasks.{name}.options", expected=", ".join(sorted(known)),
                              fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
     said: dict[str, Any] = {k: v for k, v in spec.options.items() if k in options()}
+    said["chat"] = suite.base if said.pop("chat", False) else None
     if spec.data is None:
         return Benchmark(**{"task": name, **said}, root=data)
     if data is None:
@@ -54,21 +56,21 @@ def benchmark(name: str, spec: TaskSpec, data: Path | None) -> Benchmark:
     return Benchmark(**said, file=data / spec.data, root=data)
 
 
-def open_documents(name: str, spec: TaskSpec, part: str, data: Path | None) -> DataSplit:
+def open_documents(suite: Suite, name: str, part: str) -> DataSplit:
     """One part of a benchmark's documents. Raises SuiteError for a split that is no part of them,
     DataError if it is empty."""
     from fusewright.tasks.data import sliced
 
-    said = spec.splits[part]
+    said = suite.task_spec(name).rows(name, part)
     if said.split("[")[0].strip() != WHOLE:
         raise SuiteError(
             f"the {part} split of {name!r} is no part of lm-eval's documents",
             expected=f"{WHOLE}, or a slice such as {WHOLE}[:50]", found=said,
         )  # fmt: skip
-    return sliced(benchmark(name, spec, data).documents(), said)
+    return sliced(benchmark(suite, name).documents(), said)
 
 
 def digests(suite: Suite) -> list[str]:
     """Of the documents and settings of every benchmark of a suite."""
-    tasks = [(name, spec) for name, spec in suite.spec.tasks.items() if spec.kind == KIND]
-    return [benchmark(name, spec, suite.data).documents().digest() for name, spec in tasks]
+    tasks = [name for name, spec in suite.spec.tasks.items() if spec.kind == KIND]
+    return [benchmark(suite, name).documents().digest() for name in tasks]

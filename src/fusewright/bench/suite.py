@@ -171,9 +171,14 @@ class Suite:
 
     def split(self, task: str, part: str = "test") -> Split:
         """A task's ``train``, ``validation`` or ``test`` rows. Raises SuiteError if it is empty."""
+        from fusewright.bench import benchmarks
         from fusewright.bench.suite_tasks import open_split
 
-        found = open_split(task, self.task_spec(task), part, self.data)
+        spec = self.task_spec(task)
+        found: Split = (
+            benchmarks.open_documents(self, task, part) if spec.kind == benchmarks.KIND
+            else open_split(task, spec, part, self.data)
+        )  # fmt: skip
         if not len(found):
             raise SuiteError(f"the {part} split of {task!r} is empty", where=self.name,
                              expected="at least one row",

@@ -63,6 +63,14 @@ class TaskSpec(_Part):
     licence: str = Field("", description="of the data")
     note: str = ""
 
+    def rows(self, task: str, part: str) -> str:
+        """A part's slice. Raises SuiteError, naming the ``task``, if there is none."""
+        if part not in self.splits:
+            raise SuiteError(f"the task {task!r} has no {part} split",
+                             expected=", ".join(self.splits) or "splits: {test: ...}",
+                             found=part)  # fmt: skip
+        return self.splits[part]
+
     def source(self, part: str) -> dict[str, Any]:
         """What the rows of a part depend on, as far as the suite says: where they are, their
         slice, how columns are read. What is not said is left out."""

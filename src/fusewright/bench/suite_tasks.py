@@ -52,7 +52,7 @@ def make_task(suite: Suite, name: str) -> Task:
     if "benchmark" in asked:
         own = benchmarks.options()
         given = {option: value for option, value in given.items() if option not in own}
-        given["benchmark"] = benchmarks.benchmark(name, spec, suite.data)
+        given["benchmark"] = benchmarks.benchmark(suite, name)
     if "head" in asked and name in suite.heads:
         given["head"] = suite.heads[name]
     if "classes" in asked:
@@ -113,12 +113,7 @@ def open_split(name: str, spec: TaskSpec, part: str, data: Path | None) -> Split
         from fusewright.bench.digits.task import DigitsSplit
 
         return DigitsSplit.of(part)
-    if part not in spec.splits:
-        raise SuiteError(f"the task {name!r} has no {part} split",
-                         expected=", ".join(spec.splits) or "splits: {test: ...}",
-                         found=part)  # fmt: skip
-    if spec.kind == benchmarks.KIND:
-        return benchmarks.open_documents(name, spec, part, data)
+    said = spec.rows(name, part)
     from fusewright.bench.corpora import is_corpus, open_corpus
 
     if is_corpus(spec):
@@ -131,7 +126,7 @@ def open_split(name: str, spec: TaskSpec, part: str, data: Path | None) -> Split
         "folder": spec.data, "hub": spec.hub and _pinned(spec), "config": spec.config,
         "columns": spec.columns, "classes": classes, "shuffle": spec.shuffle,
     })  # fmt: skip
-    return open_data(source, spec.splits[part], data)
+    return open_data(source, said, data)
 
 
 def _pinned(spec: TaskSpec) -> str:

@@ -33,6 +33,8 @@ class Benchmark:
     ``task`` is its name there; None takes the one that ``file`` (a YAML) holds. ``root`` is the
     data folder. ``fewshot`` examples precede each question (None: as many as the task says), drawn
     by ``seed`` (lm-eval's own 1234); ``max_new_tokens`` overrules the task's length of answers.
+    ``chat``: the folder of a tokenizer in whose chat template prompts are written (None: as plain
+    text), with ``system`` said first, and with examples as turns of their own if ``turns``.
     """
 
     task: str | None = None
@@ -41,6 +43,9 @@ class Benchmark:
     fewshot: int | None = None
     seed: int = 1234
     max_new_tokens: int | None = None
+    chat: Path | None = None
+    system: str | None = None
+    turns: bool = True
 
     def documents(self) -> Documents:
         """The documents that lm-eval would score: the test split, else the validation split.
@@ -64,6 +69,8 @@ class Documents(DataSplit):
             self.docs = self.task.eval_docs
         self.name, self.classes = str(benchmark), None
         self._requests: list[list[Any]] = []
+        self._chat = _chat(benchmark)
+        self._said = {"system": benchmark.system, "turns": benchmark.turns}
         self.task.set_fewshot_seed(benchmark.seed)
 
     def __len__(self) -> int:
@@ -77,11 +84,14 @@ class Documents(DataSplit):
 
     def _made(self, number: int) -> list[Any]:
         task, doc = self.task, self.docs[number]
+        chat = {"apply_chat_template": self._chat is not None, "chat_template": self._chat}
         context = task.fewshot_context(
-            doc, num_fewshot=task.config.num_fewshot or 0, gen_prefix=task.doc_to_prefix(doc)
-        )
+            doc, num_fewshot=task.config.num_fewshot or 0, gen_prefix=task.doc_to_prefix(doc),
+            system_instruction=self._said["system"], fewshot_as_multiturn=self._said["turns"],
+            **chat,
+        )  # fmt: skip
         said = task.config.task, number, task.config.repeats
-        found = task.construct_requests(doc=doc, ctx=context, metadata=said)
+        found = task.construct_requests(doc=doc, ctx=context, metadata=said, **chat)
         return sorted(found, key=lambda r: r.idx) if isinstance(found, list) else [found]
 
     def labels(self) -> Labels:
@@ -95,6 +105,8 @@ class Documents(DataSplit):
         said = dict(self.task.dump_config())
         local = ("metadata", "dataset_kwargs", "dataset_path")  # where things lie
         said = {k: v for k, v in said.items() if k not in local}
+        if self._chat is not None:
+            said |= {"chat": self._chat.template, **self._said}
         found = sha256(json.dumps([version("lm_eval"), said], default=str).encode())
         for doc in self.docs:
             found.update(json.dumps(doc, default=str).encode())
@@ -107,6 +119,38 @@ def _stamps(file: Path | None) -> tuple[Any, ...]:
         return ()
     stats = [(path, path.stat()) for path in sorted(file.parent.iterdir()) if path.is_file()]
     return tuple((path.name, stat.st_mtime_ns, stat.st_size) for path, stat in stats)
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """Writes turns as a tokenizer's chat template does."""
+
+    tokenizer: Any
+
+    @property
+    def template(self) -> str:
+        return str(self.tokenizer.chat_template)
+
+    def __call__(self, turns: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        found: str = self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )  # fmt: skip
+        return found
+
+
+def _chat(benchmark: Benchmark) -> _Chat | None:
+    if benchmark.chat is None:
+        if benchmark.system is not None:
+            raise DataError("a system's words need a chat template", where=benchmark,
+                            fix="options: {chat: true, system: ...}")  # fmt: skip
+        return None
+    tokenizer = needs("transformers", EXTRA).AutoTokenizer.from_pretrained(benchmark.chat)
+    if not tokenizer.chat_template:
+        raise DataError("the tokenizer has no chat template", where=benchmark.chat,
+                        expected="chat_template.jinja, or one in tokenizer_config.json",
+                        fix="leave out `chat`, or take an instruct model's")  # fmt: skip
+    return _Chat(tokenizer)
 
 
 @cache
