@@ -15,6 +15,7 @@ from fusewright.errors import FusewrightWarning
 
 COMMANDS = (
     "merge", "inspect", "check", "verify", "methods", "demo", "schema", "bench", "compare",
+    "finetune",
 )  # fmt: skip
 HEAVY = ("torch", "numpy", "pydantic", "transformers", "yaml", "numba")
 

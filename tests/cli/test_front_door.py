@@ -15,7 +15,8 @@ def test_every_method_is_reached_by_its_class_name() -> None:
 
 
 def test_every_door_opens() -> None:
-    for name in ("merge", "plan", "load", "inspect", "check", "verify", "Expert", "Merged"):
+    doors = "merge", "plan", "load", "inspect", "check", "verify", "finetune", "Expert", "Merged"
+    for name in doors:
         assert callable(getattr(fw, name)), name
         assert name in dir(fw)
 

@@ -21,8 +21,6 @@ def register(app: typer.Typer) -> None:
         "fusewright finetune vision-mini --task gtsrb --how l-lora --data data/ -o experts/gtsrb",
         r"fusewright finetune text-mini --task NAME --how lora --targets '.*\.(query|value)' "
         "--epochs 2 --rate 5e-4 -o experts/NAME",
-        "fusewright merge -m task_arithmetic -b POOL/seed-0/base experts/gtsrb experts/NAME "
-        "-o merged",
     )  # fmt: skip
 
 
@@ -35,8 +33,10 @@ def _tasks(context: typer.Context, incomplete: str) -> list[str]:
     from fusewright.bench.suite_file import find_suite, read_suite
     from fusewright.errors import FusewrightError
 
+    # An option without its value ends the parsing before arguments are given their names.
+    typed = context.params.get("suite") or next(iter(context.args), "")
     try:
-        spec = read_suite(find_suite(context.params.get("suite") or ""))
+        spec = read_suite(find_suite(typed))
     except FusewrightError:
         return []
     return [name for name in spec.tasks if name.startswith(incomplete)]

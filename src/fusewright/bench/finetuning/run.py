@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
+from statistics import fmean
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 from fusewright.bench.finetuning.place import (
     CHECKPOINT,
@@ -18,7 +21,7 @@ from fusewright.bench.finetuning.place import (
     staging,
 )
 from fusewright.bench.finetuning.recipe import FULL, HOWS, LINEAR, FineTuning, Ways, recipe_for
-from fusewright.errors import FusewrightError
+from fusewright.errors import FusewrightError, FusewrightWarning
 
 if TYPE_CHECKING:
     from torch import nn
@@ -132,6 +135,7 @@ class _Run:
             metric, before = self._scored(model)
             expert = expert_of(model, self.recipe)
             losses = self._trained(expert, folder / CHECKPOINT)
+            _doubt(losses, self.recipe)
             _, after = self._scored(expert.asked)
             linear = self.recipe.how == LINEAR
             as_weights = self._scored(expert.model)[1] if linear else None
@@ -184,6 +188,16 @@ class _Run:
         }  # fmt: skip
         with writing(at):
             parts.write_json(at / FACTS, said)
+
+
+def _doubt(losses: Sequence[float], recipe: FineTuning) -> None:
+    """A rate may be too high without anything that overflows."""
+    tenth = ceil(len(losses) / 10)
+    first, last = fmean(losses[:tenth]), fmean(losses[-tenth:])
+    if last > first:
+        warn(f"the loss rose in training, from {first:.3g} to {last:.3g}: a lower rate than "
+             f"{recipe.rate:g}, or more steps than {recipe.steps}?", FusewrightWarning,
+             stacklevel=4)  # fmt: skip
 
 
 def _opened(

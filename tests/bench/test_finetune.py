@@ -1,0 +1,318 @@
+"""Experts from the command: whole folders that others open, the same after a kill, or a refusal."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+
+for _needed in ("sklearn", "transformers", "peft", "torchjd"):
+    pytest.importorskip(_needed)
+
+import peft  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import fusewright as fw  # noqa: E402
+from fusewright.bench.exchange import Exchange  # noqa: E402
+from fusewright.bench.finetuning import HOWS, descent, models, recipe  # noqa: E402
+from fusewright.bench.finetuning.recipe import recipe_for  # noqa: E402
+from fusewright.bench.suite import Suite  # noqa: E402
+from fusewright.bench.suite_file import SuiteError  # noqa: E402
+from fusewright.errors import FusewrightWarning, NumericError, OutputError, RecipeError  # noqa: E402
+from fusewright.modules.linearise import linearise  # noqa: E402
+from tiny_suite import PARAMETERS, built  # noqa: E402
+
+QUICK = {"steps": 4, "limit": 20, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    return built(tmp_path_factory.mktemp("suite"))
+
+
+@pytest.fixture(scope="module")
+def experts(suite, tmp_path_factory):
+    """One of each kind, of two tasks."""
+    root = tmp_path_factory.mktemp("experts")
+    return {
+        (how, task): fw.finetune(suite, task, how=how, out=root / how / task, rate=5e-3, **QUICK)
+        for how in HOWS for task in ("parity", "digit")
+    }  # fmt: skip
+
+
+def state(folder):
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def scores(suite, model, task="parity"):
+    return suite.evaluate(model, task, "validation", QUICK["limit"]).columns["loss"]
+
+
+@pytest.mark.parametrize("how", ["full", "linear"])
+def test_whole_experts_open_with_transformers_alone(suite, experts, how):
+    found = experts[how, "parity"]
+    model = transformers.ViTModel.from_pretrained(found.path, add_pooling_layer=False)
+    base = state(suite.base)
+    assert state(found.path).keys() == base.keys()
+    assert any(not torch.equal(t, base[n]) for n, t in state(found.path).items())
+    assert sum(p.numel() for p in model.parameters()) == found.trained
+
+
+@pytest.mark.parametrize("how", ["lora", "l-lora"])
+def test_adapters_open_with_peft_and_answer_as_the_merge_does(suite, experts, how):
+    path = experts[how, "parity"].path
+    adapted = peft.PeftModel.from_pretrained(suite.open(suite.base), path).eval()
+    merged = suite.open(path)
+    images = torch.rand(2, 1, 8, 8)
+    answers = [m(pixel_values=images).last_hidden_state for m in (adapted, merged)]
+    torch.testing.assert_close(*answers)
+    base = suite.open(suite.base)(pixel_values=images).last_hidden_state
+    assert not torch.allclose(answers[0], base)
+
+
+def test_experts_of_all_kinds_merge(suite, experts):
+    paths = {how.replace("-", ""): e.path for (how, task), e in experts.items() if task == "digit"}
+    merged = fw.merge("task_arithmetic", base=suite.base, experts=paths)
+    assert merged.state_dict().keys() == state(suite.base).keys()
+
+
+def test_scores_are_those_of_what_is_saved(suite, experts):
+    for how in ("full", "lora", "l-lora"):
+        found = experts[how, "parity"]
+        again = suite.evaluate(found.path, "parity", "validation", QUICK["limit"])
+        assert found.after == pytest.approx(again.shown)
+        assert found.metric == "accuracy" and found.as_weights is None
+    before = suite.evaluate(suite.base, "parity", "validation", QUICK["limit"]).shown
+    assert {e.before for (_, task), e in experts.items() if task == "parity"} == {before}
+
+
+def test_a_linear_expert_is_judged_in_the_tangent_space_and_as_weights(suite, experts):
+    found = experts["linear", "parity"]
+    start = dict(suite.open(suite.base).named_parameters())
+    tangent = linearise(suite.open(found.path), start=start)
+    measure = suite.evaluate
+    assert found.after == measure(tangent, "parity", "validation", QUICK["limit"]).shown
+    assert found.as_weights == measure(found.path, "parity", "validation", QUICK["limit"]).shown
+    assert not torch.allclose(*(torch.tensor(scores(suite, m)) for m in (tangent, found.path)))
+    assert json.loads((found.path / "finetune.json").read_text())["linearised"] is True
+
+
+def test_linear_experts_add_in_function_space(suite, experts):
+    start = dict(suite.open(suite.base).named_parameters())
+    images = torch.rand(2, 1, 8, 8)
+
+    def answer(model):
+        return linearise(model, start=start)(pixel_values=images).last_hidden_state
+
+    paths = [experts["linear", task].path for task in ("parity", "digit")]
+    merged = fw.merge({"task_arithmetic": {"scale": 1.0}}, base=suite.base, experts=paths)
+    module = suite.open(suite.base)
+    both = Exchange(module, suite.base, suite.spec.opens).filled(merged.state_dict())
+    one, two, zero = (answer(suite.open(p)) for p in (*paths, suite.base))
+    torch.testing.assert_close(answer(both) - zero, (one - zero) + (two - zero))
+
+
+def test_adapters_of_all_tasks_and_seeds_start_alike_and_linearised_ones_keep_it(
+    suite, experts, tmp_path
+):
+    other = fw.finetune(suite, "digit", how="l-lora", out=tmp_path / "x", seed=9, rate=5e-3,
+                        **QUICK)  # fmt: skip
+    found = [state(p) for p in (experts["l-lora", "parity"].path, other.path,
+                                experts["l-lora", "digit"].path)]  # fmt: skip
+    for name, tensor in found[0].items():
+        same = [torch.equal(tensor, each[name]) for each in found[1:]]
+        assert same == ([True, True] if "lora_A" in name else [False, False])
+    moved = state(experts["lora", "parity"].path)
+    first = next(name for name in moved if "lora_A" in name)
+    assert not torch.equal(moved[first], found[0][first])
+    assert experts["l-lora", "parity"].trained < experts["lora", "parity"].trained
+
+
+def test_merged_linearised_adapters_keep_their_rank(suite, tmp_path):
+    def ranks(how):
+        paths = [fw.finetune(suite, task, how=how, out=tmp_path / how / task, rank=2, rate=5e-2,
+                             **QUICK).path for task in ("parity", "digit")]  # fmt: skip
+        merged = fw.merge({"task_arithmetic": {"scale": 1.0}}, base=suite.base, experts=paths)
+        base = state(suite.base)
+        changes = (t.double() - base[n].double() for n, t in merged.state_dict().items())
+        return max(int(torch.linalg.matrix_rank(c, rtol=1e-4)) for c in changes if c.dim() == 2)
+
+    assert ranks("l-lora") == 2 < ranks("lora") <= 4
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_killed_run_goes_on_to_the_same_end(suite, tmp_path, monkeypatch, how):
+    settings = {"how": how, "rate": 5e-3, **QUICK, "steps": 6, "batch": 50}
+    if how in recipe.ADAPTERS:
+        settings["dropout"] = 0.3
+    whole = fw.finetune(suite, "parity", out=tmp_path / "whole", **settings)
+    calls, asked = [], descent._loss
+
+    def loss(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return asked(*args)
+
+    monkeypatch.setattr(descent, "_loss", loss)
+    with pytest.raises(KeyboardInterrupt):
+        fw.finetune(suite, "parity", out=tmp_path / "killed", **settings)
+    assert not (tmp_path / "killed").exists()
+    with pytest.raises(OutputError, match="rate"):
+        fw.finetune(suite, "parity", out=tmp_path / "killed", **settings | {"rate": 1e-3})
+    resumed = fw.finetune(suite, "parity", out=tmp_path / "killed", **settings)
+    assert len(calls) == 4 + 3  # three steps were kept
+    assert resumed.losses == whole.losses and resumed.after == whole.after
+    one, two = (state(tmp_path / name) for name in ("whole", "killed"))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_everything_follows_from_the_seed(suite, tmp_path):
+    settings = {"rate": 5e-3, **QUICK}
+    one, two, other = (
+        fw.finetune(suite, "parity", out=tmp_path / name, seed=seed, **settings)
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert one.losses == two.losses != other.losses
+    assert all(torch.equal(t, state(two.path)[n]) for n, t in state(one.path).items())
+
+
+def test_a_finished_run_is_not_made_again(suite, experts, monkeypatch):
+    monkeypatch.setattr(models, "expert_of", None)
+    found = experts["full", "digit"]
+    again = fw.finetune(suite, "digit", out=found.path, rate=5e-3, **QUICK)
+    assert again == found
+
+
+def test_what_an_expert_follows_from_is_beside_it(suite, experts):
+    said = json.loads((experts["l-lora", "parity"].path / "finetune.json").read_text())
+    assert said["recipe"]["how"] == "l-lora" and said["recipe"]["rank"] == 16
+    assert said["task"] == "parity" and said["base digest"] and said["head"]
+    assert said["versions"]["torch"] == torch.__version__
+    assert said["targets"] and said["result"]["after"] == experts["l-lora", "parity"].after
+
+
+def test_defaults_are_the_suites_own(suite):
+    found, _ = recipe_for(suite, "parity", "full")
+    assert (found.steps, found.batch) == (PARAMETERS["expert_steps"], PARAMETERS["batch"])
+    assert found.rate == 5e-4 and found.seed == suite.seed  # the recipe's own default rate
+    adapter, _ = recipe_for(suite, "inverted", "lora", epochs=2)  # a task without an expert
+    rows = len(suite.split("inverted", "train"))
+    assert adapter.rate > found.rate and adapter.steps == 2 * (rows // PARAMETERS["batch"])
+
+
+def test_a_suite_of_public_models_has_defaults_too(suite):
+    spec = suite.spec.model_copy(update={"build": None})
+    found, ways = recipe_for(Suite("public", spec), "parity", "lora")
+    assert (found.steps, found.batch, found.rate) == (recipe.STEPS, recipe.BATCH,
+                                                      recipe.ADAPTER_RATE)  # fmt: skip
+    assert ways.augment is None
+
+
+def test_a_base_in_sixteen_bits_is_trained_in_thirty_two(suite, tmp_path):
+    model = suite.open(suite.base).to(torch.bfloat16)
+    found = models.expert_of(model, recipe_for(suite, "parity", "full")[0])
+    assert {p.dtype for p in found.model.parameters()} == {torch.float32}
+    found.save(tmp_path, suite.base)
+    assert {t.dtype for t in state(tmp_path).values()} == {torch.bfloat16}
+
+
+# --- Refusals -----------------------------------------------------------------------------------
+
+
+def refused(suite, out, error, match, task="parity", **settings):
+    with pytest.raises(error, match=match) as found:
+        fw.finetune(suite, task, out=out, **{**QUICK, **settings})
+    assert not out.exists()
+    return str(found.value)
+
+
+def test_misspelt_names_are_answered_with_the_nearest(suite, tmp_path):
+    refused(suite, tmp_path / "x", SuiteError, "did you mean 'parity'", task="parrity")
+    refused(suite, tmp_path / "x", RecipeError, "did you mean 'l-lora'", how="llora")
+
+
+def test_targets_that_match_nothing_name_near_modules(suite, tmp_path):
+    known = next(n for n, m in suite.open(suite.base).named_modules()
+                 if isinstance(m, torch.nn.Linear))  # fmt: skip
+    leaf = known.rsplit(".", 1)[-1]
+    said = refused(suite, tmp_path / "x", RecipeError, "match no module", how="lora",
+                   targets=known[:-1])  # fmt: skip
+    assert f".*{leaf}" in said
+    refused(suite, tmp_path / "x", RecipeError, "no regular expression", how="lora", targets="(")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"steps": 0}, {"rate": 0.0}, {"rate": float("nan")}, {"how": "lora", "rank": 0},
+     {"how": "lora", "dropout": 1.0}, {"dropout": 0.1}, {"targets": "x"}, {"decay": -1.0},
+     {"steps": 2, "epochs": 1}, {"steps": None, "epochs": -1}],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused(suite, tmp_path, settings):
+    refused(suite, tmp_path / "x", RecipeError, "", **settings)
+
+
+@pytest.mark.parametrize("how", ["full", "l-lora"])
+def test_a_rate_that_diverges_is_an_error(suite, tmp_path, how):
+    refused(suite, tmp_path / "x", NumericError, "lower the learning rate", how=how, rate=1e30)
+
+
+def test_training_that_raised_the_loss_is_doubted(suite, tmp_path):
+    with pytest.warns(FusewrightWarning, match="the loss rose"):
+        fw.finetune(suite, "parity", out=tmp_path / "x", rate=3.0, **QUICK)
+
+
+def test_another_run_in_the_folder_is_kept(suite, experts, tmp_path):
+    path = experts["full", "digit"].path
+    before = (path / "finetune.json").read_bytes()
+    with pytest.raises(OutputError, match=r"rate 0\.1"):
+        fw.finetune(suite, "digit", out=path, rate=0.1, **QUICK)
+    assert (path / "finetune.json").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(OutputError, match="no expert"):
+        fw.finetune(suite, "digit", out=tmp_path / "mine", **QUICK)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_head_of_other_classes_is_refused(suite, tmp_path):
+    spec = suite.spec.model_copy(update={"tasks": {
+        **suite.spec.tasks, "parity": suite.spec.tasks["parity"].model_copy(update={"classes": 7}),
+    }})  # fmt: skip
+    other = Suite("other", spec, suite.pool)
+    refused(other, tmp_path / "x", SuiteError, "other classes")
+
+
+def test_a_task_without_training_rows_is_refused(suite, tmp_path):
+    task = suite.spec.tasks["parity"].model_copy(
+        update={"kind": "image-classification", "data": "nowhere", "splits": {"test": "test"}}
+    )
+    spec = suite.spec.model_copy(update={"tasks": {**suite.spec.tasks, "parity": task}})
+    refused(Suite("other", spec, suite.pool), tmp_path / "x", SuiteError, "no train split")
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pt.partial", "adapter"])
+def test_a_full_disk_is_a_refusal_after_which_the_run_goes_on(suite, tmp_path, monkeypatch, file):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        if file == "adapter":
+            patch.setattr(peft.PeftModel, "save_pretrained", lambda *_: (_ for _ in ()).throw(full))
+        else:
+            patch.setattr(descent.Path, "write_bytes", lambda *_: (_ for _ in ()).throw(full))
+        refused(suite, tmp_path / "x", OutputError, "the disk is full", how="lora")
+    assert fw.finetune(suite, "parity", how="lora", out=tmp_path / "x", **QUICK).path.is_dir()
+
+
+def test_two_runs_do_not_share_a_folder(suite, tmp_path):
+    from fusewright.weights.lock import FolderLock
+
+    lock = FolderLock.acquire(tmp_path / ".x.finetune")
+    try:
+        refused(suite, tmp_path / "x", OutputError, "Another run")
+    finally:
+        lock.release()
