@@ -31,6 +31,8 @@ def task_vectors(inputs: Inputs, names: Mapping[str, str] | None = None) -> Task
     named = {renamed.get(name, name): name for name in wanted}
     if not named:
         raise PlanError("base and experts share no floating-point tensor")
+    for name in named.values():
+        _check_shapes(inputs, name)
     base = {module: whole(inputs.base, _own(inputs, None, name)) for module, name in named.items()}
 
     def read(expert: str, module: str) -> Delta:
@@ -43,6 +45,14 @@ def task_vectors(inputs: Inputs, names: Mapping[str, str] | None = None) -> Task
 def _everywhere(inputs: Inputs, name: str) -> bool:
     infos: list[TensorInfo | None] = [inputs.info(m, name) for m in (None, *inputs.experts)]
     return all(info is not None and info.dtype.is_float for info in infos)
+
+
+def _check_shapes(inputs: Inputs, name: str) -> None:
+    shapes = {m: info.shape for m in (None, *inputs.experts) if (info := inputs.info(m, name))}
+    other = {m: shape for m, shape in shapes.items() if shape != shapes[None]}
+    if other:
+        raise PlanError("an expert's tensor has another shape than the base's", where=name,
+                        expected=shapes[None], found=other)  # fmt: skip
 
 
 def _own(inputs: Inputs, model: str | None, name: str) -> str:

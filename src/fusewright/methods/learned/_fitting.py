@@ -86,7 +86,8 @@ class Fitting:
         if objective.target == "labels":
             return objective.loss(logits, question.labels(batch))
         with with_weights(model, self._experts.expert(task)), torch.no_grad():
-            return objective.loss(logits, question.logits(model, batch))
+            expert = question.logits(model, batch)
+        return objective.loss(logits, expert)
 
     def gradients(
         self, merge: ParametrisedMerge, number: int, weights: Mapping[str, float] | None = None,

@@ -1,0 +1,86 @@
+"""``fusewright merge`` with a method that learns, from a recipe alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_suite import built, write_suite
+
+import fusewright as fw
+from fusewright.cli._progress import Lines, Pace
+from fusewright.engine import Options, load_recipe
+from fusewright.engine import run as run_recipe
+from fusewright.engine.progress import Progress, fit_told
+from fusewright.engine.state import read_state
+from fusewright.errors import PlanError
+
+for needed in ("sklearn", "transformers", "pyarrow"):
+    pytest.importorskip(needed)
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return built(tmp_path_factory.mktemp("learn"))
+
+
+@pytest.fixture
+def recipe(suite: Any, tmp_path: Path) -> Path:
+    experts = {name: str(suite.experts[name]) for name in suite.spec.merged}
+    said = {
+        "fusewright": 1, "base": str(suite.base), "experts": experts,
+        "method": {"adamerging": {"steps": 2, "batch": 8, "guard": 8, "every": 2}},
+        "data": {"suite": str(write_suite(tmp_path)), "pool": str(suite.pool), "limit": 32},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(said))
+    return tmp_path / "recipe.yaml"
+
+
+def test_adamerging_runs_from_a_recipe(run: Any, suite: Any, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = run("merge", recipe, "-o", out)
+    assert found.exit_code == 0, found.stderr
+    said = json.loads((out / "fusewright.json").read_text())["fitted"]
+    assert set(said["tasks"]) == set(suite.spec.merged) and len(said["losses"]) == 2
+    assert said["recipe"]["data"]["limit"] == 32
+    method = fw.AdaMerging(steps=2, batch=8, guard=8, every=2)
+    same = fw.merge(method, base=suite.base, experts=dict(suite.experts),
+                    data=suite.unlabelled(limit=32))  # fmt: skip
+    for name, tensor in read_state(out).items():
+        assert tensor.equal(same.state_dict()[name])
+
+
+def test_misspelt_data_are_refused(run: Any, recipe: Path, tmp_path: Path) -> None:
+    found = run("merge", recipe, "-o", tmp_path / "out", "--set", "data.splitt=test")
+    assert found.exit_code == 2 and "splitt" in found.stderr
+    found = run("merge", recipe, "-o", tmp_path / "out", "--set", "data.suite=digist")
+    assert found.exit_code == 2 and "did you mean 'digits'" in found.stderr
+
+
+def test_from_python_data_are_given_open(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"opened by the command[\s\S]*unlabelled"):
+        run_recipe(load_recipe(recipe), tmp_path / "out", Options())
+
+
+def test_a_fit_shows_steps_loss_and_the_time_left(capsys: Any) -> None:
+    now = [0.0]
+    lines = Lines(lambda: now[0])
+    tell = fit_told(lines.report)
+    for done in range(1, 22):
+        tell(done, 100, 1 / done)
+        now[0] += 1
+    text = capsys.readouterr().err.splitlines()
+    assert text[0] == "fit: 11 of 100 steps, loss 0.09091, 1 min 29 s left" and len(text) == 2
+
+
+def test_the_pace_starts_anew_with_another_phase() -> None:
+    now = [0.0]
+    pace = Pace(lambda: now[0])
+    pace.rate(Progress(10, 20, "fit", "", unit="steps", loss=1.0))
+    now[0] = 2.0
+    assert pace.rate(Progress(14, 20, "fit", "", unit="steps", loss=1.0)) == 2.0
+    pace.rate(Progress(1000, 9000, "merge", "w"))
+    now[0] = 3.0
+    assert pace.rate(Progress(5000, 9000, "merge", "w")) == 4000.0

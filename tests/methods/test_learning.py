@@ -1,0 +1,306 @@
+"""What every fit has: objectives, scalarisers, guards, checkpoints, progress, provenance."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from learned_toys import QUICK, data, experts, moved, network
+from references import _trim, agreeing
+from torch import nn
+
+import fusewright as fw
+from fusewright.errors import FusewrightWarning, NumericError, PlanError, RecipeError
+from fusewright.methods.learned import AdaMerging, Concrete, objectives
+from fusewright.methods.learned._guard import collapsed
+from fusewright.methods.learned.scalarisers import mgda, shortest, tchebycheff
+
+LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 0.0, 3.0]])
+METHODS = {
+    "adamerging": AdaMerging(**QUICK),
+    "plus": AdaMerging.profile("plus", **QUICK),
+    "concrete": Concrete(**QUICK),
+    "concrete, adapted": Concrete(**QUICK, form="adamerging", weight_steps=6),
+}
+EACH = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def merged(method, base=None, **options):
+    base = network() if base is None else base
+    return fw.merge(method, base=base, experts=experts(base), **{"data": data(), **options})
+
+
+# -- objectives and scalarisers ------------------------------------------------------------------
+
+
+def test_objectives_are_their_formulas_in_float64() -> None:
+    logits, labels = LOGITS.double().numpy(), [1, 2]
+    other = np.array([[0.0, 1.0, -1.0], [1.0, 0.5, 2.0]])
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    of = {name: found.loss for name, found in objectives.OBJECTIVES.items()}
+    close = lambda found, expected: pytest.approx(expected, rel=1e-6) == float(found)  # noqa: E731
+    assert close(of["entropy"](LOGITS), -(p * np.log(p)).sum(1).mean())
+    nll = -np.log(p[[0, 1], labels]).mean()
+    assert close(of["cross_entropy"](LOGITS, torch.tensor(labels)), nll)
+    assert close(of["self_label"](LOGITS, torch.tensor(other)), -np.log(p[[0, 1], [1, 2]]).mean())
+    assert close(of["matching"](LOGITS, torch.tensor(other)), ((logits - other) ** 2).mean())
+
+
+@pytest.mark.parametrize("objective", ["self_label", "matching"])
+def test_experts_answers_are_learned_from(objective: str) -> None:
+    method = AdaMerging(**{**QUICK, "steps": 25, "guard": 0}, rate=0.03, objective=objective)
+    losses = merged(method).report["fitted"]["losses"]
+    assert min(losses[-4:]) < min(losses[:4])
+
+
+def test_labels_are_read_and_not_shown_to_the_model() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return self.inner(pixels)
+
+    base = Keywords()
+    labelled = {
+        name: [{"pixels": x, "labels": torch.arange(16) % 4} for x in batches]
+        for name, batches in data().items()
+    }
+    method = AdaMerging(**QUICK, objective="cross_entropy")
+    losses = merged(method, base, data=labelled).report["fitted"]["losses"]
+    assert losses[0] > 1
+    with pytest.raises(fw.FusewrightError, match=r"needs labels[\s\S]*task a"):
+        merged(AdaMerging(**QUICK, objective="cross_entropy"))
+
+
+def test_shortest_is_the_minimum_over_the_simplex() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        gradients = torch.randn(4, 3, generator=draw).double()
+        weights = shortest(gradients @ gradients.T)
+        assert float(weights.min()) >= 0 and float(weights.sum()) == pytest.approx(1)
+        best = float((weights @ gradients).norm())
+        tries = torch.distributions.Dirichlet(torch.ones(4)).sample((2000,)).double()
+        assert best <= float((tries @ gradients).norm(dim=1).min()) + 1e-9
+        descends = gradients @ (weights @ gradients)
+        assert float(descends.min()) >= best**2 - 1e-6
+    assert shortest(torch.zeros(3, 3)).tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_opposite_gradients_cancel_and_the_worst_task_leads() -> None:
+    gradients = torch.tensor([[2.0, 0.0], [-1.0, 0.0]]).double()
+    torch.testing.assert_close(mgda(torch.ones(2), gradients) @ gradients, torch.zeros(2).double())
+    assert tchebycheff(torch.tensor([1.0, 3.0, 3.0]), gradients).tolist() == [0, 1, 0]
+
+
+def test_tasks_are_combined_as_asked() -> None:
+    def weights(**params):
+        found = merged(AdaMerging(**{**QUICK, "steps": 3, "rate": 0.1, "guard": 0}, **params))
+        return found.report["fitted"]["method"]["sum"]["weight"]
+
+    alone, both = weights(importance={"b": 0.0}), weights()
+    assert weights(combine="tchebycheff", importance={"b": 1e-6}) == alone != both
+    assert weights(combine="mgda") not in (alone, both)
+    with pytest.raises(PlanError, match="importance names no expert"):
+        weights(importance={"zebra": 1.0})
+
+
+# -- AdaMerging++ --------------------------------------------------------------------------------
+
+
+def test_plus_weighs_the_entries_that_agree_of_trimmed_vectors() -> None:
+    base = network()
+    found = merged(METHODS["plus"], base)
+    trim, agree = found.report["fitted"]["method"]
+    assert trim["trim"]["density"] == 0.2
+    names = list(base.state_dict())
+    flat = [np.concatenate([(e.state_dict()[n] - base.state_dict()[n]).numpy().ravel()
+                            for n in names]) for e in experts(base).values()]  # fmt: skip
+    kept = agreeing([_trim(tau, 0.2) for tau in flat])
+    assert 0 < sum((k != 0).sum() for k in kept) <= 0.4 * flat[0].size
+    start = 0
+    for name in names:
+        tensor = base.state_dict()[name]
+        stop = start + tensor.numel()
+        expected = tensor.numpy().astype("f8")
+        for expert, tau in zip("ab", kept, strict=True):
+            rules = agree["agree"]["weight"][expert][:-1]
+            weight = next(rule["value"] for rule in rules if rule["filter"] == name)
+            assert 0.29 < weight < 0.31
+            expected = expected + weight * tau[start:stop].reshape(expected.shape)
+        torch.testing.assert_close(found.state_dict()[name].double(), torch.tensor(expected),
+                                   atol=1e-6, rtol=1e-6)  # fmt: skip
+        start = stop
+
+
+@pytest.mark.parametrize("merger", ["sum", "trim >> agree", [{"trim": {"scope": "tensor"}}, "sum"],
+                                    "drop >> agree"])  # fmt: skip
+def test_what_was_fitted_is_what_is_written(merger, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusewright.methods.learned._fitting import Fitting
+    from fusewright.modules.parametrised import ParametrisedMerge
+
+    seen: dict[str, torch.Tensor] = {}
+    real = Fitting.report
+
+    def report(self, merge: ParametrisedMerge, fit):
+        seen.update(merge.state())
+        return real(self, merge, fit)
+
+    monkeypatch.setattr(Fitting, "report", report)
+    found = merged(AdaMerging(**QUICK, merger=merger)).state_dict()
+    assert seen.keys() == found.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, seen[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("merger", ["elect", "trim >> elect", "sum >> lines", "iso_c",
+                                    {"sum": {"scale": 0.5}}])  # fmt: skip
+def test_other_mergers_have_no_weights_to_learn(merger) -> None:
+    with pytest.raises(RecipeError, match="weights of task vectors"):
+        AdaMerging(merger=merger)
+
+
+# -- killed fits, progress, provenance -----------------------------------------------------------
+
+
+class Killed(KeyboardInterrupt):
+    pass
+
+
+def stop_at(stage_step: int):
+    seen = []
+
+    def listener(now) -> None:
+        if now.unit == "steps":
+            seen.append(now)
+            if len(seen) == stage_step:
+                raise Killed
+
+    return listener
+
+
+@EACH
+def test_a_killed_fit_goes_on_to_the_same_bytes(method, tmp_path) -> None:
+    whole = merged(method)
+    with pytest.raises(Killed):
+        merged(method, out=tmp_path / "out", progress=stop_at(5))
+    assert not (tmp_path / "out").exists() and list((tmp_path / ".out.fit").glob("*.pt"))
+    steps = []
+    again = merged(method, out=tmp_path / "out", progress=lambda now: steps.append(now))
+    fits = [now for now in steps if now.unit == "steps"]
+    assert fits[0].done == 4 and fits[0].resumed and fits[0].loss > 0
+    assert not (tmp_path / ".out.fit").exists()
+    assert all(t.equal(whole.state_dict()[n]) for n, t in again.state_dict().items())
+    assert again.report["fitted"]["losses"] == whole.report["fitted"]["losses"]
+
+
+def test_another_fit_is_not_gone_on_with(tmp_path) -> None:
+    def first_step(method=METHODS["adamerging"], **options) -> int:
+        steps = []
+        with pytest.raises(Killed):
+            merged(method, out=tmp_path / "out", **{
+                "progress": lambda now: steps.append(now.done) or stop_at(1)(now), **options})  # fmt: skip
+        return steps[0]
+
+    with pytest.raises(Killed):
+        merged(METHODS["adamerging"], out=tmp_path / "out", progress=stop_at(5))
+    assert first_step() == 4
+    other = {name: [x + 1 for x in batches] for name, batches in data().items()}
+    assert first_step(data=other) == first_step(seed=1) == 1
+    assert first_step(AdaMerging(**QUICK, rate=0.5)) == 1
+    assert first_step(base=moved(network(), 7)) == 1
+    heads = dict.fromkeys("ab", lambda model, batch: model(batch) * 2)
+    assert first_step(heads=heads) == 1 and first_step() == 4
+
+
+def test_the_folder_says_what_it_was_fitted_by(tmp_path) -> None:
+    for number, method in enumerate(METHODS.values()):
+        merged(method, out=tmp_path / str(number))
+        said = json.loads((tmp_path / str(number) / "fusewright.json").read_text())["fitted"]
+        assert said["program"] == method.spec() and set(said["tasks"]) == {"a", "b"}
+        card = (tmp_path / str(number) / "README.md").read_text()
+        assert method.card.arxiv in card and "expert b" in card
+
+
+def test_all_losses_and_what_the_guard_saw_are_reported() -> None:
+    report = merged(AdaMerging(**QUICK)).report["fitted"]
+    by_task = np.array([report["tasks"]["a"], report["tasks"]["b"]])
+    assert by_task.shape == (2, 6) and by_task.mean(0).tolist() == pytest.approx(report["losses"])
+    for seen in report["guard"].values():
+        assert set(seen) == {"agreement", "most_predicted", "expert_most_predicted"}
+        assert all(0 < share <= 1 for share in seen.values())
+
+
+# -- what goes wrong -----------------------------------------------------------------------------
+
+
+def test_a_merge_that_says_one_class_of_all_is_told() -> None:
+    fine = {"agreement": 0.9, "most_predicted": 0.5, "expert_most_predicted": 0.4}
+    assert collapsed({"a": fine, "b": fine | {"most_predicted": 0.95}}) == ["b"]
+    base = network()
+    with torch.no_grad():
+        base[2].bias[3] = 50.0
+    away = experts(base)
+    for model in away.values():
+        with torch.no_grad():
+            model[2].bias[3] = 0.0
+    with pytest.warns(FusewrightWarning, match="one class of"):
+        fw.merge(AdaMerging(**QUICK), base=base, experts=away, data=data())
+
+
+def test_inputs_that_are_all_alike_are_told() -> None:
+    same = {name: [torch.ones(8, 6)] for name in ("a", "b")}
+    with pytest.warns(FusewrightWarning, match="with one class"):
+        merged(AdaMerging(**QUICK), data=same)
+
+
+@EACH
+def test_a_batch_of_one_is_enough(method) -> None:
+    one = {name: [batches[0][:1]] for name, batches in data().items()}
+    found = merged(method, data=one)
+    assert all(t.isfinite().all() for t in found.state_dict().values())
+
+
+@EACH
+def test_a_loss_that_is_no_number_names_its_task_and_keeps_the_last_state(method, tmp_path) -> None:
+    poisoned = data()
+    poisoned["b"][3] = torch.full((16, 6), float("nan"))
+    with pytest.raises(NumericError, match="'b'"):
+        merged(method.model_copy(update={"guard": 0}), data=poisoned, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists() and list((tmp_path / ".out.fit").glob("*.pt"))
+
+
+def test_answers_without_logits_ask_for_a_head() -> None:
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"features": self.inner(x)}
+
+    with pytest.raises(fw.FusewrightError, match=r"logits[\s\S]*task a[\s\S]*heads="):
+        merged(AdaMerging(**QUICK), Features())
+    with pytest.raises(fw.FusewrightError, match=r"heads are given[\s\S]*zebra"):
+        merged(AdaMerging(**QUICK), heads={"zebra": torch.randn(3, 4)})
+    with pytest.raises(PlanError, match=r"one class[\s\S]*task a"):
+        merged(AdaMerging(**QUICK), heads={"a": lambda model, batch: model(batch)[:, :1]})
+
+
+def test_experts_on_other_modules_are_refused() -> None:
+    base = network()
+    other = experts(base) | {"b": nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))}
+    with pytest.raises(fw.FusewrightError, match="0.weight"):
+        fw.merge(AdaMerging(**QUICK), base=base, experts=other, data=data())
+
+
+@EACH
+def test_the_callers_modules_are_left_alone(method) -> None:
+    base = network()
+    before = copy.deepcopy(base.state_dict())
+    merged(method, base)
+    assert all(t.equal(before[n]) for n, t in base.state_dict().items())
