@@ -34,7 +34,7 @@ def command(folder: Path, out: Path, *more: object) -> tuple[object, ...]:
 def test_scores_before_and_after_are_a_table(run: Any, folder: Path, tmp_path: Path) -> None:
     result = run(*command(folder, tmp_path / "x", "--how", "l-lora", "--rank", 2))
     assert result.exit_code == 0, result.output
-    assert "accuracy, validation" in result.stdout and "\nbase " in result.stdout
+    assert "accuracy (percent), validation" in result.stdout and "\nbase " in result.stdout
     assert (tmp_path / "x" / "adapter_config.json").is_file()
 
 

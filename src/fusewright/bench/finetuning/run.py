@@ -57,13 +57,14 @@ class FineTuned:
     def table(self) -> Table:
         """The scores, absolute."""
         from fusewright.engine.tables import Table
+        from fusewright.tasks.units import unit_of
 
         rows: list[tuple[Any, ...]] = [("base", self.before, None, None)]
         rows.append((HOWS[self.how], self.after, self.losses[-1], self.trained))
         if self.as_weights is not None:
             rows.append(("its weights in the ordinary model", self.as_weights, None, None))
-        metric = f"{self.metric or 'score'}, validation"
-        columns = ("", metric, "last loss", "trained parameters")
+        metric = f"{self.metric} ({unit_of(self.metric).name})" if self.metric else "score"
+        columns = ("", f"{metric}, validation", "last loss", "trained parameters")
         return Table(f"{self.task}: {self.path}", columns, tuple(rows))
 
     def plain(self) -> dict[str, Any]:
