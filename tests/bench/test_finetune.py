@@ -254,7 +254,7 @@ def test_targets_that_match_nothing_name_near_modules(suite, tmp_path):
      {"steps": 2, "epochs": 1}, {"steps": None, "epochs": -1}],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(suite, tmp_path, settings):
-    refused(suite, tmp_path / "x", RecipeError, "", **settings)
+    refused(suite, tmp_path / "x", RecipeError, ".", **settings)
 
 
 @pytest.mark.parametrize("how", ["full", "l-lora"])
