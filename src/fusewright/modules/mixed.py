@@ -153,6 +153,8 @@ class _Mix(torch.autograd.Function):
         ctx.save_for_backward(x, weights, base)
         ctx.stack, ctx.form = stack, form
         shares, found = _with_base(weights, base), x.new_empty(*x.shape[:2], len(base))
+        if form == "weights" and len(x) == 1:  # one merged matrix: one product
+            return x @ _whole(shares, base, stack).to(x.dtype).T
         for rows, deltas in _blocks(base, stack):
             if form == "outputs":
                 said = (x @ deltas.flatten(0, 1).T.to(x)).unflatten(2, (-1, deltas.shape[1]))
@@ -160,7 +162,7 @@ class _Mix(torch.autograd.Function):
                 continue
             for some in _samples(len(x), deltas):
                 merged = _merged(shares[some], deltas).to(x.dtype)
-                found[some, :, rows] = x[some] @ merged.permute(1, 2, 0)
+                found[some, :, rows] = torch.bmm(x[some], merged.permute(1, 2, 0))
         return found
 
     @staticmethod
@@ -211,7 +213,7 @@ def _blocks(base: Tensor, stack: Stack) -> Iterator[tuple[slice, Tensor]]:
     """Rows of all experts' Δ and, behind them, of W_0: (rows, experts + 1, in)."""
     outputs, experts, inputs = stack.shape
     wide = _wide(base)
-    size = max(1, _BLOCK // ((experts + 1) * inputs * wide.itemsize))
+    size = _even(_BLOCK // ((experts + 1) * inputs * wide.itemsize))
     scratch = torch.empty(min(size, outputs), experts + 1, inputs, dtype=wide, device=base.device)
     for start in range(0, outputs, size):
         rows = slice(start, min(start + size, outputs))
@@ -223,13 +225,26 @@ def _blocks(base: Tensor, stack: Stack) -> Iterator[tuple[slice, Tensor]]:
 
 def _samples(count: int, deltas: Tensor) -> Iterator[slice]:
     rows, _, inputs = deltas.shape
-    size = max(1, 3 * _BLOCK // (rows * inputs * deltas.itemsize))
+    size = _even(3 * _BLOCK // (rows * inputs * deltas.itemsize))
     return (slice(start, start + size) for start in range(0, count, size))
 
 
 def _merged(shares: Tensor, deltas: Tensor) -> Tensor:
     """W_b's rows for some samples: (rows, samples, in)."""
     return torch.bmm(shares.expand(len(deltas), -1, -1), deltas)
+
+
+def _whole(shares: Tensor, base: Tensor, stack: Stack) -> Tensor:
+    """W_b for one w, (out, in)."""
+    found = torch.empty(base.shape, dtype=shares.dtype, device=base.device)
+    for rows, deltas in _blocks(base, stack):
+        found[rows] = _merged(shares, deltas)[:, 0]
+    return found
+
+
+def _even(size: int) -> int:
+    """One at least, and whole runs of 16 where there are some: products of odd sizes are slow."""
+    return max(1, size if size < 16 else size // 16 * 16)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
