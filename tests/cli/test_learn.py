@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_suite import built, write_suite
 
 import fusewright as fw
 from fusewright.cli._progress import Lines, Pace
@@ -16,6 +15,7 @@ from fusewright.engine import run as run_recipe
 from fusewright.engine.progress import Progress, fit_told
 from fusewright.engine.state import read_state
 from fusewright.errors import PlanError
+from tiny_suite import built, write_suite
 
 for needed in ("sklearn", "transformers", "pyarrow"):
     pytest.importorskip(needed)

@@ -202,8 +202,8 @@ def test_another_fit_is_not_gone_on_with(tmp_path) -> None:
     def first_step(method=METHODS["adamerging"], **options) -> int:
         steps = []
         with pytest.raises(Killed):
-            merged(method, out=tmp_path / "out", **{
-                "progress": lambda now: steps.append(now.done) or stop_at(1)(now), **options})  # fmt: skip
+            hear = lambda now: steps.append(now.done) or stop_at(1)(now)  # noqa: E731
+            merged(method, out=tmp_path / "out", progress=hear, **options)
         return steps[0]
 
     with pytest.raises(Killed):
@@ -294,7 +294,7 @@ def test_answers_without_logits_ask_for_a_head() -> None:
 def test_experts_on_other_modules_are_refused() -> None:
     base = network()
     other = experts(base) | {"b": nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))}
-    with pytest.raises(fw.FusewrightError, match="0.weight"):
+    with pytest.raises(fw.FusewrightError, match=r"0\.weight"):
         fw.merge(AdaMerging(**QUICK), base=base, experts=other, data=data())
 
 

@@ -177,15 +177,15 @@ def _terminate(*_: object) -> None:
 
 
 def _kept(out: Path) -> str:
-    from fusewright.weights.target import resolve_target, staging_folder
-
     from fusewright.engine.program import fits_folder
+    from fusewright.weights.target import resolve_target, staging_folder
 
     target = resolve_target(out)
     kept = [folder for folder in (staging_folder(target), fits_folder(target)) if folder.exists()]
     if not kept:
         return "nothing was written"
-    return f"finished work is kept in {' and '.join(map(str, kept))}\n  fix:      run the same command to go on"
+    folders = " and ".join(map(str, kept))
+    return f"finished work is kept in {folders}\n  fix:      run the same command to go on"
 
 
 def summary(out: Path, report: Mapping[str, Any]) -> str:

@@ -17,7 +17,6 @@ from fusewright.methods.learned.fitter import Fit
 from fusewright.modules.parametrised import ParametrisedMerge
 from fusewright.modules.vectors import TaskVectors
 
-
 __all__ = ["AdaMerging", "asked", "per_group"]
 
 
