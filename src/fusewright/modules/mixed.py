@@ -62,7 +62,7 @@ class MixedLinear(nn.Module):
             assert isinstance(self.stack, FactorStack)
             found = x @ self.matrix.T + self.stack.added(x, weights)
         else:
-            found = _Mix.apply(x, weights, self.matrix, self.stack, form)  # type: ignore
+            found = _Mix.apply(x, weights, self.matrix, self.stack, form)
         bias = self._bias(weights)
         if bias is not None:
             found = found + bias[:, None].to(found.dtype)
@@ -166,7 +166,7 @@ class _Mix(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, base = ctx.saved_tensors
         each = _backward_outputs if ctx.form == "outputs" else _backward_weights

@@ -153,7 +153,7 @@ class WEMoE(Routed):
             losses = {}
             for task, question in questions.items():
                 loss = entropy(question.logits(model, next(streams[task])))
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 losses[task] = float(loss.detach())
             return losses
 
@@ -184,7 +184,9 @@ class EWEMoE(WEMoE):
 
     As :class:`WEMoE`, with ``density``: the share of elements of largest magnitude that is kept,
     tensor by tensor and expert by expert, biases too: 0.1, the paper's, which lost nothing there
-    (0.01 lost two points). Modules of one width share one router. Steps have a constant rate.
+    (0.01 lost two points). Modules of one width share one router. ``schedule``: constant, as
+    there. ``modules``, ``router``, ``start``, ``per``, ``steps``, ``rate``, ``batch``, ``guard`` and
+    ``every`` are WEMoE's.
     """
 
     name: ClassVar[str] = "e_wemoe"
