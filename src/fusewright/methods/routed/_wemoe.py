@@ -185,7 +185,7 @@ class EWEMoE(WEMoE):
     As :class:`WEMoE`, with ``density``: the share of elements of largest magnitude that is kept,
     tensor by tensor and expert by expert, biases too: 0.1, the paper's, which lost nothing there
     (0.01 lost two points). Modules of one width share one router. ``schedule``: constant, as
-    there. ``modules``, ``router``, ``start``, ``per``, ``steps``, ``rate``, ``batch``, ``guard`` and
+    there. ``modules``, ``router``, ``start``, ``per``, ``steps``, ``rate``, ``batch``, ``guard``,
     ``every`` are WEMoE's.
     """
 
