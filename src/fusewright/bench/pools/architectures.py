@@ -10,9 +10,6 @@ import torch
 from fusewright.bench.pools.texts import TextRecipe
 from fusewright.extras import needs
 
-SPREAD = 0.05
-"""The standard deviation at which embeddings start."""
-
 
 def new_model(recipe: TextRecipe, seed: int, tokenizer: Any) -> Any:
     """A model of the recipe's ``architecture`` for a tokenizer's vocabulary, in float32."""
@@ -29,7 +26,7 @@ def _bert(recipe: TextRecipe, tokenizer: Any) -> Any:
         vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=recipe.layers,
         num_attention_heads=_heads(recipe), intermediate_size=4 * width,
         max_position_embeddings=recipe.length, hidden_dropout_prob=recipe.dropout,
-        attention_probs_dropout_prob=0.0, initializer_range=SPREAD,
+        attention_probs_dropout_prob=0.0, initializer_range=0.05,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return transformers.BertModel(config, add_pooling_layer=False)
@@ -42,7 +39,7 @@ def _gpt2(recipe: TextRecipe, tokenizer: Any) -> Any:
     config = transformers.GPT2Config(
         vocab_size=len(tokenizer), n_embd=recipe.width, n_layer=recipe.layers,
         n_head=_heads(recipe), n_positions=recipe.length, embd_pdrop=recipe.dropout,
-        resid_pdrop=recipe.dropout, attn_pdrop=0.0, initializer_range=SPREAD, use_cache=False,
+        resid_pdrop=recipe.dropout, attn_pdrop=0.0, initializer_range=0.05, use_cache=False,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
@@ -59,12 +56,7 @@ def _t5(recipe: TextRecipe, tokenizer: Any) -> Any:
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    model = transformers.T5ForConditionalGeneration(config)
-    # T5's embeddings start at a spread of 1, for Adafactor, whose steps grow with the weights;
-    # Adam's do not, and would leave them as they are.
-    with torch.no_grad():
-        model.shared.weight.mul_(SPREAD)
-    return model
+    return transformers.T5ForConditionalGeneration(config)
 
 
 def _heads(recipe: TextRecipe) -> int:
