@@ -178,7 +178,8 @@ def start_from_cooccurrence(
     texts = [text for corpus in corpora.values() for text in corpus.everything]
     found = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     weight = model.get_input_embeddings().weight
-    start = torch.from_numpy(embeddings(found, *weight.shape, window))
+    tokens, width = weight.shape
+    start = torch.from_numpy(embeddings(found, tokens, width, window))
     met = start.any(dim=1)
     with torch.no_grad():
         weight[met] = start[met] * weight.std()
