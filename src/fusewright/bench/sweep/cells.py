@@ -144,7 +144,7 @@ def _merges(entry: Entry, pool: Pool, asked: Asked) -> Iterator[Job]:
 def requirement_of(method: Method) -> str:
     """The class of a method as it comes: what the most demanding of its stages asks for."""
     if isinstance(method, Routed):
-        return "routed"
+        return "task id" if method.card.task_id else "routed"
     stages = method.chain if isinstance(method, Pipeline) else (method,)
     asked = {getattr(stage.card, "data", "none") for stage in stages}
     return next((data for data in ("labelled", "unlabelled") if data in asked), "none")

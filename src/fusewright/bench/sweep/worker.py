@@ -89,6 +89,10 @@ class Worker:
     def _evaluated(self, module: nn.Module, job: Job) -> Found:
         found: Found = {}
         for task in self._tasks(job):
+            if hasattr(module, "set_task"):
+                if task not in module.tasks:  # type: ignore[operator]
+                    continue
+                module.set_task(task)  # type: ignore[operator]
             found[task] = {
                 condition: self.suite.evaluate(module, task, "test", self.asked.limit, condition)
                 for condition in self._conditions(task)
@@ -225,7 +229,7 @@ class Worker:
         found = self._evaluated(module, job)
         merged = sum(t.numel() for t in made.state.values())
         costs = PLAIN | made.costs | {"extra_parameters": merged - self._stored}
-        if made.routed is not None:
+        if made.routed is not None and not method.card.task_id:  # told, it is as the base is
             base = self.suite.open(self.suite.base)
             costs["slowdown"] = of_model(self._questions(job), base, made.routed)
         return self._as_cell(job, found, costs, method.spec(), note)

@@ -7,6 +7,7 @@ with ``>>``; ``ties``, ``dare_linear`` and ``dare_ties`` are such compositions w
 
 from fusewright.methods.contract import Method
 from fusewright.methods.static._agree import Agree
+from fusewright.methods.static._consensus import Consensus
 from fusewright.methods.static._dare import DareLinear, DareTies
 from fusewright.methods.static._drop import Drop
 from fusewright.methods.static._elect import Elect
@@ -23,12 +24,12 @@ from fusewright.methods.static._ties import Ties
 from fusewright.methods.static._trim import Trim
 
 METHODS: tuple[type[Method], ...] = (
-    Agree, Average, DareLinear, DareTies, Drop, Elect, IsoC, LiNeS, Linear, Mean, MetaGPT,
-    ModelStock, Passthrough, Slerp, Sum, TaskArithmetic, Ties, Trim,
+    Agree, Average, Consensus, DareLinear, DareTies, Drop, Elect, IsoC, LiNeS, Linear, Mean,
+    MetaGPT, ModelStock, Passthrough, Slerp, Sum, TaskArithmetic, Ties, Trim,
 )  # fmt: skip
 
 __all__ = [
-    "METHODS", "Agree", "Average", "DareLinear", "DareTies", "Drop", "Elect", "IsoC", "LiNeS",
-    "Linear", "Mean", "MetaGPT", "ModelStock", "Passthrough", "Slerp", "Sum", "TaskArithmetic",
+    "METHODS", "Agree", "Average", "Consensus", "DareLinear", "DareTies", "Drop", "Elect", "IsoC",
+    "LiNeS", "Linear", "Mean", "MetaGPT", "ModelStock", "Passthrough", "Slerp", "Sum", "TaskArithmetic",
     "Ties", "Trim",
 ]  # fmt: skip

@@ -1,0 +1,150 @@
+"""One vector that serves several tasks, each through a mask of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusewright.errors import PlanError, nearest
+from fusewright.modules.tensors import named_tensors, same_tensor
+
+MASKS = "masks"
+"""The name under which a model holds its :class:`TaskMasks`."""
+_BITS = 8
+
+
+class TaskMasks(nn.Module):
+    """θ_t = θ_0 + s_t M_t ⊙ τ of the tensors ``names``, in place of θ_0 once the task is told.
+
+    ``vector`` (n,) is τ of all of them, one behind the other; ``masks`` (tasks, bytes) uint8 are the
+    bits of M_t, every tensor's from a byte of its own; ``scales`` (tasks,) float32 are s_t.
+    ``kept`` (tasks, k) are changes of the tensors ``statistics`` that no mask may touch. A child of
+    the model under :data:`MASKS`; :meth:`listen` gives the model ``tasks``, their names, and
+    ``set_task``. State dicts hold θ_0 whatever the task.
+    """
+
+    vector: Tensor
+    masks: Tensor
+    scales: Tensor
+    kept: Tensor
+
+    def __init__(
+        self, tasks: Sequence[str], names: Sequence[str], statistics: Sequence[str],
+        tensors: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.tasks, self.names, self.statistics = tuple(tasks), tuple(names), tuple(statistics)
+        self.task: str | None = None
+        for name in ("vector", "masks", "scales", "kept"):
+            self.register_buffer(name, tensors[name])
+        self._of: list[nn.Module] = []  # in a list: a model is no child of its child
+        self._base = _Base()
+
+    def listen(self, model: nn.Module) -> None:
+        """Give the model its task's weights when it is told the task."""
+        if self._of:
+            return
+        self._of = [model]
+        model.tasks, model.set_task = self.tasks, self.set_task  # type: ignore[assignment]
+        model.register_state_dict_post_hook(self._base)
+        for part in (model, *(child for child in model.children() if child is not self)):
+            part.register_forward_pre_hook(self._refuse)
+
+    def set_task(self, task: str) -> None:
+        """From now on the model is that task's. Raises PlanError for a task that is not known."""
+        place = self._place(task)
+        own, base = dict(named_tensors(self._of[0])), self._base.tensors
+        if not base:
+            base |= {n: own[n].detach().clone() for n in (*self.names, *self.statistics)}
+        for name, values in self._weights(place, base):
+            own[name].data.copy_(values)
+        self.task = task
+
+    def weights(self, task: str) -> dict[str, Tensor]:
+        """θ_t of the masked tensors and the statistics, in the model's dtypes, under every name
+        that the model has for them."""
+        model = self._of[0]
+        found = dict(self._weights(self._place(task), model.state_dict()))
+        for names in same_tensor(model):
+            if stored := next((name for name in names if name in found), None):
+                found |= dict.fromkeys(names, found[stored])
+        return found
+
+    def _weights(self, place: int, base: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        at = byte = 0
+        for name in self.names:
+            start, size = base[name], base[name].numel()
+            stop = byte + -(-size // _BITS)
+            mask = unpacked(self.masks[place, byte:stop], size)
+            wide = torch.promote_types(start.dtype, torch.float32)
+            change = self.vector[at : at + size].to(wide) * mask * self.scales[place].to(wide)
+            yield name, (start.to(wide) + change.view(start.shape)).to(start.dtype)
+            at, byte = at + size, stop
+        at = 0
+        for name in self.statistics:
+            start = base[name]
+            change = self.kept[place, at : at + start.numel()].view(start.shape)
+            yield name, (start + change).to(start.dtype)
+            at += start.numel()
+
+    def _place(self, task: str) -> int:
+        if task not in self.tasks:
+            close = nearest(task, list(self.tasks))
+            raise PlanError("the model has no mask for this task", found=repr(task),
+                            expected=", ".join(self.tasks),
+                            fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
+        return self.tasks.index(task)
+
+    def _refuse(self, module: nn.Module, args: Any) -> None:
+        if self.task is None:
+            raise PlanError("the model must be told the task of its inputs",
+                            expected=f"one of {', '.join(self.tasks)}",
+                            fix=f"model.set_task({self.tasks[0]!r})")  # fmt: skip
+
+    @property
+    def active(self) -> int:
+        """Numbers that an answer depends on beside the base's: the task's weights replace it."""
+        return 0
+
+    def described(self) -> dict[str, Any]:
+        """What is needed, beside the tensors, to make this again."""
+        return {"kind": "masks", "tasks": self.tasks, "names": self.names,
+                "statistics": self.statistics}  # fmt: skip
+
+    @classmethod
+    def restored(cls, said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TaskMasks:
+        """Of that description."""
+        return cls(said["tasks"], said["names"], said["statistics"], tensors)
+
+    def extra_repr(self) -> str:
+        return f"tasks={len(self.tasks)}, elements={len(self.vector)}"
+
+
+class _Base:
+    """θ_0, kept while the model has a task's weights; a hook that puts it into state dicts."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def __call__(
+        self, model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any
+    ) -> None:
+        for names in same_tensor(model) if self.tensors else ():
+            held = [self.tensors[name] for name in names if name in self.tensors]
+            state |= {prefix + name: held[0] for name in names if held and prefix + name in state}
+
+
+def packed(mask: Tensor) -> Tensor:
+    """(…, n) bool -> (…, ⌈n / 8⌉) uint8; the first element is the lowest bit."""
+    bits = nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % _BITS))
+    places = torch.arange(_BITS, dtype=torch.uint8, device=mask.device)
+    return (bits.unflatten(-1, (-1, _BITS)) << places).sum(dim=-1, dtype=torch.uint8)
+
+
+def unpacked(masks: Tensor, size: int) -> Tensor:
+    """(…, ⌈n / 8⌉) uint8 -> (…, n) bool, of that size."""
+    places = torch.arange(_BITS, dtype=torch.uint8, device=masks.device)
+    return ((masks[..., None] >> places) & 1).flatten(-2)[..., :size].bool()
