@@ -42,7 +42,8 @@ class Card:
 
     ``base``: whether a base is "required", "optional" or "unused". ``experts``: (fewest, most) or
     None for no bound. ``data``: "none", "unlabelled" or "labelled". ``output``: "weights",
-    "parts", a "routed" module, or "answers" of models that stay apart. ``cost``: passes over the
+    "parts", a "routed" module, or "answers" of models that stay apart. ``task_id``: whether the
+    result must be told the task of every input (``module.set_task``). ``cost``: passes over the
     inputs and the dominant operation, in words. ``exempt`` names identities of the contract suite
     that do not hold, each with its reason.
     """
@@ -54,6 +55,7 @@ class Card:
     experts: tuple[int, int | None] = (1, None)
     data: Literal["none", "unlabelled", "labelled"] = "none"
     output: Literal["weights", "parts", "routed", "answers"] = "weights"
+    task_id: bool = False
     cost: str = "one pass"
     exempt: Mapping[str, str] = field(default_factory=dict)
 
@@ -334,6 +336,12 @@ class Parts:
 
 class Routed(Method):
     """A method whose result sends each input its own way: a module with routed layers."""
+
+    @property
+    def routes(self) -> bool:
+        """Whether that is so with these parameters; a method that is a Program too may answer with
+        an ordinary merge instead."""
+        return True
 
     @abstractmethod
     def build(self, context: Context) -> Parts:
