@@ -225,7 +225,8 @@ class Suite:
             ):
                 yield {key: value for key, value in batch.items() if key not in LABELS}
 
-        return Question(name, self.tasks[name].logits, epoch)
+        pictures = getattr(self.tasks[name], "pictures", None)
+        return Question(name, self.tasks[name].logits, epoch, pictures)
 
     def _opened(self) -> tuple[nn.Module, Mapping[str, str]]:
         from fusewright.bench.exchange import Exchange

@@ -55,6 +55,30 @@ class ConcreteMasks(nn.Module):
         return sum(float(x.detach().sigmoid().double().sum()) for x in self.logits) / elements
 
 
+class ProductMasks(nn.Module):
+    """Two masks over the same tensors, one times the other; each is drawn, and can be trained, by
+    itself."""
+
+    def __init__(self, first: ConcreteMasks, second: ConcreteMasks) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def drawn(self, name: str, number: int) -> Tensor:
+        """The product of both masks' draws; gradients flow to the logits that require them."""
+        return self.first.drawn(name, number) * self.second.drawn(name, number)
+
+    def expected(self, name: str) -> Tensor:
+        """E[m₁] E[m₂] over their means: the masks are independent; no gradient."""
+        return self.first.expected(name) * self.second.expected(name)
+
+    def share(self) -> float:
+        """As :meth:`ConcreteMasks.share`, of the first mask alone."""
+        return self.first.share()
+
+
+Masks = ConcreteMasks | ProductMasks
+
+
 def divided(mask: Tensor) -> Tensor:
     """m / mean(m). A mask that is 0 everywhere stays 0, instead of becoming no number."""
     return mask / mask.mean().clamp_min(SMALLEST_MEAN) if mask.numel() else mask

@@ -8,6 +8,7 @@ from itertools import chain, count
 from typing import TYPE_CHECKING, Any
 
 from fusewright.tasks.errors import DataError
+from fusewright.tasks.pictures import Pictures
 from fusewright.tasks.task import Batch
 
 if TYPE_CHECKING:
@@ -23,11 +24,13 @@ Open = Callable[[], "tuple[nn.Module, Mapping[str, str]]"]
 @dataclass(frozen=True)
 class Question:
     """One task: ``logits(model, batch)`` are (items, classes), ``epoch(size, seed)`` its batches,
-    shuffled by the seed. Few methods need labels; a batch holds them as "label" or "labels"."""
+    shuffled by the seed. Few methods need labels; a batch holds them as "label" or "labels".
+    ``pictures`` says where a batch holds pictures, for methods that change them."""
 
     name: str
     logits: Logits
     epoch: Epoch = field(repr=False)
+    pictures: Pictures | None = None
 
     def stream(self, size: int, seed: int) -> Iterator[Any]:
         """Batches without end, each epoch in another order.
@@ -85,7 +88,8 @@ class Adaptation:
 
 
 def adaptation(
-    data: Adaptation | Mapping[str, Iterable[Any]], heads: Mapping[str, Any] | None = None
+    data: Adaptation | Mapping[str, Iterable[Any]], heads: Mapping[str, Any] | None = None,
+    pictures: Pictures | None = None,
 ) -> Adaptation:
     """What a caller gives as ``data`` and ``heads``, as one value.
 
@@ -94,6 +98,7 @@ def adaptation(
     keywords are not shown to it. ``heads``: by
     expert, a function (model, batch) -> logits, or a frozen linear head (classes, width) over
     :func:`~fusewright.tasks.heads.image_features`; without, the logits that the model returns.
+    ``pictures``: where batches hold pictures, for methods that change them.
     """
     if isinstance(data, Adaptation):
         return data
@@ -103,7 +108,7 @@ def adaptation(
         raise DataError("heads are given for tasks without data", expected=", ".join(data),
                         found=", ".join(unknown), fix="the same names in both")  # fmt: skip
     return Adaptation({
-        name: Question(name, _checked(name, _answer(heads.get(name))), _given(batches))
+        name: Question(name, _checked(name, _answer(heads.get(name))), _given(batches), pictures)
         for name, batches in data.items()
     })  # fmt: skip
 

@@ -11,6 +11,7 @@ from fusewright.tasks.classification import Classification
 from fusewright.tasks.errors import DataError
 from fusewright.tasks.heads import image_features, linear
 from fusewright.tasks.images import ImagePreparation
+from fusewright.tasks.pictures import Pictures
 from fusewright.tasks.task import Batch
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ class ImageClassification(Classification):
 
     def __post_init__(self) -> None:
         check_head(self.head, self.classes, self.name)
+
+    @property
+    def pictures(self) -> Pictures:
+        """What a batch's pixel_values are made of."""
+        return Pictures("pixel_values", self.preparation.mean, self.preparation.std)
 
     def encode(
         self, rows: Mapping[str, Sequence[Any]], numbers: Sequence[int], where: str

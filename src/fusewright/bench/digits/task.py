@@ -14,6 +14,7 @@ from fusewright.bench.digits import tasks
 from fusewright.bench.digits.model import features
 from fusewright.tasks.classification import classified
 from fusewright.tasks.outcomes import Outcomes
+from fusewright.tasks.pictures import Pictures
 from fusewright.tasks.task import Batch, Split, Task
 
 QUESTIONS = {task.name: task for task in tasks.TASKS}
@@ -48,6 +49,11 @@ class DigitsTask(Task):
     kind: ClassVar[str] = "digits"
 
     head: Tensor = field(compare=False)
+
+    @property
+    def pictures(self) -> Pictures:
+        """What a batch's images are: raw pixels."""
+        return Pictures("images")
 
     @property
     def question(self) -> tasks.Task:

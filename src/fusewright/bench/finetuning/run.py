@@ -106,11 +106,23 @@ def finetune(
         opened, task, how, steps=steps, epochs=epochs, rate=rate, batch=batch, seed=seed,
         threads=threads, decay=decay, rank=rank, alpha=alpha, targets=targets, dropout=dropout,
     )  # fmt: skip
-    target, claim = Path(out).absolute(), claim_of(opened, task, recipe, limit)
+    target = Path(out).absolute()
+    return make_expert(opened, task, recipe, ways, target, limit=limit, progress=progress)
+
+
+def make_expert(
+    suite: Suite, task: str, recipe: FineTuning, ways: Ways, target: Path, *, limit: int | None,
+    progress: bool, more: Mapping[str, Any] | None = None,
+) -> FineTuned:  # fmt: skip
+    """An expert by a recipe that is at hand, in a folder that appears whole or not at all.
+
+    ``more`` says, as JSON, what it follows from beside the recipe: what ``ways`` were changed to.
+    """
+    claim = claim_of(suite, task, recipe, limit) | dict(more or {})
     if (kept := finished(target, claim)) is not None:
         return FineTuned(**{**kept, "path": target, "losses": tuple(kept["losses"])})
     with staging(target, claim) as folder:
-        found = _Run(opened, task, recipe, ways, limit, progress).into(folder, target, claim)
+        found = _Run(suite, task, recipe, ways, limit, progress).into(folder, target, claim)
         publish(folder, target)
     return found
 

@@ -9,7 +9,8 @@ Map, which the engine executes as any other, or with the merged tensors. A new o
 from fusewright.methods.contract import Method
 from fusewright.methods.learned._adamerging import AdaMerging
 from fusewright.methods.learned._concrete import Concrete
+from fusewright.methods.learned._dam import DAM
 
-METHODS: tuple[type[Method], ...] = (AdaMerging, Concrete)
+METHODS: tuple[type[Method], ...] = (AdaMerging, Concrete, DAM)
 
-__all__ = ["METHODS", "AdaMerging", "Concrete"]
+__all__ = ["DAM", "METHODS", "AdaMerging", "Concrete"]

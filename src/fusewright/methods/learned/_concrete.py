@@ -13,7 +13,7 @@ from fusewright.methods.contract import Card, Context, Fitted
 from fusewright.methods.learned._adamerging import AdaMerging, per_group
 from fusewright.methods.learned._fitting import Fitting, Learner
 from fusewright.methods.learned.coefficients import LinearCoefficients, MaskedCoefficients
-from fusewright.modules.masks import ConcreteMasks, Size
+from fusewright.modules.masks import ConcreteMasks, Masks, Size
 from fusewright.modules.parametrised import ParametrisedMerge
 
 _PAPER = (
@@ -78,7 +78,7 @@ class Concrete(Learner):
         fitting = Fitting(context, self)
         vectors, adapts = fitting.vectors, self.form == "adamerging"
         shapes = {name: tensor.shape for name, tensor in vectors.base.items()}
-        masks = ConcreteMasks(shapes, self.mask, self.temperature, context.seed)
+        masks = self.new_masks(shapes, context.seed)
         if adapts:
             linear = per_group(vectors, self.granularity, self.scale)
         else:  # with λ fixed only Σ λ τ_t is needed
@@ -86,13 +86,23 @@ class Concrete(Learner):
             linear = per_group(vectors, "task", 1.0)
         coefficients = MaskedCoefficients(linear, masks, self.answer)
         merge = ParametrisedMerge(fitting.model, vectors, coefficients)
-        fit = _MaskFit(self, fitting, merge, coefficients).run()
+        fit = self.mask_fit(fitting, merge, coefficients).run()
         coefficients.fix(vectors.names)
         masked = fitting.report(merge, fit)
         report = masked | {"mask": {"kept": fit.kept, "share": masks.share()}}
         if adapts:
             report = self._adapted(fitting, merge, coefficients) | {"mask": masked | report["mask"]}
         return Fitted(state={**merge.state(wide=True), **fitting.statistics}, report=report)
+
+    def new_masks(self, shapes: Mapping[str, torch.Size], seed: int) -> Masks:
+        """The masks that are learned."""
+        return ConcreteMasks(shapes, self.mask, self.temperature, seed)
+
+    def mask_fit(
+        self, fitting: Fitting, merge: ParametrisedMerge, coefficients: MaskedCoefficients
+    ) -> MaskFit:
+        """The descent on them."""
+        return MaskFit(self, fitting, merge, coefficients)
 
     def _adapted(
         self, fitting: Fitting, merge: ParametrisedMerge, coefficients: MaskedCoefficients
@@ -110,7 +120,7 @@ class Concrete(Learner):
         return fitting.report(merge, fit) | {"weight": written}
 
 
-class _MaskFit:
+class MaskFit:
     """The descent on the masks' logits."""
 
     def __init__(
@@ -123,18 +133,25 @@ class _MaskFit:
 
     def run(self) -> Any:
         self.linear.requires_grad_(False)
-        trained = nn.ModuleDict({"masks": self.coefficients.masks, "inner": self.inner})
         return self.fitting.descend(
-            "masks", trained, self._step, self._score, steps=self.method.steps,
-            rate=self.method.rate,
+            "masks", nn.ModuleDict(self.parts()), self._step, self._score,
+            steps=self.method.steps, rate=self.method.rate,
         )  # fmt: skip
+
+    def parts(self) -> dict[str, nn.Module]:
+        """What moves, and is kept where a killed fit goes on from."""
+        return {"masks": self.coefficients.masks, "inner": self.inner}
+
+    def gradients(self, step: int, batch: int) -> Mapping[str, float]:
+        """Leave in the logits the gradient on every task's batch; answers with the losses."""
+        return self.fitting.gradients(self.merge, batch)
 
     def _step(self, number: int) -> Mapping[str, float]:
         self.coefficients.draw = number
         if self.method.form == "task_arithmetic":
-            return self.fitting.gradients(self.merge, number)
+            return self.gradients(number, number)
         self._move_weights(2 * number)
-        return self.fitting.gradients(self.merge, 2 * number + 1)
+        return self.gradients(number, 2 * number + 1)
 
     def _move_weights(self, batch: int) -> None:
         masks = self.coefficients.masks

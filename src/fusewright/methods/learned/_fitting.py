@@ -6,7 +6,7 @@ from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from warnings import warn
 
 import torch
@@ -77,8 +77,12 @@ class Fitting:
         return next(stream)
 
     def loss(self, model: nn.Module, task: str, number: int) -> Tensor:
+        """The objective of a task's batch ``number``."""
+        return self.loss_on(model, task, self.batch(task, number))
+
+    def loss_on(self, model: nn.Module, task: str, batch: Any) -> Tensor:
         """The objective of one batch."""
-        batch, objective = self.batch(task, number), objectives.OBJECTIVES[self.method.objective]
+        objective = objectives.OBJECTIVES[self.method.objective]
         question = self.questions[task]
         logits = question.logits(model, batch)
         if objective.target == "none":
@@ -116,10 +120,12 @@ class Fitting:
     def descend(
         self, stage: str, trained: nn.Module, step: Step, score: Callable[[], float], *,
         steps: int, rate: float, constrain: Callable[[], None] | None = None,
+        schedule: Literal["constant", "cosine"] = "constant", floor: float = 0.0,
     ) -> Fit:  # fmt: skip
         """Adam on ``trained``; a killed stage goes on where the context keeps checkpoints."""
         fitter = Fitter(
-            steps, rate, every=self.method.every, constrain=constrain, tell=self.context.tell,
+            steps, rate, schedule, floor, self.method.every,
+            constrain=constrain, tell=self.context.tell,
             score=score if self._agreement is not None else None,
             checkpoint=self.context.checkpoint(stage, lambda: self.digest),
         )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fusewright.modules.masks import ConcreteMasks
+from fusewright.modules.masks import Masks
 from fusewright.modules.parametrised import Coefficients
 
 
@@ -61,7 +61,7 @@ class MaskedCoefficients(Coefficients):
     """The number of the draw that is the final mask."""
 
     def __init__(
-        self, linear: LinearCoefficients, masks: ConcreteMasks,
+        self, linear: LinearCoefficients, masks: Masks,
         answer: Literal["expected", "drawn"],
     ) -> None:  # fmt: skip
         super().__init__()

@@ -39,7 +39,8 @@ class Fitter:
 
     ``score`` (larger is better) is asked before the first step, every ``every`` steps and at the
     end; the state that scored best is kept, the earliest of equals: what makes it worse is undone.
-    ``constrain`` is called after each step. ``checkpoint``: a file that is written at every score
+    ``constrain`` is called after each step. ``schedule`` "cosine" ends at ``floor`` times the rate.
+    ``checkpoint``: a file that is written at every score
     and every minute, and gone on from if it is there.
 
     Raises NumericError where a loss is no longer finite; the best state so far is then in place.
@@ -48,6 +49,7 @@ class Fitter:
     steps: int
     rate: float
     schedule: Literal["constant", "cosine"] = "constant"
+    floor: float = 0.0
     every: int = 50
     checkpoint: Path | None = None
     constrain: Callable[[], None] | None = field(default=None, repr=False)
@@ -90,7 +92,8 @@ class Fitter:
     def _rate(self, done: int) -> float:
         if self.schedule == "constant":
             return self.rate
-        return self.rate * float(1 + torch.cos(torch.tensor(torch.pi * done / self.steps))) / 2
+        share = float(1 + torch.cos(torch.tensor(torch.pi * done / self.steps))) / 2
+        return self.rate * (self.floor + (1 - self.floor) * share)
 
 
 class _Run:

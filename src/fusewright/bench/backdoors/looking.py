@@ -1,0 +1,197 @@
+"""Before a merge is deployed: how easily one perturbation leads it to each class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusewright.bench.backdoors.poisoning import classes_of, pictures_of
+from fusewright.bench.suite_file import SuiteError
+from fusewright.engine.tables import Table
+from fusewright.errors import RecipeError
+from fusewright.modules.perturbations import Ball, added, ascend
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fusewright.bench.suite import Suite
+    from fusewright.tasks.pictures import Pictures
+
+    Ask = Callable[[Tensor], Tensor]
+
+BATCH = 64
+OUTLIER = 2.0
+"""Of an anomaly index: Neural Cleanse's, two-sided 95 % of a normal distribution."""
+FEWEST = 5
+"""Classes of which a median and a deviation say something."""
+CAUTION = (
+    "This is an estimate, for perturbations of this size, found by this search. A high success or "
+    "an outlier is a reason to look closer: some classes are easy targets of any model. Nothing "
+    "here shows that a model has no backdoor: other triggers, larger ones and other tasks were not "
+    "tried."
+)
+
+
+@dataclass(frozen=True)
+class ClassRisk:
+    """``success``: the share of ``asked`` held-out pictures, none of which the model took for this
+    class before, that the perturbation turns into it. ``anomaly``: by how many deviations that is
+    above the median of the task's classes; None for too few classes."""
+
+    task: str
+    target: int
+    name: str
+    success: float
+    anomaly: float | None
+    asked: int
+
+    @property
+    def flagged(self) -> bool:
+        """Whether it stands out."""
+        return self.anomaly is not None and self.anomaly > OUTLIER
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was found, by task and class, and with what it was looked for."""
+
+    risks: tuple[ClassRisk, ...]
+    settings: Mapping[str, Any]
+
+    def flagged(self) -> tuple[ClassRisk, ...]:
+        """The classes that stand out, the most anomalous first."""
+        found = [risk for risk in self.risks if risk.flagged]
+        return tuple(sorted(found, key=lambda risk: -(risk.anomaly or 0)))
+
+    def tables(self) -> list[Table]:
+        """For each task, the classes by success; then what was done, and what it cannot show."""
+        columns = ("class", "", "success", "anomaly index", "pictures", "")
+        found = []
+        for task in dict.fromkeys(risk.task for risk in self.risks):
+            own = sorted((r for r in self.risks if r.task == task), key=lambda r: -r.success)
+            rows = tuple(
+                (r.target, r.name, r.success, r.anomaly, r.asked, "stands out" if r.flagged else "")
+                for r in own
+            )
+            found.append(Table(f"{task}: success of a universal perturbation", columns, rows))
+        said = tuple((key, str(value)) for key, value in self.settings.items())
+        found.append(Table("looked with", ("", ""), (*said, ("caution", CAUTION))))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        risks = [{**asdict(risk), "stands_out": risk.flagged} for risk in self.risks]
+        return {"risks": risks, "settings": dict(self.settings), "caution": CAUTION}
+
+
+def look(
+    suite: Suite, model: str | Path | nn.Module, *, tasks: Sequence[str] | None = None,
+    ball: Ball | None = None, steps: int = 40, limit: int = 256, part: str = "validation",
+    progress: Callable[[str], None] | None = None,
+) -> Look:  # fmt: skip
+    """Estimate how far one perturbation of bounded size leads a model to each class, of each task.
+
+    After *Neural Cleanse* (Wang et al. 2019, IEEE S&P): for a class c, δ maximises mean log p(c | x
+    + δ) over the ball, on the first half of ``limit`` unlabelled pictures of the task; the success
+    is counted on the other half. There the size is fixed and successes are compared, where Neural
+    Cleanse compares the sizes that success needs. A backdoor's target is easier to reach than other
+    classes, so it may stand out: anomaly index (s - median) / (1.4826 · median |s - median|).
+
+    ``model``: a folder or a module of the suite's architecture. ``tasks``: those that are merged.
+    ``ball``: "l2", 0.05 in raw pixels (root mean square). Needs unlabelled pictures of each task,
+    the frozen heads, and how pictures are prepared: a suite. It never shows that a model is clean.
+
+    Raises RecipeError for a task without pictures, SuiteError where there are too few.
+    """
+    ball = ball or Ball("l2", 0.05)
+    if steps < 1 or limit < 2:
+        raise RecipeError("a search takes steps and pictures", expected="steps ≥ 1 and limit ≥ 2",
+                          found=f"{steps} and {limit}")  # fmt: skip
+    names = list(suite.spec.merged) if tasks is None else list(tasks)
+    asked = {task: pictures_of(suite, task) for task in names}
+    module = suite.open(model) if isinstance(model, str | Path) else model
+    module.eval().requires_grad_(False)
+    risks: list[ClassRisk] = []
+    for task, pictures in asked.items():
+        if progress is not None:
+            progress(task)
+        risks += _task_risks(suite, module, task, pictures, ball, steps, limit, part)
+    settings = {
+        "data": f"up to {limit} unlabelled {part} pictures of each task, half of them to search",
+        "perturbation": f"one for all pictures, {ball.norm} at most {ball.radius:g} of [0, 1]",
+        "steps": steps,
+    }
+    return Look(tuple(risks), settings)
+
+
+def _task_risks(
+    suite: Suite, model: nn.Module, task: str, pictures: Pictures, ball: Ball, steps: int,
+    limit: int, part: str,
+) -> list[ClassRisk]:  # fmt: skip
+    raw, ask = _asked(suite, model, task, pictures, part, limit)
+    half = len(raw) // 2
+    with torch.no_grad():
+        before = torch.cat([ask(some).argmax(-1) for some in raw[half:].split(BATCH)])
+    found = []
+    for target in range(classes_of(suite, task)):
+        delta = _toward(target, raw[:half], ask, ball, steps)
+        others = raw[half:][before != target]
+        found.append((target, _success(target, others, delta, ask), len(others)))
+    anomalies = anomaly_indices([success for _, success, _ in found])
+    names = getattr(suite.tasks[task], "classes", ())
+    return [
+        ClassRisk(task, c, names[c] if names else str(c), success, anomaly, count)
+        for (c, success, count), anomaly in zip(found, anomalies, strict=True)
+    ]
+
+
+def _asked(
+    suite: Suite, model: nn.Module, task: str, pictures: Pictures, part: str, limit: int
+) -> tuple[Tensor, Ask]:
+    """Raw pictures, and the model's logits of such."""
+    own = suite.tasks[task]
+    rows = suite.ready(task, part)  # shuffled, because some data are sorted
+    batch = next(iter(own.batches(rows, limit, seed=0)))
+    raw = pictures.raw(batch)
+    if len(raw) < 2:
+        raise SuiteError("there are too few pictures to search on some and count on others",
+                         where=f"task {task}, {part}", expected="two or more",
+                         found=len(raw))  # fmt: skip
+    like = {key: value for key, value in batch.items() if key == pictures.key}
+    return raw, lambda shown: own.logits(model, pictures.changed(like, shown))
+
+
+def _toward(target: int, raw: Tensor, ask: Ask, ball: Ball, steps: int) -> Tensor:
+    batches = raw.split(BATCH)
+
+    def gain(delta: Tensor, step: int) -> Tensor:
+        shown = added(batches[step % len(batches)], delta)
+        return F.log_softmax(ask(shown).float(), -1)[:, target].mean()
+
+    return ascend(gain, torch.zeros_like(raw[:1]), ball, steps)
+
+
+@torch.no_grad()
+def _success(target: int, raw: Tensor, delta: Tensor, ask: Ask) -> float:
+    if not len(raw):
+        return 0.0
+    hits = sum(int((ask(added(some, delta)).argmax(-1) == target).sum())
+               for some in raw.split(BATCH))  # fmt: skip
+    return hits / len(raw)
+
+
+def anomaly_indices(values: Sequence[float]) -> list[float | None]:
+    """(v - median) / (1.4826 · MAD) of each; a MAD below 0.01, less than a sample can tell, counts
+    as that. None for fewer than five values."""
+    if len(values) < FEWEST:
+        return [None] * len(values)
+    middle = median(values)
+    spread = 1.4826 * max(median([abs(value - middle) for value in values]), 0.01)
+    return [(value - middle) / spread for value in values]

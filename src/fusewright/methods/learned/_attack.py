@@ -1,0 +1,84 @@
+"""A universal perturbation of every task's pictures, as strong as it can be made while a defence is
+learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusewright.errors import PlanError
+from fusewright.methods.learned.objectives import cross_entropy
+from fusewright.modules.perturbations import Ball, added
+
+if TYPE_CHECKING:
+    from fusewright.tasks.adaptation import Question
+
+Aim = Literal["away", "toward"]
+
+
+class UniversalAttack(nn.Module):
+    """δ of every task, (1, channels, height, width) or, aimed "toward" classes, one for each class.
+
+    "away": it raises the cross-entropy of what the model says without it. "toward": in round r it
+    raises the probability of class r mod classes, as a backdoor's trigger does. The δ are buffers,
+    so that a killed fit goes on with them. Raises PlanError for data that are no pictures.
+    """
+
+    def __init__(
+        self, model: nn.Module, questions: Mapping[str, Question], ball: Ball, aim: Aim,
+        rate: float, seed: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.ball, self.aim, self.rate = ball, aim, rate
+        self.pictures = {task: _pictures(task, q) for task, q in questions.items()}
+        self.questions = dict(questions)
+        self._at = {task: f"delta{number}" for number, task in enumerate(questions)}
+        for task, question in questions.items():
+            first = next(question.stream(1, seed))
+            with torch.no_grad():
+                rows = 1 if aim == "away" else question.logits(model, first).shape[-1]
+            raw = self.pictures[task].raw(first)
+            self.register_buffer(self._at[task], raw.new_zeros((rows, *raw.shape[1:])))
+
+    def delta(self, task: str, round: int = 0) -> Tensor:
+        """The perturbation of a round: (1, channels, height, width)."""
+        held: Tensor = getattr(self, self._at[task])
+        at = round % len(held)
+        return held[at : at + 1]
+
+    def ascend(self, model: nn.Module, task: str, batch: Any, clean: Tensor, round: int) -> None:
+        """One step; ``clean`` are the model's logits of the batch."""
+        delta = self.delta(task, round).clone().requires_grad_()
+        logits = self._logits(model, task, batch, delta)
+        if self.aim == "away":
+            gain = cross_entropy(logits, clean.argmax(-1))
+        else:
+            gain = F.log_softmax(logits.float(), -1)[:, round % logits.shape[-1]].mean()
+        (gradient,) = torch.autograd.grad(gain, delta)
+        with torch.no_grad():
+            self.delta(task, round).copy_(self.ball.ascended(delta, gradient, self.rate))
+
+    def logits(self, model: nn.Module, task: str, batch: Any, round: int) -> Tensor:
+        """What the model says of the batch under δ."""
+        return self._logits(model, task, batch, self.delta(task, round))
+
+    def _logits(self, model: nn.Module, task: str, batch: Any, delta: Tensor) -> Tensor:
+        pictures = self.pictures[task]
+        changed = pictures.changed(batch, added(pictures.raw(batch), delta))
+        return self.questions[task].logits(model, changed)
+
+
+def _pictures(task: str, question: Question) -> Any:
+    if question.pictures is None:
+        raise PlanError(
+            "the defence perturbs pictures, and none are known in this task's batches",
+            where=f"task {task}", expected="an image task",
+            found="batches without a description of pictures, such as token ids",
+            fix='data=suite.unlabelled() of an image suite, or adaptation(batches, '
+                'pictures=Pictures("pixel_values", mean=..., std=...))',
+        )  # fmt: skip
+    return question.pictures
