@@ -140,7 +140,7 @@ def run_program(
         return _run_fold(method, recipe, out, options, progress)
     if not recipe.experts:
         raise PlanError("there is nothing to merge", expected="at least one expert", found="none")
-    if isinstance(method, Routed):
+    if isinstance(method, Routed) and method.routes:
         from fusewright.engine.routed import upscaled
 
         with closing(Trials(recipe, options, data, evaluate, progress)) as context:
@@ -179,6 +179,8 @@ def _run_fit(
             chosen, models = _given(recipe, fitted.state or {}, context), context.inputs.all()
         origin = Origin(recipe, method, report, models)
         merged = run(chosen, out, options, progress, fitted=origin)
+        if merged.path is None:
+            merged.source = source_of(recipe, context.inputs)
     merged.report["fitted"] = report
     if fits is not None:
         shutil.rmtree(fits, ignore_errors=True)
