@@ -160,16 +160,24 @@ ROUTING = "routing"
 _INPUTS = frozenset({"input_ids", "pixel_values", "input_features", "input_values"})
 
 
-def text_model(model: nn.Module, path: str) -> str | None:
-    """The innermost module around a path that is called with what a user has: if that is
-    ``input_ids`` and an ``attention_mask``, it reads text. T5's encoder and decoder are two."""
+def input_reader(model: nn.Module, path: str) -> str | None:
+    """The innermost module around a path that is called with what a user has."""
     parts = path.split(".")
-    for end in range(len(parts), -1, -1):
-        outer = ".".join(parts[:end])
-        taken = set(inspect.signature(model.get_submodule(outer).forward).parameters)
-        if taken & _INPUTS:
-            return outer if {"input_ids", "attention_mask"} <= taken else None
-    return None
+    outer = (".".join(parts[:end]) for end in range(len(parts), -1, -1))
+    return next((each for each in outer if _takes(model, each) & _INPUTS), None)
+
+
+def text_model(model: nn.Module, path: str) -> str | None:
+    """The same, if that is ``input_ids`` and an ``attention_mask``: it reads text. T5's encoder and
+    decoder are two."""
+    reader = input_reader(model, path)
+    if reader is None or not {"input_ids", "attention_mask"} <= _takes(model, reader):
+        return None
+    return reader
+
+
+def _takes(model: nn.Module, path: str) -> set[str]:
+    return set(inspect.signature(model.get_submodule(path).forward).parameters)
 
 
 def fixed(routing: Routing) -> bool:

@@ -1,0 +1,328 @@
+"""Twin-Merging: what experts share, and what is each one's own in low rank, mixed by the input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fusewright.errors import PlanError
+from fusewright.layout import Role
+from fusewright.layout.names import module as owner_of
+from fusewright.methods.contract import Card, Context, Parts, Routed
+from fusewright.methods.learned._fitting import asked
+from fusewright.methods.learned.fitter import Fitter
+from fusewright.methods.routed._linears import is_routable, turned
+from fusewright.modules.architecture import Architecture, describe_module
+from fusewright.modules.deltas import Delta, Dense, Factors, Sparse, leading
+from fusewright.modules.features import FeatureRouter, FeatureRouting, SharedMixture
+from fusewright.modules.linears import LinearMap
+from fusewright.modules.mixed import MixedLinear
+from fusewright.modules.mixed_rest import MixedAffine, MixedTable
+from fusewright.modules.mixture import ROUTING
+from fusewright.modules.routed import put_in
+from fusewright.modules.routers import Router
+from fusewright.modules.stacks import FactorStack, stacked
+from fusewright.modules.vectors import TaskVectors
+
+_HELD_OUT = 10
+"""Every tenth input is kept from the router's training, to choose its best state."""
+
+
+class Twin(Routed):
+    """Share task arithmetic, and add each expert's own rest in low rank, as a classifier of
+    features says how much (*Twin-Merging: Dynamic Integration of Modular Expertise in Model
+    Merging*, arXiv 2406.15479).
+
+    θ* = θ_0 + γ Σ_t τ_t; v_t = SVD_r(θ_t - θ*), r = ⌊(1 - mask_rate) min(m, n)⌋ of an m x n matrix;
+    θ(x) = θ* + Σ_t softmax(R(e(x)))_t v_t. e(x) is what the shared model sees: of text the mean of
+    the last hidden state without padding, of images the pooled output; R is a
+    :class:`~fusewright.modules.features.FeatureRouter`, trained by cross-entropy to name the task
+    that an input is of. That is all it is told: no labels.
+
+    ``scale``: γ, 0.3. ``mask_rate``: 0.9; of LoRA experts, r is a limit for the product, not for
+    its two factors. Biases, norms, convolutions and what is added before the first block are v_t
+    as they are; tables of embeddings are matrices. What is left (bare tensors inside blocks, packed
+    attention) is θ* alone, and named in the report; running statistics are the experts' mean.
+
+    ``inputs``: most inputs of a task that are looked at, 5500; a tenth of them chooses the epoch.
+    ``epochs``: 50; 0 keeps w at 1/T, which needs no data and can be unloaded into a plain model.
+    ``rate``, ``batch``, ``dropout``: Adam's 5e-4, 1024 and 0.5, the paper's. Every input costs one
+    forward pass more. With a key-value cache w is that of the prompt.
+
+    Raises PlanError where experts change no linear layer, an expert has no data, or fewer than two
+    inputs.
+    """
+
+    name: ClassVar[str] = "twin"
+    card: ClassVar[Card] = Card(
+        "Twin-Merging", "Twin-Merging: Dynamic Integration of Modular Expertise in Model Merging",
+        "2406.15479", data="unlabelled", output="routed",
+        cost="an SVD of each expert's matrices; one more forward pass at every input",
+    )  # fmt: skip
+
+    scale: float = Field(0.3, allow_inf_nan=False)
+    mask_rate: float = Field(0.9, ge=0, lt=1)
+    inputs: int = Field(5500, ge=2)
+    epochs: int = Field(50, ge=0)
+    rate: float = Field(5e-4, gt=0)
+    batch: int = Field(1024, ge=2)
+    dropout: float = Field(0.5, ge=0, lt=1)
+
+    def build(self, context: Context) -> Parts:
+        model, vectors = context.module(), context.vectors()
+        trains = self.epochs > 0 and len(vectors.experts) > 1
+        questions = asked(context) if trains else {}
+        described = describe_module(model)
+        shared = self._shared(vectors, described)
+        put_in(model, {}, shared)
+        report: dict[str, Any] = {}
+        router: Router | FeatureRouter = uniform(len(vectors.experts))
+        if trains:
+            seen = self._seen(FeatureRouting(model, router), model, questions, context.seed)
+            router, report = self._trained(seen, context)
+        routing = FeatureRouting(model, router)
+        layers = _Layers(self, model, vectors, described, routing.mixture)
+        report["shared"] = layers.left
+        return Parts({**layers.made, ROUTING: routing}, shared, report)
+
+    def rank(self, outputs: int, inputs: int) -> int:
+        """r of a matrix, 1 at least."""
+        return max(1, int((1 - self.mask_rate) * min(outputs, inputs) + 1e-6))
+
+    def exclusive(self, deltas: Sequence[Delta]) -> list[Factors]:
+        """v_t of a matrix (outputs, inputs), of its task vectors."""
+        count, rank = len(deltas), self.rank(*deltas[0].shape)
+        scales = torch.eye(count) - self.scale
+        factors = [each for d in deltas if (each := _factors(d)) is not None]
+        if len(factors) == count:
+            down = torch.cat([d.down for d in factors])
+            ups = [torch.cat([s * d.up for s, d in zip(row.tolist(), factors, strict=True)], dim=1)
+                   for row in scales]  # fmt: skip
+            return [leading(Factors(up, down, deltas[0].shape), rank) for up in ups]
+        whole = torch.stack([delta.dense() for delta in deltas])
+        total = self.scale * whole.sum(dim=0)
+        return [leading(Dense(each - total), rank) for each in whole]
+
+    def _shared(self, vectors: TaskVectors, described: Architecture) -> dict[str, Tensor]:
+        """θ*; of running statistics the experts' mean, as in every merge."""
+        count, found = len(vectors.experts), {}
+        for name, base in vectors.base.items():
+            mean = described.layout[name].role is Role.STATISTIC
+            with torch.no_grad():
+                scale = 1 / count if mean else self.scale
+                total = vectors.combined(name, torch.full((count,), scale))
+            found[name] = (base.to(total.dtype) + total).to(base.dtype)
+        return found
+
+    def _seen(
+        self, routing: FeatureRouting, model: nn.Module, questions: Mapping[str, Any], seed: int
+    ) -> list[Tensor]:
+        """The features of each task's inputs, (inputs, width)."""
+        found = []
+        for task, question in questions.items():
+            with routing.heard(model) as heard, torch.no_grad():
+                for batch in question.epoch(min(self.batch, 64), seed):
+                    question.logits(model, batch)
+                    if sum(len(each) for each in heard) >= self.inputs:
+                        break
+            found.append(torch.cat(heard)[: self.inputs] if heard else torch.empty(0))
+            if len(found[-1]) < 2:
+                raise PlanError("a router needs inputs to learn from and to be judged by",
+                                where=f"task {task}", expected="two inputs or more",
+                                found=len(found[-1]))  # fmt: skip
+        return found
+
+    def _trained(
+        self, seen: Sequence[Tensor], context: Context
+    ) -> tuple[FeatureRouter, dict[str, Any]]:
+        """The router that names the tasks of held-out inputs best."""
+        learned, held = _Named.split(seen)
+        router = FeatureRouter(seen[0].shape[1], len(seen), self.dropout, context.seed)
+        with torch.random.fork_rng(devices=[]):  # dropout draws from torch's own generator
+            torch.manual_seed(context.seed)
+            fit = self._descent(router, learned, held, context)
+        with torch.no_grad():
+            right = router.eval()(held.features).argmax(dim=1) == held.tasks
+        names = list(context.experts)
+        shares = {n: float(right[held.tasks == t].float().mean()) for t, n in enumerate(names)}
+        return router, {"losses": list(fit.losses), "kept": fit.kept, "recognised": shares,
+                        "scores": [list(score) for score in fit.scores]}  # fmt: skip
+
+    def _descent(
+        self, router: FeatureRouter, learned: _Named, held: _Named, context: Context
+    ) -> Any:
+        batches = learned.batches(self.batch, context.seed)
+        each = learned.count(self.batch)
+
+        def step(number: int) -> dict[str, float]:
+            router.train()
+            features, tasks = next(batches)
+            loss = nn.functional.cross_entropy(router(features), tasks)
+            loss.backward()
+            return {"task": float(loss.detach())}
+
+        def score() -> float:
+            router.eval()
+            with torch.no_grad():
+                return -float(nn.functional.cross_entropy(router(held.features), held.tasks))
+
+        fitter = Fitter(self.epochs * each, self.rate, every=each, score=score, tell=context.tell)
+        return fitter.run(router, step)
+
+
+class _Named:
+    """Features (n, width) and the number of the task that each is of (n,)."""
+
+    def __init__(self, features: Tensor, tasks: Tensor) -> None:
+        self.features, self.tasks = features, tasks
+
+    @classmethod
+    def split(cls, seen: Sequence[Tensor]) -> tuple[_Named, _Named]:
+        """What is learned from, and every tenth (one at least) to judge by."""
+        last = [torch.arange(len(f)) % _HELD_OUT == min(_HELD_OUT, len(f)) - 1 for f in seen]
+        return tuple(  # type: ignore[return-value]
+            cls(torch.cat([f[m == held] for f, m in zip(seen, last, strict=True)]),
+                torch.cat([torch.full((int((m == held).sum()),), t) for t, m in enumerate(last)]))
+            for held in (False, True)
+        )  # fmt: skip
+
+    def count(self, size: int) -> int:
+        """Batches of an epoch: of a size as equal as can be, none of one alone."""
+        return -(-len(self.tasks) // size)
+
+    def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches without end, each epoch in another order."""
+        draw = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(self.tasks), generator=draw)
+            for part in order.tensor_split(self.count(size)):
+                yield self.features[part], self.tasks[part]
+
+
+class _Layers:
+    """Mixed layers by path; ``taken`` are the tensors that they mix."""
+
+    def __init__(
+        self, method: Twin, model: nn.Module, vectors: TaskVectors, described: Architecture,
+        mixture: SharedMixture,
+    ) -> None:  # fmt: skip
+        self.made: dict[str, nn.Module] = {}
+        self.taken: set[str] = set()
+        self._method, self._model, self._vectors = method, model, vectors
+        self._described, self._mixture = described, mixture
+        self._stored = {n: names[0] for names in described.tied for n in names}
+        stems = self._stems()
+        for linear in described.linears.values():
+            if is_routable(linear, model) and self._known(linear.weight) in vectors.base:
+                self._linear(linear)
+        if not self.made:
+            raise PlanError("no linear layer is changed by an expert",
+                            expected="nn.Linear or Conv1D",
+                            fix="`fusewright inspect` shows what the experts change")  # fmt: skip
+        for path in stems:
+            self._affine(path)
+        for name, place in described.layout.items():
+            self._other(name, place.layer is None)
+
+    @property
+    def left(self) -> list[str]:
+        """Tensors that experts change, and that are the shared part's alone."""
+        layout = self._described.layout
+        return [n for n in self._vectors.names if n not in self.taken and self._changed(n)
+                and layout[n].role is not Role.STATISTIC]  # fmt: skip
+
+    def _changed(self, *names: str | None) -> bool:
+        """Whether any expert changes any of these tensors."""
+        held = [name for name in names if name in self._vectors.base]
+        return any(bool(delta.norm2() > 0) for name in held for delta in self._vectors.at(name))
+
+    def _known(self, name: str) -> str:
+        """A tensor under the name that task vectors have it."""
+        return next((n for n in (name, self._stored.get(name, name)) if n in self._vectors.base),
+                    name)  # fmt: skip
+
+    def _linear(self, linear: LinearMap) -> None:
+        weight, base = self._known(linear.weight), self._model.get_submodule(linear.module)
+        if not self._changed(weight, linear.bias):
+            return
+        deltas = [turned(delta, linear.in_first) for delta in self._vectors.at(weight)]
+        own, dtype = self._method.exclusive(deltas), self._vectors.base[weight].dtype
+        shift = None
+        if linear.bias is not None and linear.bias in self._vectors.base:
+            each = torch.stack([delta.dense() for delta in self._vectors.at(linear.bias)])
+            shift = (each - self._method.scale * each.sum(dim=0)).to(dtype)
+            self.taken.add(linear.bias)
+        self.made[linear.module] = MixedLinear(
+            base, stacked(own, 1.0, dtype), shift, self._mixture
+        )
+        self.taken.add(weight)
+
+    def _stems(self) -> list[str]:
+        """Modules before the first block with tensors of their own beside children, neither with
+        linear layers nor norms inside: sums of convolutions, tokens and positions."""
+        found = []
+        for path, part in self._model.named_modules():
+            inside = [m for m in part.modules() if m is not part]
+            plain = all(isinstance(m, nn.Conv2d | nn.Embedding | nn.Dropout | nn.Identity)
+                        or not any(True for _ in m.parameters(recurse=False)) for m in inside)
+            names = [f"{path}.{n}".lstrip(".") for n, _ in part.named_parameters()]
+            outside = all(self._described.layout[n].layer is None for n in names)
+            own = any(True for _ in part.parameters(recurse=False))
+            nested = any(path.startswith(f"{other}.") for other in found)
+            if own and inside and plain and outside and not nested and path:
+                found.append(path)
+        return found
+
+    def _other(self, name: str, outside: bool) -> None:
+        path, known = owner_of(name), self._known(name)
+        if known not in self._vectors.base or path in self.made or not self._changed(known):
+            return
+        if any(path == made or path.startswith(f"{made}.") for made in self.made):
+            return
+        part = self._model.get_submodule(path)
+        if type(part) is nn.Embedding and outside:
+            deltas = list(self._vectors.at(known))
+            own, dtype = self._method.exclusive(deltas), self._vectors.base[known].dtype
+            up, down = (torch.stack([getattr(v, side) for v in own]).to(dtype)
+                        for side in ("up", "down"))  # fmt: skip
+            self.made[path] = MixedTable(part, FactorStack(up, down), self._mixture)
+            self.taken.add(known)
+        elif self._is_affine(name, part):
+            self._affine(path)
+
+    def _is_affine(self, name: str, part: nn.Module) -> bool:
+        leaf = not any(True for _ in part.children())
+        norm = self._described.layout[name].role is Role.NORM
+        return leaf and (norm or isinstance(part, nn.modules.conv._ConvNd))
+
+    def _affine(self, path: str) -> None:
+        part, vectors = self._model.get_submodule(path), self._vectors
+        names = {n: f"{path}.{n}" for n, _ in part.named_parameters()
+                 if self._changed(f"{path}.{n}")}  # fmt: skip
+        values = {
+            own: torch.stack([(vectors.base[n] + d.dense()).to(vectors.base[n].dtype)
+                              for d in vectors.at(n)])
+            for own, n in names.items()
+        }  # fmt: skip
+        if values:
+            self.made[path] = MixedAffine(part, values, self._mixture)
+            self.taken |= set(names.values())
+
+
+def uniform(experts: int) -> Router:
+    """w = 1/T for every input."""
+    return Router(0, experts, 0, start=1 / experts)
+
+
+def _factors(delta: Delta) -> Factors | None:
+    """A task vector as factors, if it is kept as such or an adapter left the tensor alone."""
+    if isinstance(delta, Factors):
+        return delta
+    if isinstance(delta, Sparse) and not len(delta.values):
+        rows, columns = delta.shape
+        return Factors(torch.zeros(rows, 0), torch.zeros(0, columns), delta.shape)
+    return None

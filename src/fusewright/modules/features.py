@@ -1,0 +1,194 @@
+"""One w for all layers of a model, by what the model without its experts sees in the input."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusewright.errors import PlanError
+from fusewright.modules.architecture import describe_module
+from fusewright.modules.mixture import Mixture, Routing, Text, input_reader, text_model
+from fusewright.modules.routers import Router
+
+
+class FeatureRouter(nn.Module):
+    """r(e) = W_3 h(W_2 h(W_1 e + b_1) + b_2) + b_3 with h = dropout(LeakyReLU(BatchNorm(·))):
+    features (n, inputs) to (n, experts), through twice as many hidden as inputs (Twin-Merging,
+    2406.15479). In float32, whatever the model is in.
+
+    Drawn as torch draws linear layers, by ``seed``; W_3 and b_3 begin as zero, so that all experts
+    are alike.
+    """
+
+    depth = 3
+
+    def __init__(self, inputs: int, experts: int, dropout: float = 0.5, seed: int = 0) -> None:
+        super().__init__()
+        self.inputs, self.experts = inputs, experts
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            wide = 2 * inputs
+            layers = [*_hidden(inputs, wide, dropout), *_hidden(wide, wide, dropout)]
+            last = nn.Linear(wide, experts)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(*layers, last)
+
+    def forward(self, features: Tensor) -> Tensor:
+        found: Tensor = self.layers(features.to(self.layers[0].weight.dtype))  # type: ignore
+        return found
+
+
+def _hidden(inputs: int, outputs: int, dropout: float) -> list[nn.Module]:
+    return [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.LeakyReLU(),
+            nn.Dropout(dropout)]  # fmt: skip
+
+
+class SharedMixture(Mixture):
+    """One w (samples, experts) for the whole model: softmax(r(e)), e the features of the input.
+
+    Features are found where the model is given its input, at ``entry``, which runs once more
+    without what experts add. A router of depth 0 says w itself. With a filled cache the w of the
+    prompt stays.
+    """
+
+    asleep = False
+    """Whether experts add nothing."""
+
+    def route(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the forward of the entry."""
+        if self.asleep:
+            return
+        if self.text is not None and self.text.continues:
+            self._check_prompt(_first(args, kwargs))
+        elif isinstance(self.router, Router):
+            self.weights = self.router.bias.detach()[None]
+        else:
+            with self.shared(), torch.no_grad():
+                found = _alone(module, args, kwargs)
+                self.weights = self.router(features(found, self.text)).softmax(dim=1)
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Inside, experts add nothing."""
+        before, self.asleep = self.asleep, True
+        try:
+            yield
+        finally:
+            self.asleep = before
+
+    def weights_for(self, inputs: Tensor) -> Tensor | None:  # type: ignore[override]
+        """w, for inputs (samples, …), or (1, …) for all; where a text has become several rows, one
+        behind the other (beams), each has its w. None where experts add nothing."""
+        if self.asleep:
+            return None
+        rows, count = len(inputs), 0 if self.weights is None else len(self.weights)
+        if self.weights is not None and count > 1 and rows != count:
+            if rows == 1:
+                return self.weights
+            if self.text is not None and rows % count == 0:
+                return self.weights.repeat_interleave(rows // count, dim=0)
+        return super().weights_for(inputs)
+
+
+class FeatureRouting(Routing):
+    """The router and the mixture of a whole model."""
+
+    def __init__(self, model: nn.Module, router: Router | FeatureRouter) -> None:
+        super().__init__([router])  # type: ignore[list-item]
+        entry = entry_of(model)
+        text = Text() if text_model(model, entry) == entry else None
+        if text is not None:
+            self._texts[entry] = text
+        self.mixtures = [SharedMixture(0, entry, router, "sample", text)]  # type: ignore[arg-type]
+
+    @property
+    def mixture(self) -> SharedMixture:
+        found = self.mixtures[0]
+        assert isinstance(found, SharedMixture)
+        return found
+
+    @contextmanager
+    def heard(self, model: nn.Module) -> Iterator[list[Tensor]]:
+        """Inside, experts add nothing, and the features of all that the model is called with are
+        collected: (samples, width) for each call."""
+        found: list[Tensor] = []
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            found.append(features(output, self.mixture.text).float())
+
+        entry = model.get_submodule(self.mixture.entry)
+        hooks = [entry.register_forward_hook(note)]
+        for text in self._texts.values():
+            hooks.append(entry.register_forward_pre_hook(text.note, with_kwargs=True))
+        try:
+            with self.mixture.shared():
+                yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def described(self) -> dict[str, Any]:
+        """What is needed, beside the tensors, to make this again."""
+        router = self.mixture.router
+        return {"kind": "features", "inputs": router.inputs, "experts": router.experts,
+                "depth": router.depth}  # fmt: skip
+
+    @classmethod
+    def restored(cls, model: nn.Module, said: Mapping[str, Any]) -> FeatureRouting:
+        """Of that description, for the base ``model``."""
+        fixed = said["depth"] == 0
+        router = Router if fixed else FeatureRouter
+        rest = {"depth": 0} if fixed else {}
+        return cls(model, router(said["inputs"], said["experts"], **rest))  # type: ignore[operator]
+
+
+def entry_of(model: nn.Module) -> str:
+    """The module that is given the user's input and holds the first block; "" is the whole."""
+    blocks = describe_module(model).blocks
+    return (input_reader(model, blocks[0].path) or "") if blocks else ""
+
+
+def features(output: Any, text: Text | None) -> Tensor:
+    """What a model sees in each input, (samples, width).
+
+    Of text the mean of the last hidden state over tokens that are no padding; of others the pooled
+    output, else the first token; of a bare tensor its mean over all but samples and width, which
+    comes last of three axes and second of four. Raises PlanError where there is none.
+    """
+    hidden = getattr(output, "last_hidden_state", output)
+    hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    pooled = getattr(output, "pooler_output", None)
+    if text is None and isinstance(pooled, Tensor):
+        hidden = pooled if pooled.dim() != 4 else pooled.mean(dim=(2, 3))
+    if not isinstance(hidden, Tensor) or hidden.dim() not in (2, 3, 4):
+        raise PlanError("the model's answer has no features to route by",
+                        expected="last_hidden_state, pooler_output or a tensor",
+                        found=type(output).__name__)  # fmt: skip
+    if hidden.dim() == 3:
+        if text is not None and text.mask is not None:
+            counts = (text.mask != 0).to(hidden)[..., None]
+            return (hidden * counts).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
+        whole = text is not None or hidden is output
+        return hidden.mean(dim=1) if whole else hidden[:, 0]
+    return hidden.mean(dim=(2, 3)) if hidden.dim() == 4 else hidden
+
+
+def _alone(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """The module's answer, which leaves no trace in a cache."""
+    signature = inspect.signature(module.forward)
+    if "past_key_values" not in signature.parameters:
+        return module.forward(*args, **kwargs)
+    given = dict(signature.bind_partial(*args, **kwargs).arguments)
+    given |= given.pop("kwargs", {})
+    given |= {"past_key_values": None, "use_cache": False}
+    return module.forward(**given)
+
+
+def _first(args: Any, kwargs: Any) -> Tensor:
+    return next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
