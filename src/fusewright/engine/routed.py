@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,21 @@ from fusewright.engine.state import MergedWeights, class_of, read_state
 from fusewright.errors import PlanError, WeightsError
 from fusewright.methods.contract import Context, Routed
 from fusewright.modules.batchnorm import call
+from fusewright.modules.features import FeatureRouting
+from fusewright.modules.masked import MASKS, TaskMasks
 from fusewright.modules.mixed import MixedLinear
+from fusewright.modules.mixed_rest import MixedAffine, MixedTable
 from fusewright.modules.mixture import ROUTING, Routing, fixed, weights_of
+from fusewright.modules.preferences import PREFERENCES, Preferences
 from fusewright.modules.routed import RoutedLinear, put_in
 from fusewright.weights import open_weights
 from fusewright.weights.names import canonical_names
 
 DESCRIPTION, FORMAT = "routed.json", 1
-_KINDS: dict[str, type[RoutedLinear] | type[MixedLinear]] = {
-    "linear": RoutedLinear, "mixed": MixedLinear,
+_KINDS: dict[str, type[Any]] = {
+    "linear": RoutedLinear, "mixed": MixedLinear, "table": MixedTable, "affine": MixedAffine,
 }  # fmt: skip
+_ROUTINGS: dict[str, type[Routing]] = {"routing": Routing, "features": FeatureRouting}
 
 
 @dataclass
@@ -81,10 +86,69 @@ class RoutedModel(Merged):
         for path in self.layers:
             layer = self.routed.get_submodule(path)
             state = {n: t for n, t in state.items() if not n.startswith(f"{path}.")}
-            if isinstance(layer, MixedLinear):
+            if isinstance(layer, MixedLinear | MixedTable | MixedAffine):
                 merged = layer.merged(weights_of(layer.mixture))
                 state |= {f"{path}.{name}": tensor for name, tensor in merged.items()}
         return state
+
+
+class ParetoModel(RoutedModel):
+    """A model whose weights follow a preference over the tasks, in memory; see
+    :class:`~fusewright.modules.preferences.Preferences`. What is saved has θ_0 and τ_t of the
+    selected tensors, and not their merge; opened by :func:`fusewright.load`, the module has
+    ``set_preference`` as well."""
+
+    @property
+    def preferences(self) -> Preferences:
+        found = self.routed.get_submodule(PREFERENCES)
+        assert isinstance(found, Preferences)
+        return found
+
+    def set_preference(self, preference: Sequence[float]) -> None:
+        """From now on the model is the merge for r, which is divided by its sum: one number for
+        each expert, in their order. Raises PlanError for what is no preference."""
+        self.preferences.set_preference(preference)
+
+    def unload(self, preference: Sequence[float] | None = None) -> Merged:
+        """The plain model of the base's architecture for r, or for what was set last."""
+        if preference is not None:
+            self.set_preference(preference)
+        self.preferences.refresh()
+        absent = set(self.left) - set(self.preferences.remade(self.routed))
+        state = {n: t.clone() for n, t in self.routed.state_dict().items()
+                 if n not in absent and not n.startswith(f"{PREFERENCES}.")}  # fmt: skip
+        r = self.preferences.preference.tolist()
+        return Merged(None, {**self.report, "preference": r}, {"recipe": {}}, state, self.source)
+
+
+class TaskModel(RoutedModel):
+    """A model that must be told the task of its inputs, in memory; see
+    :class:`~fusewright.modules.masked.TaskMasks`. Opened by :func:`fusewright.load`, the module has
+    ``set_task`` as well."""
+
+    @property
+    def masks(self) -> TaskMasks:
+        found = self.routed.get_submodule(MASKS)
+        assert isinstance(found, TaskMasks)
+        return found
+
+    def set_task(self, task: str) -> None:
+        """From now on the module answers as for that task. Raises PlanError if it is unknown."""
+        self.masks.set_task(task)
+
+    def unload(self, task: str | None = None) -> Merged:
+        """The plain model of one task, that which was told last if none is named."""
+        told = task or self.masks.task
+        if told is None:
+            raise PlanError("every task has its own plain model", fix="unload(task)",
+                            expected=", ".join(self.masks.tasks))  # fmt: skip
+        state = {n: t for n, t in self.state_dict().items() if not n.startswith(f"{MASKS}.")}
+        state |= self.masks.weights(told)
+        return Merged(None, {**self.report, "task": told}, {"recipe": {}}, state, self.source)
+
+
+_MODELS: dict[str, type[RoutedModel]] = {PREFERENCES: ParetoModel, MASKS: TaskModel}
+"""What is built of a method that answers with a child of that name."""
 
 
 def upscaled(method: Routed, context: Context) -> RoutedModel:
@@ -96,23 +160,31 @@ def upscaled(method: Routed, context: Context) -> RoutedModel:
     left = tuple(name for name in own if context.stored(name) not in known)
     parts = method.build(context)
     put_in(module, parts.layers, parts.tensors)
+    preferences = parts.layers.get(PREFERENCES)
+    if isinstance(preferences, Preferences):
+        left = (*left, *preferences.remade(module))
     of_base = sum(tensor.numel() for tensor in context.vectors().base.values())
-    layers = len(set(parts.layers) - {ROUTING})
+    layers = len(set(parts.layers) - {ROUTING, *_MODELS})
     sizes = {**counted(module, tuple(parts.layers)), "base": of_base, "layers": layers}
     report = {"method": method.spec(), "parameters": sizes, "fitted": dict(parts.report)}
-    return RoutedModel(None, report, {}, None, context.base, module, tuple(parts.layers), left)
+    given = (None, report, {}, None, context.base, module, tuple(parts.layers), left)
+    made = next((_MODELS[child] for child in _MODELS if child in parts.layers), RoutedModel)
+    return made(*given)
 
 
 def counted(module: nn.Module, layers: tuple[str, ...]) -> dict[str, int]:
     """How large a routed model is: floating-point numbers that are ``stored``, those of them that a
     method ``trained`` and that one input's answer depends on (``active``), and ``bytes``."""
-    state = module.state_dict()
+    preferences = getattr(module, PREFERENCES, None)
+    again = preferences.remade(module) if isinstance(preferences, Preferences) else ()
+    state = {name: t for name, t in module.state_dict().items() if name not in again}
     stored = sum(t.numel() for t in state.values() if t.is_floating_point())
     made = [module.get_submodule(path) for path in layers]
     added = sum(_added(layer) for layer in made)
     return {
         "stored": stored,
-        "trained": sum(p.numel() for r in made if isinstance(r, Routing) for p in r.parameters()),
+        "trained": sum(p.numel() for r in made if isinstance(r, Routing | Preferences)
+                       for p in r.parameters()),
         "active": stored - added + sum(int(layer.active) for layer in made),  # type: ignore
         "bytes": sum(t.nbytes for t in state.values()),
     }
@@ -150,14 +222,22 @@ def _restored(
     model: nn.Module, said: Mapping[str, Mapping[str, Any]], state: Mapping[str, Tensor], path: Path
 ) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {}
-    routing = Routing.restored(model, said[ROUTING]) if ROUTING in said else None
+    routing: Routing | None = None
+    if ROUTING in said:
+        routing = _ROUTINGS[said[ROUTING]["kind"]].restored(model, said[ROUTING])
     for at, layer in said.items():
-        if layer["kind"] == "routing":
+        if layer["kind"] in _ROUTINGS:
             assert routing is not None
             layers[at] = routing
             continue
         tensors = {n.removeprefix(f"{at}."): t for n, t in state.items() if n.startswith(f"{at}.")}
         try:
+            if layer["kind"] == PREFERENCES:
+                layers[at] = Preferences.restored(layer, tensors)
+                continue
+            if layer["kind"] == MASKS:
+                layers[at] = TaskMasks.restored(layer, tensors)
+                continue
             cls = _KINDS[layer["kind"]]
             layers[at] = cls.restored(model.get_submodule(at), layer, tensors, routing)
         except (KeyError, AttributeError) as error:
