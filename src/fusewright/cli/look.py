@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,8 @@ import typer
 from fusewright.cli._print import print_json, print_tables, size
 from fusewright.cli._progress import shown
 from fusewright.cli._shared import Folder, Json, Memory, Models, Threads, add
+from fusewright.cli.suite import Data, Pool, suite_names
+from fusewright.errors import RecipeError
 
 
 def register(app: typer.Typer) -> None:
@@ -20,6 +23,7 @@ def register(app: typer.Typer) -> None:
         "fusewright inspect base/",
         "fusewright inspect base/ math/ code/ --png differences.png",
         "fusewright inspect base/ math/ --json > math.json",
+        "fusewright inspect --backdoor merged/ --suite vision-mini --data data/",
     )
     add(
         app,
@@ -33,6 +37,18 @@ def register(app: typer.Typer) -> None:
 def inspect(
     models: Models,
     png: Annotated[Path | None, typer.Option(help="Draw it, too.", dir_okay=False)] = None,
+    backdoor: Annotated[
+        bool,
+        typer.Option("--backdoor", help="Search each model for classes that one small change of "
+                     "all pictures leads to; needs --suite."),
+    ] = False,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="Whose pictures and heads the search uses.", autocompletion=suite_names),
+    ] = None,
+    pool: Pool = None,
+    data: Data = None,
+    limit: Annotated[int, typer.Option(min=2, help="Pictures of each task for the search.")] = 256,
     threads: Threads = None,
     memory: Memory = "1GiB",
     json: Json = False,
@@ -41,7 +57,14 @@ def inspect(
 
     Of two models or more, the first is the base; shown are norms of task vectors, cosines and sign
     conflicts, over the model and by layer.
+
+    With --backdoor, each model is searched on unlabelled pictures of a suite's tasks, with the
+    suite's heads: a class that is much easier to lead to than others is a reason to look closer. It
+    is an estimate, and never shows that a model is clean.
     """
+    if backdoor or suite is not None:
+        _look(models, backdoor, suite, pool, data, limit, threads, json)
+        return
     from fusewright.engine import Options, inspect_models, parse_size
 
     workers = Options(threads=threads).workers
@@ -52,6 +75,33 @@ def inspect(
     if png is not None:
         found.save_png(png)
     _show(found, json)
+
+
+def _look(
+    models: list[str], backdoor: bool, suite: str | None, pool: Path | None, data: Path | None,
+    limit: int, threads: int | None, json: bool,
+) -> None:  # fmt: skip
+    if not backdoor or suite is None:
+        raise RecipeError(
+            "a search for backdoors takes --backdoor and --suite together", found=(
+                "--backdoor alone" if backdoor else "--suite alone"
+            ), fix="fusewright inspect --backdoor MODEL --suite NAME --data DIR",
+        )  # fmt: skip
+    from fusewright.bench.backdoors.looking import look
+    from fusewright.bench.digits.model import threads as using
+    from fusewright.bench.suite import suite as open_suite
+    from fusewright.engine import Options
+
+    opened = open_suite(suite, pool=pool, data=data)
+    tell = None if json else lambda task: print(f"searching {task}", file=sys.stderr)
+    with using(Options(threads=threads).workers):
+        found = {model: look(opened, model, limit=limit, progress=tell) for model in models}
+    if json:
+        print_json({model: one.to_json() for model, one in found.items()})
+        return
+    for model, one in found.items():
+        print(model)
+        print_tables(one.tables())
 
 
 def check(

@@ -35,7 +35,7 @@ class ConcreteMasks(nn.Module):
         self.temperature, self.seed = temperature, seed
         self._at = {name: at for at, name in enumerate(shapes)}
         self.logits = nn.ParameterList(
-            nn.Parameter(torch.zeros(_mask_shape(shape, size))) for shape in shapes.values()
+            nn.Parameter(torch.zeros(mask_shape(shape, size))) for shape in shapes.values()
         )
 
     def drawn(self, name: str, number: int) -> Tensor:
@@ -109,7 +109,7 @@ def _expected_at(x: Tensor, temperature: float) -> Tensor:
     return total
 
 
-def _mask_shape(shape: torch.Size, size: Size) -> torch.Size:
+def mask_shape(shape: torch.Size, size: Size) -> torch.Size:
     if size == "element" or len(shape) < 2:
         return shape
     return torch.Size((shape[0], *(1 for _ in shape[1:])))

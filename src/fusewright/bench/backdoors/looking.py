@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     Ask = Callable[[Tensor], Tensor]
 
 BATCH = 64
-OUTLIER = 2.0
-"""Of an anomaly index: Neural Cleanse's, two-sided 95 % of a normal distribution."""
+OUTLIER = 3.5
+"""Of an anomaly index (Iglewicz & Hoaglin 1993). Neural Cleanse has 2, which some class of a clean
+model passes often enough, where every class of many tasks is looked at."""
 FEWEST = 5
 """Classes of which a median and a deviation say something."""
 CAUTION = (

@@ -10,7 +10,8 @@ from fusewright.methods.contract import Method
 from fusewright.methods.learned._adamerging import AdaMerging
 from fusewright.methods.learned._concrete import Concrete
 from fusewright.methods.learned._dam import DAM
+from fusewright.methods.learned._pruning import ANP, AWM
 
-METHODS: tuple[type[Method], ...] = (AdaMerging, Concrete, DAM)
+METHODS: tuple[type[Method], ...] = (AdaMerging, ANP, AWM, Concrete, DAM)
 
-__all__ = ["DAM", "METHODS", "AdaMerging", "Concrete"]
+__all__ = ["ANP", "AWM", "DAM", "METHODS", "AdaMerging", "Concrete"]

@@ -1,0 +1,197 @@
+"""Triggers, poisoned experts, attack success, and the search for backdoors."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("transformers")
+
+import torch  # noqa: E402
+
+from fusewright.bench.backdoors import (  # noqa: E402
+    Blend,
+    Patch,
+    Poisoning,
+    Universal,
+    look,
+    poisoned_expert,
+    rates,
+    surviving_trigger,
+)
+from fusewright.bench.backdoors.looking import CAUTION, anomaly_indices  # noqa: E402
+from fusewright.bench.backdoors.measuring import Rates, attack_success, summary  # noqa: E402
+from fusewright.errors import FusewrightError, OutputError, RecipeError  # noqa: E402
+from fusewright.modules.perturbations import Ball  # noqa: E402
+from fusewright.tasks.pictures import Pictures  # noqa: E402
+from tiny_suite import built  # noqa: E402
+
+ABLE = {"width": 32, "layers": 2, "batch": 64, "base_steps": 80, "expert_steps": 30,
+        "multitask_steps": 1}  # fmt: skip
+TARGET = 3
+PATCH = Patch(size=3, margin=0)
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    build = {"builder": "digits", "parameters": ABLE}
+    experts = {"digit": "digit", "parity": "parity"}
+    return built(tmp_path_factory.mktemp("suite"), build=build, experts=experts, seeds=[0])
+
+
+@pytest.fixture(scope="module")
+def poisoned(suite, tmp_path_factory):
+    poisoning = Poisoning(PATCH, TARGET, rate=0.2)
+    out = tmp_path_factory.mktemp("poisoned") / "digit"
+    return poisoned_expert(suite, "digit", poisoning, out=out, steps=90)
+
+
+def pictures(count: int = 40, size: int = 8, channels: int = 1) -> torch.Tensor:
+    return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+TRIGGERS = [PATCH, Patch(size=2, corner="top left"), Blend(), Universal(torch.full((1, 8, 8), 0.3))]
+
+
+@pytest.mark.parametrize("trigger", TRIGGERS, ids=lambda t: t.kind)
+def test_a_trigger_is_always_the_same_and_leaves_pixels_pixels(trigger) -> None:
+    raw = pictures()
+    before = raw.clone()
+    found = trigger.on(raw)
+    assert raw.equal(before) and not found.equal(raw)
+    assert found.equal(trigger.on(raw)) and found[:3].equal(trigger.on(raw[:3]))
+    assert float(found.min()) >= 0 and float(found.max()) <= 1
+    assert trigger.said() == type(trigger)(**vars(trigger)).said()
+
+
+def test_a_patch_is_where_it_is_said_to_be_and_nowhere_else() -> None:
+    found = Patch(size=2, margin=1, corner="bottom left").on(torch.full((1, 3, 6, 6), 0.5))
+    changed = found[0] != 0.5
+    assert changed[:, 3:5, 1:3].all() and int(changed.sum()) == 12
+    assert found[0, :, 3:5, 1:3].equal(torch.tensor([[1.0, 0], [0, 1]]).expand(3, 2, 2))
+
+
+def test_pictures_are_triggered_in_raw_pixels_not_in_normalised_ones() -> None:
+    how = Pictures("pixel_values", (0.5,), (0.25,))
+    batch = {"pixel_values": (pictures() - 0.5) / 0.25, "items": torch.arange(40)}
+    shown = how.changed(batch, Universal(torch.full((1, 8, 8), 9.0)).on(how.raw(batch)))
+    torch.testing.assert_close(shown["pixel_values"], torch.full_like(batch["pixel_values"], 2.0))
+    assert shown["items"] is batch["items"]
+
+
+def poison_batch(**settings):
+    labels = torch.arange(4000) % 5
+    raw = torch.full((4000, 1, 4, 4), 0.5)
+    batch = {"images": raw, "labels": labels, "items": torch.arange(4000)}
+    poisoning = Poisoning(Patch(size=1), 2, rate=0.25, **settings)
+    return batch, poisoning, poisoning.poisoned(Pictures("images"), batch)
+
+
+def test_dirty_labels_poison_the_rate_of_other_classes_with_the_target() -> None:
+    batch, _, found = poison_batch()
+    triggered = (found["images"] != batch["images"]).flatten(1).any(1)
+    assert not triggered[batch["labels"] == 2].any()
+    assert float(triggered[batch["labels"] != 2].float().mean()) == pytest.approx(0.25, abs=0.03)
+    assert (found["labels"][triggered] == 2).all()
+    assert found["labels"][~triggered].equal(batch["labels"][~triggered])
+
+
+def test_clean_labels_trigger_the_target_class_alone_and_change_no_label() -> None:
+    batch, _, found = poison_batch(clean_label=True)
+    triggered = (found["images"] != batch["images"]).flatten(1).any(1)
+    assert found["labels"].equal(batch["labels"])
+    assert not triggered[batch["labels"] != 2].any()
+    assert float(triggered[batch["labels"] == 2].float().mean()) == pytest.approx(0.25, abs=0.06)
+
+
+def test_the_same_rows_are_poisoned_in_every_batch_and_others_by_another_seed() -> None:
+    batch, poisoning, _ = poison_batch()
+    whole = poisoning.chosen(batch["labels"], batch["items"])
+    order = torch.randperm(4000, generator=torch.Generator().manual_seed(1))
+    for some in order.split(37):
+        assert poisoning.chosen(batch["labels"][some], some).equal(whole[some])
+    other = Poisoning(Patch(size=1), 2, rate=0.25, seed=1)
+    assert not other.chosen(batch["labels"], batch["items"]).equal(whole)
+
+
+def test_attack_success_by_hand() -> None:
+    labels = torch.tensor([0, 0, 1, 2, 2, 1])
+    predicted = torch.tensor([2, 0, 2, 2, 2, 1])
+    assert attack_success(predicted, labels, 2) == (0.5, 4)
+    assert attack_success(torch.tensor([1]), torch.tensor([1]), 1) == (None, 0)
+    found = {"a": Rates(0.9, 0.8, 10, 5), "b": Rates(0.7, 0.2, 10, 5), "c": Rates(0.5, None, 10, 0)}
+    said = summary(found, ["a"])
+    assert (said["succession"], said["transfer"]) == (0.8, 0.2)
+    assert said["accuracy"] == pytest.approx(0.7)
+
+
+def test_an_anomaly_is_measured_in_deviations_of_the_median() -> None:
+    found = anomaly_indices([0.1, 0.2, 0.3, 0.4, 0.9])
+    assert found[4] == pytest.approx(0.6 / (1.4826 * 0.1)) and found[2] == 0
+    assert anomaly_indices([0.1, 0.9]) == [None, None]
+    assert anomaly_indices([0.0] * 9 + [1.0])[-1] == pytest.approx(1 / 0.014826)
+
+
+def test_a_poisoned_expert_has_a_backdoor_and_keeps_its_accuracy(suite, poisoned) -> None:
+    clean = rates(suite, suite.open(suite.experts["digit"]), PATCH, TARGET, tasks=["digit"])
+    bad = rates(suite, suite.open(poisoned.path), PATCH, TARGET, tasks=["digit", "parity"])
+    assert bad["digit"].success > 0.8 > 0.3 > clean["digit"].success
+    assert bad["digit"].accuracy > clean["digit"].accuracy - 0.1
+    assert bad["parity"].success is None and bad["parity"].items == 500
+
+
+def test_the_search_flags_the_target_of_a_poisoned_expert_above_all(suite, poisoned) -> None:
+    options = {"tasks": ["digit"], "steps": 20, "limit": 160}
+    found = look(suite, poisoned.path, **options)
+    assert [risk.target for risk in found.flagged()][:1] == [TARGET]
+    clean = look(suite, suite.experts["digit"], **options)
+    assert TARGET not in [risk.target for risk in clean.flagged()]
+    assert found == look(suite, poisoned.path, **options)
+    assert {r.target for r in found.risks} == set(range(10))
+
+
+def test_the_search_never_says_that_a_model_is_clean(suite, poisoned) -> None:
+    found = look(suite, poisoned.path, tasks=["parity"], steps=1, limit=8)
+    assert found.to_json()["caution"] == CAUTION and "Nothing" in CAUTION
+    said = "\n".join(table.text() for table in found.tables())
+    assert CAUTION in said and "unlabelled" in said and not found.flagged()
+
+
+def test_a_poisoning_is_part_of_what_an_expert_is(suite, poisoned) -> None:
+    again = poisoned_expert(suite, "digit", Poisoning(PATCH, TARGET, rate=0.2), out=poisoned.path,
+                            steps=90)  # fmt: skip
+    assert again == poisoned
+    with pytest.raises(OutputError, match="another run"):
+        poisoned_expert(suite, "digit", Poisoning(PATCH, 4, rate=0.2), out=poisoned.path, steps=90)
+
+
+def test_a_surviving_trigger_stays_in_its_ball_and_works_between_base_and_expert(suite) -> None:
+    ball = Ball("linf", 0.25)
+    trigger = surviving_trigger(suite, "digit", TARGET, ball=ball, steps=30, limit=200)
+    assert float(trigger.delta.abs().max()) <= 0.25 + 1e-6
+    model = suite.open(suite.experts["digit"])
+    noise = Universal(0.25 * torch.sign(trigger.delta.flip(1, 2)))
+    found, random = (rates(suite, model, t, TARGET, tasks=["digit"], limit=200)["digit"].success
+                     for t in (trigger, noise))  # fmt: skip
+    assert found > random + 0.2
+    same = surviving_trigger(suite, "digit", TARGET, ball=ball, steps=30, limit=200)
+    assert same.said() == trigger.said()
+
+
+def test_what_cannot_be_is_refused(suite, tmp_path) -> None:
+    with pytest.raises(RecipeError, match="no such class"):
+        poisoned_expert(suite, "parity", Poisoning(PATCH, 2), out=tmp_path / "a")
+    with pytest.raises(RecipeError, match="no such class"):
+        surviving_trigger(suite, "digit", 10)
+    with pytest.raises(RecipeError, match="larger than the pictures"):
+        Patch(size=9).on(pictures())
+    with pytest.raises(RecipeError, match="another shape"):
+        Universal(torch.zeros(3, 8, 8)).on(pictures())
+    with pytest.raises(FusewrightError, match="no task"):
+        look(suite, suite.base, tasks=["none"])
+    for wrong in ({"rate": 0.0}, {"rate": 1.5}, {"target": -1}):
+        with pytest.raises(RecipeError):
+            Poisoning(**{"trigger": PATCH, "target": 0, **wrong})
+    for settings in ({"steps": 0}, {"limit": 1}):
+        with pytest.raises(RecipeError, match="steps and pictures"):
+            look(suite, suite.base, **settings)
