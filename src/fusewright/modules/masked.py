@@ -19,8 +19,8 @@ _BITS = 8
 class TaskMasks(nn.Module):
     """θ_t = θ_0 + s_t M_t ⊙ τ of the tensors ``names``, in place of θ_0 once the task is told.
 
-    ``vector`` (n,) is τ of all of them, one behind the other; ``masks`` (tasks, bytes) uint8 are the
-    bits of M_t, every tensor's from a byte of its own; ``scales`` (tasks,) float32 are s_t.
+    ``vector`` (n,) is τ of all of them, one behind the other; ``masks`` (tasks, bytes) uint8 are
+    the bits of M_t, every tensor's from a byte of its own; ``scales`` (tasks,) float32 are s_t.
     ``kept`` (tasks, k) are changes of the tensors ``statistics`` that no mask may touch. A child of
     the model under :data:`MASKS`; :meth:`listen` gives the model ``tasks``, their names, and
     ``set_task``. State dicts hold θ_0 whatever the task.
