@@ -145,7 +145,7 @@ class FeatureRouting(Routing):
         fixed = said["depth"] == 0
         router = Router if fixed else FeatureRouter
         rest = {"depth": 0} if fixed else {}
-        return cls(model, router(said["inputs"], said["experts"], **rest))  # type: ignore[operator]
+        return cls(model, router(said["inputs"], said["experts"], **rest))
 
 
 def entry_of(model: nn.Module) -> str:

@@ -52,11 +52,11 @@ class MixedTable(_Mixed):
         indices = indices[None] if indices.dim() == 1 else indices
         weights, found = self.mixture.weights_for(indices), self.base(indices)
         if weights is None:
-            return found  # type: ignore[no-any-return]
+            return found
         for expert, (up, down) in enumerate(zip(self.stack.up, self.stack.down, strict=True)):
             shares = _beside(weights[:, expert], found)
             found = found + shares * (up[indices] @ down).to(found)
-        return found  # type: ignore[no-any-return]
+        return found
 
     def merged(self, weights: Tensor) -> dict[str, Tensor]:
         """The table for one w (experts,)."""

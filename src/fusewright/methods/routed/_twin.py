@@ -237,7 +237,7 @@ class _Layers:
 
     def _changed(self, *names: str | None) -> bool:
         """Whether any expert changes any of these tensors."""
-        held = [name for name in names if name in self._vectors.base]
+        held = [name for name in names if name is not None and name in self._vectors.base]
         return any(bool(delta.norm2() > 0) for name in held for delta in self._vectors.at(name))
 
     def _known(self, name: str) -> str:
@@ -264,7 +264,7 @@ class _Layers:
     def _stems(self) -> list[str]:
         """Modules before the first block with tensors of their own beside children, neither with
         linear layers nor norms inside: sums of convolutions, tokens and positions."""
-        found = []
+        found: list[str] = []
         for path, part in self._model.named_modules():
             inside = [m for m in part.modules() if m is not part]
             plain = all(isinstance(m, nn.Conv2d | nn.Embedding | nn.Dropout | nn.Identity)
