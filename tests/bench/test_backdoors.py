@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 
-import torch  # noqa: E402
+import torch
 
-from fusewright.bench.backdoors import (  # noqa: E402
+from fusewright.bench.backdoors import (
     Blend,
     Patch,
     Poisoning,
@@ -19,12 +19,12 @@ from fusewright.bench.backdoors import (  # noqa: E402
     rates,
     surviving_trigger,
 )
-from fusewright.bench.backdoors.looking import CAUTION, anomaly_indices  # noqa: E402
-from fusewright.bench.backdoors.measuring import Rates, attack_success, summary  # noqa: E402
-from fusewright.errors import FusewrightError, OutputError, RecipeError  # noqa: E402
-from fusewright.modules.perturbations import Ball  # noqa: E402
-from fusewright.tasks.pictures import Pictures  # noqa: E402
-from tiny_suite import built  # noqa: E402
+from fusewright.bench.backdoors.looking import CAUTION, anomaly_indices
+from fusewright.bench.backdoors.measuring import Rates, attack_success, summary
+from fusewright.errors import FusewrightError, OutputError, RecipeError
+from fusewright.modules.perturbations import Ball
+from fusewright.tasks.pictures import Pictures
+from tiny_suite import built
 
 ABLE = {"width": 32, "layers": 2, "batch": 64, "base_steps": 80, "expert_steps": 30,
         "multitask_steps": 1}  # fmt: skip

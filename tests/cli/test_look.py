@@ -106,3 +106,26 @@ def test_demo_prints_its_tables_or_its_json(
     assert f"{tmp_path}/report.html" in shown.stdout
     assert json.loads(run("demo", "-o", tmp_path, "--json").stdout) == {"schema": 1}
     assert calls == [(tmp_path, True), (tmp_path, False)]
+
+
+def test_a_search_for_backdoors_needs_a_suite_and_a_suite_a_search(run: Any) -> None:
+    for given in (("--backdoor",), ("--suite", "digits")):
+        result = run("inspect", "merged", *given)
+        assert result.exit_code == 2 and "--backdoor MODEL --suite NAME" in result.stderr
+
+
+def test_a_search_says_each_class_and_that_nothing_is_proven(run: Any, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("transformers")
+    from tiny_suite import built
+
+    suite = built(tmp_path)
+    asked = ("inspect", "--backdoor", suite.base, "--suite", tmp_path / "tiny.yaml", "--pool",
+             tmp_path / "pool", "--limit", "8", "--threads", "1")  # fmt: skip
+    (found,) = json.loads(run(*asked, "--json").stdout).values()
+    assert [(risk["task"], risk["target"]) for risk in found["risks"]] == [
+        *(("digit", digit) for digit in range(10)), ("parity", 0), ("parity", 1),
+    ]  # fmt: skip
+    assert "Nothing here shows that a model has no backdoor" in found["caution"]
+    text = run(*asked)
+    assert found["caution"] in text.stdout and "searching parity" in text.stderr
