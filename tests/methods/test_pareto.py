@@ -165,8 +165,9 @@ def test_all_takes_attention_norms_and_embeddings_apart() -> None:
     names = [n for n, _ in base.named_parameters()]
     places = selected(describe_module(base).layout, names, "all")
     assert places.keys() == set(names) and len(set(places.values())) == 2 * 4 + 3
-    assert places["transformer.h.0.attn.c_attn.weight"] == places["transformer.h.0.attn.c_proj.bias"]
-    assert places["transformer.h.0.ln_1.weight"] == places["transformer.h.0.ln_1.bias"]
+    first = "transformer.h.0"
+    assert places[f"{first}.attn.c_attn.weight"] == places[f"{first}.attn.c_proj.bias"]
+    assert places[f"{first}.ln_1.weight"] == places[f"{first}.ln_1.bias"]
     attention = selected(describe_module(base).layout, names, r"h\.\d+\.attn$")
     assert len(set(attention.values())) == 2 and all(".attn." in name for name in attention)
 
@@ -220,7 +221,7 @@ def test_losses_fall_as_preferred(how: str) -> None:
         data[name] = [{"input": x, "labels": model(x).argmax(dim=1)} for x in inputs]
     made, start = (
         fw.merge(ParetoSet(steps=steps, batch=32, modules="all", scalarise=how, rate=0.03),
-                 base=base, experts=others, data=data) for steps in (150, 0)
+                 base=base, experts=others, data=data) for steps in (500, 0)
     )  # fmt: skip
 
     def losses(model: Any, r: tuple[float, float]) -> list[float]:
@@ -229,14 +230,14 @@ def test_losses_fall_as_preferred(how: str) -> None:
             return [sum(float(nn.functional.cross_entropy(model.module()(b["input"]), b["labels"]))
                         for b in batches) for batches in data.values()]  # fmt: skip
 
-    for r in ((0.95, 0.05), (0.5, 0.5), (0.05, 0.95)):
+    for r in ((0.95, 0.05), (0.05, 0.95)):
         before, after = (sum(w * loss for w, loss in zip(r, losses(model, r), strict=True))
                          for model in (start, made))  # fmt: skip
-        assert after < (before if 0.5 in r else 0.9 * before)
+        assert after < 0.9 * before
     one, two = losses(made, (0.95, 0.05)), losses(made, (0.05, 0.95))
     assert one[0] < two[0] and one[1] > two[1]
     if how == "epo":
-        assert made.report["fitted"]["epo"] == {"solved": 150, "failures": 0}
+        assert made.report["fitted"]["epo"] == {"solved": 500, "failures": 0}
 
 
 def test_the_same_seed_learns_the_same_and_draws_by_step() -> None:

@@ -11,8 +11,12 @@ if TYPE_CHECKING:
     from fusewright.tasks.adaptation import Adaptation
 
 
-def data_of(said: AdaptationData) -> Adaptation:
-    """A suite's tasks, opened. Raises SuiteError as :func:`~fusewright.bench.suite.suite` does."""
+def data_of(said: AdaptationData, labels: bool = False) -> Adaptation:
+    """A suite's tasks, opened, with labels for methods that need them.
+
+    Raises SuiteError as :func:`~fusewright.bench.suite.suite` does.
+    """
     opened = suite(said.suite, pool=said.pool, data=said.data, seed=said.seed,
                    variant=said.variant)  # fmt: skip
-    return opened.unlabelled(part=said.split, limit=said.limit)
+    rows = opened.labelled if labels else opened.unlabelled
+    return rows(part=said.split, limit=said.limit)

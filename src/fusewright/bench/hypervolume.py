@@ -12,8 +12,8 @@ Point = tuple[float, ...]
 
 def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
     """The volume of {y : reference ≤ y ≤ p for a p of ``points``}: larger is better in every one of
-    the two or three coordinates. Points that do not exceed ``reference`` in all of them add nothing.
-    (*Multiobjective evolutionary algorithms*, Zitzler and Thiele 1999.)
+    the two or three coordinates; points that do not exceed ``reference`` in all add nothing
+    (*Multiobjective evolutionary algorithms*, Zitzler and Thiele 1999).
 
     Sweeps: O(n log n) in two dimensions, O(n²) in three.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -216,14 +216,26 @@ class Suite:
         asked = {name: self._question(name, part, limit) for name in self.spec.merged}
         return Adaptation(asked, self._opened, size, seed)
 
-    def _question(self, name: str, part: str, limit: int | None) -> Question:
+    def labelled(
+        self, size: int = 32, *, part: str = "train", seed: int = 0, limit: int | None = None
+    ) -> Adaptation:
+        """As :meth:`unlabelled`, with the labels, and of the rows that experts learned from."""
+        from fusewright.tasks.adaptation import Adaptation
+
+        asked = {name: self._question(name, part, limit, LABELS) for name in self.spec.merged}
+        return Adaptation(asked, self._opened, size, seed)
+
+    def _question(
+        self, name: str, part: str, limit: int | None, shown: Sequence[str] = ()
+    ) -> Question:
         from fusewright.tasks.adaptation import Question
 
         def epoch(size: int, seed: int) -> Iterator[Batch]:
             for batch in self.tasks[name].batches(
                 self.ready(name, part), size, seed=seed, limit=limit
             ):
-                yield {key: value for key, value in batch.items() if key not in LABELS}
+                yield {key: value for key, value in batch.items()
+                       if key in shown or key not in LABELS}  # fmt: skip
 
         pictures = getattr(self.tasks[name], "pictures", None)
         return Question(name, self.tasks[name].logits, epoch, pictures)

@@ -150,8 +150,9 @@ def execute(recipe: Any, options: Options, out: Path, *, quiet: bool, as_json: b
     given = {}
     if recipe.data is not None:
         from fusewright.bench.adaptation import data_of
+        from fusewright.engine.planner import recipe_method
 
-        given["data"] = data_of(recipe.data)
+        given["data"] = data_of(recipe.data, recipe_method(recipe).card.data == "labelled")
     with resumable(out), shown(quiet) as progress:
         merged = run(recipe, out, options, progress, **given)
     if as_json:

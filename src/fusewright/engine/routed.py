@@ -41,6 +41,8 @@ class RoutedModel(Merged):
     routed: nn.Module = field(default_factory=nn.Module, repr=False)
     layers: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+    stored: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """{the module's name: what the base's checkpoint calls it}, where they differ."""
 
     def module(self) -> nn.Module:
         return self.routed
@@ -115,7 +117,7 @@ class ParetoModel(RoutedModel):
             self.set_preference(preference)
         self.preferences.refresh()
         absent = set(self.left) - set(self.preferences.remade(self.routed))
-        state = {n: t.clone() for n, t in self.routed.state_dict().items()
+        state = {self.stored.get(n, n): t.clone() for n, t in self.routed.state_dict().items()
                  if n not in absent and not n.startswith(f"{PREFERENCES}.")}  # fmt: skip
         r = self.preferences.preference.tolist()
         return Merged(None, {**self.report, "preference": r}, {"recipe": {}}, state, self.source)
@@ -155,6 +157,7 @@ def upscaled(method: Routed, context: Context) -> RoutedModel:
     """The base's module with what a method builds."""
     module = context.module()
     own = [name for name, _ in module.named_parameters()]
+    stored = {name: context.stored(name) for name in module.state_dict()}
     with open_weights(context.base) as base:
         known = canonical_names(list(base), "base")[0]
     left = tuple(name for name in own if context.stored(name) not in known)
@@ -167,7 +170,7 @@ def upscaled(method: Routed, context: Context) -> RoutedModel:
     layers = len(set(parts.layers) - {ROUTING, *_MODELS})
     sizes = {**counted(module, tuple(parts.layers)), "base": of_base, "layers": layers}
     report = {"method": method.spec(), "parameters": sizes, "fitted": dict(parts.report)}
-    given = (None, report, {}, None, context.base, module, tuple(parts.layers), left)
+    given = (None, report, {}, None, context.base, module, tuple(parts.layers), left, stored)
     made = next((_MODELS[child] for child in _MODELS if child in parts.layers), RoutedModel)
     return made(*given)
 
