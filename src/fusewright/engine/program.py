@@ -108,7 +108,8 @@ class Trials(Context):
         return self._vectors
 
     def merge(self, method: Method, experts: Sequence[str] | None = None) -> Mapping[str, Tensor]:
-        return run(with_method(self._recipe, method, experts), None, self._options).state_dict()
+        recipe = with_method(self._recipe, method, experts)
+        return run(recipe, None, self._options, data=self.data).state_dict()
 
     def evaluate(self, weights: Mapping[str, Tensor]) -> float:
         if self._evaluate is None:

@@ -23,6 +23,7 @@ from fusewright.modules.mixed_rest import MixedAffine, MixedTable
 from fusewright.modules.mixture import ROUTING, Routing, fixed, weights_of
 from fusewright.modules.preferences import PREFERENCES, Preferences
 from fusewright.modules.routed import RoutedLinear, put_in
+from fusewright.modules.surgery import SURGERY, Surgery
 from fusewright.weights import open_weights
 from fusewright.weights.names import canonical_names
 
@@ -149,7 +150,23 @@ class TaskModel(RoutedModel):
         return Merged(None, {**self.report, "task": told}, {"recipe": {}}, state, self.source)
 
 
-_MODELS: dict[str, type[RoutedModel]] = {PREFERENCES: ParetoModel, MASKS: TaskModel}
+class SurgeryModel(RoutedModel):
+    """A merge whose features are corrected for the task that it is told, in memory; see
+    :class:`~fusewright.modules.surgery.Surgery`."""
+
+    def set_task(self, task: str) -> None:
+        """From now on the module answers as for that task. Raises PlanError if it is unknown."""
+        self.routed.set_task(task)  # type: ignore[operator]
+
+    def unload(self, inputs: Any = None) -> Merged:
+        """Raises PlanError: the correction is no part of the base's architecture."""
+        raise PlanError("the base's architecture has no place for a correction of features",
+                        fix="merge by what the method's merger says")  # fmt: skip
+
+
+_MODELS: dict[str, type[RoutedModel]] = {
+    PREFERENCES: ParetoModel, MASKS: TaskModel, SURGERY: SurgeryModel,
+}  # fmt: skip
 """What is built of a method that answers with a child of that name."""
 
 
@@ -186,7 +203,7 @@ def counted(module: nn.Module, layers: tuple[str, ...]) -> dict[str, int]:
     added = sum(_added(layer) for layer in made)
     return {
         "stored": stored,
-        "trained": sum(p.numel() for r in made if isinstance(r, Routing | Preferences)
+        "trained": sum(p.numel() for r in made if isinstance(r, Routing | Preferences | Surgery)
                        for p in r.parameters()),
         "active": stored - added + sum(int(layer.active) for layer in made),  # type: ignore
         "bytes": sum(t.nbytes for t in state.values()),
@@ -238,8 +255,9 @@ def _restored(
             if layer["kind"] == PREFERENCES:
                 layers[at] = Preferences.restored(layer, tensors)
                 continue
-            if layer["kind"] == MASKS:
-                layers[at] = TaskMasks.restored(layer, tensors)
+            if layer["kind"] in (MASKS, SURGERY):
+                told: type[TaskMasks | Surgery] = TaskMasks if at == MASKS else Surgery
+                layers[at] = told.restored(layer, tensors)
                 continue
             cls = _KINDS[layer["kind"]]
             layers[at] = cls.restored(model.get_submodule(at), layer, tensors, routing)

@@ -9,9 +9,15 @@ from fusewright.methods.contract import Method
 from fusewright.methods.routed._masked import EMR, Tall
 from fusewright.methods.routed._pareto import ParetoSet
 from fusewright.methods.routed._smile import Smile
+from fusewright.methods.routed._surgery import RepresentationSurgery
 from fusewright.methods.routed._twin import Twin
 from fusewright.methods.routed._wemoe import EWEMoE, WEMoE
 
-METHODS: tuple[type[Method], ...] = (EMR, EWEMoE, ParetoSet, Smile, Tall, Twin, WEMoE)
+METHODS: tuple[type[Method], ...] = (
+    EMR, EWEMoE, ParetoSet, RepresentationSurgery, Smile, Tall, Twin, WEMoE,
+)  # fmt: skip
 
-__all__ = ["EMR", "METHODS", "EWEMoE", "ParetoSet", "Smile", "Tall", "Twin", "WEMoE"]
+__all__ = [
+    "EMR", "METHODS", "EWEMoE", "ParetoSet", "RepresentationSurgery", "Smile", "Tall", "Twin",
+    "WEMoE",
+]  # fmt: skip
