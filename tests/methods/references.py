@@ -75,6 +75,13 @@ def _elect(m: Any, taus: list[np.ndarray]) -> np.ndarray:
     return m.scale * total
 
 
+def consensus(m: Any, base: Any, experts: Any, at: Any) -> np.ndarray:
+    taus = [e - base for e in experts]
+    total = sum(taus)
+    needed = sum(np.abs(t) >= m.strictness * np.abs(total - t) for t in taus)
+    return base + m.scale * np.where(needed >= m.least, total, 0.0)
+
+
 def elect(m: Any, base: Any, experts: Any, at: Any) -> np.ndarray:
     return base + _elect(m, [e - base for e in experts])
 
@@ -166,7 +173,8 @@ def passthrough(m: Any, base: Any, experts: Any, at: Any) -> np.ndarray:
 
 
 REFERENCES = {
-    "agree": agree, "average": average, "dare_linear": dare_linear, "dare_ties": dare_ties,
+    "agree": agree, "average": average, "consensus": consensus,
+    "dare_linear": dare_linear, "dare_ties": dare_ties,
     "drop": drop, "elect": elect, "iso_c": iso_c, "linear": linear, "lines": lines, "mean": summed,
     "metagpt": metagpt, "model_stock": model_stock, "passthrough": passthrough, "slerp": slerp,
     "sum": summed, "task_arithmetic": summed, "ties": ties, "trim": trim,

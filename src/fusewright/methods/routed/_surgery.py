@@ -93,7 +93,7 @@ class RepresentationSurgery(Routed):
             for place, (mine, wanted) in enumerate(pairs):
                 some = torch.randint(len(mine), (self.batch,), generator=draw)
                 loss = (surgery(mine[some], place) - wanted[some]).abs().mean()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 losses[tasks[place]] = float(loss.detach())
             return losses
 
