@@ -55,7 +55,7 @@ def rates(
     return {task: _rates(suite, model, task, trigger, target, part, limit) for task in names}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # what a suite opens meanwhile is learned with later
 def _rates(
     suite: Suite, model: nn.Module, task: str, trigger: Trigger, target: int, part: str,
     limit: int | None,
