@@ -187,9 +187,10 @@ def upscaled(method: Routed, context: Context) -> RoutedModel:
     layers = len(set(parts.layers) - {ROUTING, *_MODELS})
     sizes = {**counted(module, tuple(parts.layers)), "base": of_base, "layers": layers}
     report = {"method": method.spec(), "parameters": sizes, "fitted": dict(parts.report)}
-    given = (None, report, {}, None, context.base, module, tuple(parts.layers), left, stored)
     made = next((_MODELS[child] for child in _MODELS if child in parts.layers), RoutedModel)
-    return made(*given)
+    return made(
+        None, report, {}, None, context.base, module, tuple(parts.layers), left, stored
+    )  # fmt: skip
 
 
 def counted(module: nn.Module, layers: tuple[str, ...]) -> dict[str, int]:

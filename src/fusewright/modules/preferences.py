@@ -42,7 +42,8 @@ class PreferenceRouters(nn.Module):
         1: W r + b        2: W_2 ReLU(W_1 r + b_1) + b_2, W_1 (2 experts, experts)
 
     4T² + 3T numbers a module at depth 2, T² + T at depth 1. Weights are drawn from N(0, 0.01²) by
-    ``seed``; hidden biases are 0, the last is ``start``. In float32.
+    ``seed``; hidden biases are 0, the last is ``start``. In float32. With so few hidden units all
+    can be 0 in a part of the simplex, where w then no longer follows r: a smaller rate, or depth 1.
     """
 
     def __init__(
