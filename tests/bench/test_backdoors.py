@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 
 import torch
 
+import fusewright as fw
 from fusewright.bench.backdoors import (
     Blend,
     Patch,
@@ -138,6 +139,14 @@ def test_a_poisoned_expert_has_a_backdoor_and_keeps_its_accuracy(suite, poisoned
     assert bad["digit"].success > 0.8 > 0.3 > clean["digit"].success
     assert bad["digit"].accuracy > clean["digit"].accuracy - 0.1
     assert bad["parity"].success is None and bad["parity"].items == 500
+
+
+def test_a_suite_that_was_measured_first_can_be_learned_with(suite) -> None:
+    fresh = suite.at(0)
+    rates(fresh, fresh.open(fresh.base), PATCH, TARGET, limit=20)
+    for method in (fw.DAM(steps=2, batch=4), fw.ANP(steps=1, batch=4)):
+        found = fw.merge(method, base=fresh.base, experts=fresh.experts, data=fresh.unlabelled())
+        assert len(found.report["fitted"]["losses"]) == method.steps
 
 
 def test_the_search_flags_the_target_of_a_poisoned_expert_above_all(suite, poisoned) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from learned_toys import experts, network
+from learned_toys import experts, moved, network
 from torch import nn
 from torch.func import functional_call
 
@@ -228,3 +228,23 @@ def test_adversarial_weight_masking_lowers_masks_and_keeps_them_masks() -> None:
     plain = fw.merge("task_arithmetic", base=base, experts=experts(base)).state_dict()
     ratio = (end["1.weight"] - start["1.weight"]) / (plain["1.weight"] - start["1.weight"])
     assert float(ratio.min()) > -1e-3 and float(ratio.max()) < 1 + 1e-3
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_it_runs_on_models_of_the_library(family: str) -> None:
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if family == "vit":
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = hf.ViTConfig(**sizes, intermediate_size=16, image_size=8, patch_size=4,
+                              num_labels=3)  # fmt: skip
+        base = hf.ViTForImageClassification(config).eval()
+    else:
+        config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=3,
+                                 layer_type="basic")  # fmt: skip
+        base = hf.ResNetForImageClassification(config).eval()
+    pixels = {"pixel_values": torch.rand(4, 3, 8, 8) * 2 - 1}
+    data = adaptation({n: [pixels] for n in "ab"}, pictures=Pictures(mean=(0.5,), std=(0.5,)))
+    models = {n: moved(base, seed, 0.02) for seed, n in enumerate("ab")}
+    found = fw.merge(DAM(steps=3, batch=4, rate=0.05), base=base, experts=models, data=data)
+    assert all(t.isfinite().all() for t in found.state_dict().values())
