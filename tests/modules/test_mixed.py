@@ -102,18 +102,18 @@ def test_a_sparse_stack_gives_any_rows_back(outputs, experts, inputs, seed, data
     assert isinstance(stack, SparseStack)
     start = data.draw(st.integers(0, outputs - 1))
     stop = data.draw(st.integers(start + 1, outputs))
-    out = draw(stop - start, experts, inputs)
-    stack.fill(out, start)
-    kept = [Sparse.largest(d.dense(), density).dense()[start:stop] for d in whole]
-    assert out.equal(torch.stack(kept, dim=1))
+    kept = torch.stack([Sparse.largest(d.dense(), density).dense() for d in whole])
+    assert stack.rows(start, stop, torch.float64).equal(kept[:, start:stop])
+    base, weights = draw(outputs, inputs, seed=seed), draw(experts, seed=seed)
+    expected = base + torch.einsum("t,tri->ri", weights, kept)
+    torch.testing.assert_close(stack.combined(base, weights), expected)
 
 
 def test_gaps_of_more_than_a_byte_are_bridged() -> None:
     for places in ([0, 255, 256, 511], [255], [254, 764, 1019], [999], []):
         values = draw(len(places))
         stack = SparseStack.of(values, torch.tensor(places, dtype=torch.int64), (1, 1, 1020))
-        out = draw(1, 1, 1020)
-        stack.fill(out, 0)
+        out = stack.rows(0, 1, torch.float64)
         expected = torch.zeros(1020).double()
         expected[places] = values
         assert out.flatten().equal(expected)
@@ -130,15 +130,14 @@ def test_sixteen_bits_stay_and_are_summed_in_32() -> None:
         x = draw(2, 3, IN).bfloat16()
         found = MixedLinear(base, stack, None, mixture)(x)
         assert found.dtype == torch.bfloat16
-        deltas = torch.empty(stack.shape)
-        stack.fill(deltas, 0)
-        weight = base.weight.float() + torch.einsum("nt,rti->nri", mixture.weights, deltas)
+        deltas = stack.rows(0, OUT, torch.float32)
+        weight = base.weight.float() + torch.einsum("nt,tri->nri", mixture.weights, deltas)
         expected = torch.einsum("nsi,nri->nsr", x.float(), weight) + base.bias.float()
         torch.testing.assert_close(found.float(), expected, rtol=0.03, atol=0.03)
 
 
 def test_one_w_for_many_tokens_is_merged_and_single_tokens_are_not() -> None:
-    dense = DenseStack(torch.empty(3072, 8, 768))
+    dense = DenseStack(torch.empty(8, 3072, 768))
     assert cheapest(64, 3200, dense) == cheapest(1, 3200, dense) == "weights"
     assert cheapest(64, 64, dense) == "outputs"
     low = FactorStack(torch.empty(8, 3072, 4), torch.empty(8, 4, 768))

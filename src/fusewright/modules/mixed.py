@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 Form = Literal["weights", "outputs", "factors"]
 
-_BLOCK = 1 << 20
-"""Bytes of all experts' rows that are mixed at once, and a third of what they are mixed to: both
-stay in a second-level cache."""
+_BLOCK = 3 << 19
+"""Bytes of merged rows that are used at once: they stay in a second-level cache."""
+_SAMPLES = 16
+"""Samples whose rows are merged at once."""
+_PANEL = 1 << 25
+"""Bytes of all experts' rows that are made at once, where they are not held as they are needed."""
 _BYTE = 4
 """Multiplications that a processor does while one byte comes from memory."""
 
@@ -67,15 +70,13 @@ class MixedLinear(nn.Module):
             found = _Mix.apply(x, weights, self.matrix, self.stack, form)
         bias = self._bias(weights)
         if bias is not None:
-            found = found + bias[:, None].to(found.dtype)
+            found += bias[:, None].to(found.dtype)
         return found.reshape(*inputs.shape[:-1], found.shape[-1])
 
     def merged(self, weights: Tensor) -> dict[str, Tensor]:
         """The base layer's own tensors for one w (experts,): {"weight": …, "bias": …}."""
         base, wide = dict(self.base.named_parameters()), _wide(self.matrix)
-        deltas = torch.empty(self.stack.shape, dtype=wide, device=weights.device)
-        self.stack.fill(deltas, 0)
-        total = self.matrix.to(wide) + torch.einsum("t,rti->ri", weights.to(wide), deltas)
+        total = self.stack.combined(self.matrix, weights.to(wide))
         found = {"weight": total if isinstance(self.base, nn.Linear) else total.T.contiguous()}
         bias = self._bias(weights[None])
         if bias is not None:
@@ -126,7 +127,7 @@ def cheapest(samples: int, tokens: int, stack: Stack) -> Form:
     A byte counts as four multiplications, and elements as four bytes. So long inputs, and one w for
     many, are merged; single tokens are not.
     """
-    outputs, experts, inputs = stack.shape
+    experts, outputs, inputs = stack.shape
     size = outputs * inputs
     whole = 4 * _BYTE * experts * size
     costs: dict[Form, float] = {
@@ -154,94 +155,81 @@ class _Mix(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weights, base)
         ctx.stack, ctx.form = stack, form
-        shares, found = _with_base(weights, base), x.new_empty(*x.shape[:2], len(base))
+        shares = weights.to(_wide(base))
         if form == "weights" and len(x) == 1:  # one merged matrix: one product
-            return x @ _whole(shares, base, stack).to(x.dtype).T
-        for rows, deltas in _blocks(base, stack):
-            if form == "outputs":
-                said = (x @ deltas.flatten(0, 1).T.to(x)).unflatten(2, (-1, deltas.shape[1]))
-                found[..., rows] = torch.einsum("nsrt,nt->nsr", said, shares.to(said))
-                continue
-            for some in _samples(len(x), deltas):
-                merged = _merged(shares[some], deltas).to(x.dtype)
-                found[some, :, rows] = torch.bmm(x[some], merged.permute(1, 2, 0))
+            return x @ stack.combined(base, shares[0]).to(x.dtype).T
+        found = x.new_empty(*x.shape[:2], len(base))
+        if form == "outputs":
+            for rows, deltas in _panels(stack, shares.dtype):
+                mixed = torch.einsum("nstr,nt->nsr", _said(x, deltas), shares.to(x))
+                found[..., rows] = x @ base[rows].T + mixed
+            return found
+        for some, rows, deltas in _blocks(len(x), stack, shares.dtype):
+            merged = _merged(base[rows], shares[some], deltas).to(x.dtype)
+            found[some, :, rows] = torch.bmm(x[some], merged.mT)
         return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, base = ctx.saved_tensors
-        each = _backward_outputs if ctx.form == "outputs" else _backward_weights
-        shares = _with_base(weights, base)
+        shares = weights.to(_wide(base))
         to_x = torch.zeros_like(x, dtype=shares.dtype) if ctx.needs_input_grad[0] else None
         to_shares = torch.zeros_like(shares)
-        for rows, deltas in _blocks(base, ctx.stack):
-            for some in _samples(len(x), deltas):
-                each(gradient[some, :, rows], x[some], shares[some], deltas,
-                     None if to_x is None else to_x[some], to_shares[some])  # fmt: skip
+        if ctx.form == "outputs":
+            for rows, deltas in _panels(ctx.stack, shares.dtype):
+                part = gradient[..., rows]
+                if to_x is not None:
+                    to_x += part @ base[rows].to(part)
+                    mixed = torch.einsum("nsr,nt->nstr", part, shares.to(part))
+                    to_x += mixed.flatten(2) @ deltas.flatten(0, 1).to(part)
+                to_shares += torch.einsum("nsr,nstr->nt", part, _said(x, deltas)).to(to_shares)
+        else:
+            for some, rows, deltas in _blocks(len(x), ctx.stack, shares.dtype):
+                part = gradient[some, :, rows]
+                if to_x is not None:
+                    merged = _merged(base[rows], shares[some], deltas).to(part.dtype)
+                    to_x[some] += torch.bmm(part, merged)
+                of_weight = torch.bmm(part.mT, x[some]).to(deltas.dtype)
+                to_shares[some] += of_weight.flatten(1) @ deltas.flatten(1).T
         found = None if to_x is None else to_x.to(x.dtype)
-        return found, to_shares[:, :-1].to(weights.dtype), None, None, None
+        return found, to_shares.to(weights.dtype), None, None, None
 
 
-def _backward_weights(
-    gradient: Tensor, x: Tensor, shares: Tensor, deltas: Tensor, to_x: Tensor | None,
-    to_shares: Tensor,
-) -> None:  # fmt: skip
-    if to_x is not None:
-        merged = _merged(shares, deltas).to(gradient.dtype)
-        to_x += gradient @ merged.permute(1, 0, 2)
-    of_weight = (gradient.mT @ x).to(deltas.dtype)
-    to_shares += (of_weight.transpose(0, 1) @ deltas.mT).sum(dim=0)
+def _said(x: Tensor, deltas: Tensor) -> Tensor:
+    """Every expert's Δ_t x: (n, tokens, experts, rows)."""
+    return (x @ deltas.flatten(0, 1).T.to(x)).unflatten(2, deltas.shape[:2])
 
 
-def _backward_outputs(
-    gradient: Tensor, x: Tensor, shares: Tensor, deltas: Tensor, to_x: Tensor | None,
-    to_shares: Tensor,
-) -> None:  # fmt: skip
-    flat = deltas.flatten(0, 1).to(x.dtype)
-    if to_x is not None:
-        to_x += (gradient[..., None] * shares.to(gradient)[:, None, None]).flatten(2) @ flat
-    said = (x @ flat.T).unflatten(2, (-1, deltas.shape[1]))
-    to_shares += torch.einsum("nsr,nsrt->nt", gradient, said).to(to_shares.dtype)
+def _merged(base: Tensor, shares: Tensor, deltas: Tensor) -> Tensor:
+    """Some rows of W_b for some samples: (samples, rows, in)."""
+    start = base.to(shares.dtype).reshape(1, -1)
+    return torch.addmm(start, shares, deltas.flatten(1)).view(-1, *base.shape)
 
 
-def _with_base(weights: Tensor, base: Tensor) -> Tensor:
-    """w with the base as one more expert, of weight 1."""
-    wide = weights.to(_wide(base))
-    return torch.cat([wide, wide.new_ones(len(wide), 1)], dim=1)
-
-
-def _blocks(base: Tensor, stack: Stack) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of all experts' Δ and, behind them, of W_0: (rows, experts + 1, in)."""
-    outputs, experts, inputs = stack.shape
-    wide = _wide(base)
-    size = _even(_BLOCK // ((experts + 1) * inputs * wide.itemsize))
-    scratch = torch.empty(min(size, outputs), experts + 1, inputs, dtype=wide, device=base.device)
+def _panels(stack: Stack, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of all experts' Δ, (experts, rows, in): all, or as many as are to be made at once."""
+    experts, outputs, inputs = stack.shape
+    size = outputs
+    if not stack.holds(dtype):
+        size = _even(_PANEL // (experts * inputs * dtype.itemsize))
     for start in range(0, outputs, size):
-        rows = slice(start, min(start + size, outputs))
-        here = scratch[: rows.stop - start]
-        stack.fill(here[:, :experts], start)
-        here[:, experts] = base[rows]
-        yield rows, here
+        stop = min(start + size, outputs)
+        yield slice(start, stop), stack.rows(start, stop, dtype)
 
 
-def _samples(count: int, deltas: Tensor) -> Iterator[slice]:
-    rows, _, inputs = deltas.shape
-    size = _even(3 * _BLOCK // (rows * inputs * deltas.itemsize))
-    return (slice(start, start + size) for start in range(0, count, size))
-
-
-def _merged(shares: Tensor, deltas: Tensor) -> Tensor:
-    """W_b's rows for some samples: (rows, samples, in)."""
-    return torch.bmm(shares.expand(len(deltas), -1, -1), deltas)
-
-
-def _whole(shares: Tensor, base: Tensor, stack: Stack) -> Tensor:
-    """W_b for one w, (out, in)."""
-    found = torch.empty(base.shape, dtype=shares.dtype, device=base.device)
-    for rows, deltas in _blocks(base, stack):
-        found[rows] = _merged(shares, deltas)[:, 0]
-    return found
+def _blocks(
+    count: int, stack: Stack, dtype: torch.dtype
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Samples, and rows of Δ, few enough of both for what is merged of them to stay in a cache."""
+    samples = min(count, _SAMPLES)
+    size = _even(_BLOCK // (samples * stack.shape[2] * dtype.itemsize))
+    for panel, deltas in _panels(stack, dtype):
+        for first in range(0, count, samples):
+            for start in range(0, deltas.shape[1], size):
+                part = deltas[:, start : start + size]
+                begin = panel.start + start
+                yield slice(first, first + samples), slice(begin, begin + part.shape[1]), part
 
 
 def _even(size: int) -> int:

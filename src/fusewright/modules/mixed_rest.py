@@ -62,9 +62,7 @@ class MixedTable(_Mixed):
         """The table for one w (experts,)."""
         base: Tensor = self.base.weight  # type: ignore[assignment]
         wide = torch.promote_types(base.dtype, torch.float32)
-        deltas = torch.empty(self.stack.shape, dtype=wide, device=weights.device)
-        self.stack.fill(deltas, 0)
-        total = base.to(wide) + torch.einsum("t,rti->ri", weights.to(wide), deltas)
+        total = self.stack.combined(base, weights.to(wide))
         return {"weight": total.to(base.dtype)}
 
     def described(self) -> dict[str, Any]:

@@ -16,19 +16,29 @@ _WIDEST_GAP = 255
 
 
 class Stack(nn.Module, ABC):
-    """Δ_1, …, Δ_T of one matrix, each (outputs, inputs). ``shape`` is (outputs, experts, inputs):
-    in this order rows of all experts lie side by side, so that a block of rows is one run."""
+    """Δ_1, …, Δ_T of one matrix: ``shape`` is (experts, outputs, inputs)."""
 
     kind: ClassVar[str]
     shape: tuple[int, int, int]
 
     @abstractmethod
-    def fill(self, out: Tensor, start: int) -> None:
-        """Write the rows from ``start`` on into ``out`` (rows, experts, inputs), in its dtype."""
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """All experts' rows of that range: (experts, rows, inputs)."""
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        """Whether rows are there already, so that asking for all of them costs nothing."""
+        return False
+
+    def combined(self, base: Tensor, weights: Tensor) -> Tensor:
+        """W_0 + Σ_t w_t Δ_t for one w (experts,), in its dtype; ``base`` is (outputs, inputs)."""
+        _, outputs, _ = self.shape
+        whole = self.rows(0, outputs, weights.dtype).flatten(1)
+        start = base.to(weights.dtype).reshape(-1)
+        return torch.addmv(start, whole.T, weights).view(base.shape)
 
     @property
     def experts(self) -> int:
-        return self.shape[1]
+        return self.shape[0]
 
     def described(self) -> dict[str, Any]:
         """What is needed, beside the tensors, to make this stack again."""
@@ -36,7 +46,7 @@ class Stack(nn.Module, ABC):
 
 
 class DenseStack(Stack):
-    """Every element: ``values`` (outputs, experts, inputs)."""
+    """Every element: ``values`` (experts, outputs, inputs)."""
 
     kind: ClassVar[str] = "dense"
     values: Tensor
@@ -44,18 +54,21 @@ class DenseStack(Stack):
     def __init__(self, values: Tensor) -> None:
         super().__init__()
         self.register_buffer("values", values)
-        outputs, experts, inputs = values.shape
-        self.shape = outputs, experts, inputs
+        experts, outputs, inputs = values.shape
+        self.shape = experts, outputs, inputs
 
-    def fill(self, out: Tensor, start: int) -> None:
-        out.copy_(self.values[start : start + len(out)])
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        return self.values[:, start:stop].to(dtype)
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        return self.values.dtype == dtype
 
 
 class SparseStack(Stack):
     """The elements that are not zero: ``values`` (k,), and how far each lies behind the one before
-    it, ``gaps`` (k,) uint8, in the flattened (outputs, experts, inputs); a gap of more than 255 is
+    it, ``gaps`` (k,) uint8, in the flattened (experts, outputs, inputs); a gap of more than 255 is
     filled up with zeros. One byte a place: four would outweigh values of two. Places are counted
-    when they are first needed, as int32 where that is enough."""
+    when they are first needed."""
 
     kind: ClassVar[str] = "sparse"
     values: Tensor
@@ -65,9 +78,9 @@ class SparseStack(Stack):
         super().__init__()
         self.register_buffer("values", values)
         self.register_buffer("gaps", gaps)
-        outputs, experts, inputs = shape
-        self.shape = outputs, experts, inputs
-        self._found: tuple[Tensor, list[int]] | None = None
+        experts, outputs, inputs = shape
+        self.shape = experts, outputs, inputs
+        self._found: tuple[Tensor, list[list[int]]] | None = None
 
     @classmethod
     def of(cls, values: Tensor, places: Tensor, shape: Sequence[int]) -> SparseStack:
@@ -80,22 +93,39 @@ class SparseStack(Stack):
         kept[ends], steps[ends] = values, gaps - fillers * _WIDEST_GAP
         return cls(kept, steps.to(torch.uint8), shape)
 
-    def fill(self, out: Tensor, start: int) -> None:
-        places, starts = self._places()
-        first, last = starts[start], starts[start + len(out)]
-        flat = torch.zeros(out.shape, dtype=out.dtype, device=out.device).reshape(-1)
-        here = places[first:last].long() - start * self.shape[1] * self.shape[2]
-        flat.index_copy_(0, here, self.values[first:last].to(out.dtype))
-        out.copy_(flat.view(out.shape))
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        experts, outputs, inputs = self.shape
+        found = self.values.new_zeros(experts, stop - start, inputs, dtype=dtype)
+        for at, expert in enumerate(found):
+            places, values = self._between(at, start, stop)
+            offset = (at * outputs + start) * inputs
+            expert.view(-1).index_copy_(0, places - offset, values.to(dtype))
+        return found
 
-    def _places(self) -> tuple[Tensor, list[int]]:
-        """Where the values are, and with which of them each row of outputs begins."""
+    def combined(self, base: Tensor, weights: Tensor) -> Tensor:
+        _, outputs, inputs = self.shape
+        found = base.to(weights.dtype, copy=True).reshape(-1)
+        for at, weight in enumerate(weights):
+            places, values = self._between(at, 0, outputs)
+            found.index_add_(0, places - at * outputs * inputs, weight * values)
+        return found.view(base.shape)
+
+    def _between(self, expert: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """One expert's places and values in a range of rows."""
+        places, starts = self._places()
+        some = slice(starts[expert][start], starts[expert][stop])
+        return places[some], self.values[some]
+
+    def _places(self) -> tuple[Tensor, list[list[int]]]:
+        """Where the values are (int64: what writes them wants that), and with which of them each
+        row of each expert begins."""
         if self._found is None or self._found[0].device != self.gaps.device:
-            outputs, experts, inputs = self.shape
-            small = outputs * experts * inputs <= torch.iinfo(torch.int32).max
-            places = self.gaps.cumsum(0, dtype=torch.int32 if small else torch.int64)
-            rows = torch.arange(outputs + 1, device=places.device) * experts * inputs
-            self._found = places, torch.searchsorted(places, rows.to(places)).tolist()
+            experts, outputs, inputs = self.shape
+            places = self.gaps.cumsum(0, dtype=torch.int64)
+            ends = torch.arange(experts * outputs + 1, device=places.device) * inputs
+            at = torch.searchsorted(places, ends).tolist()
+            rows = [at[e * outputs : (e + 1) * outputs + 1] for e in range(experts)]
+            self._found = places, rows
         return self._found
 
 
@@ -110,12 +140,11 @@ class FactorStack(Stack):
         super().__init__()
         self.register_buffer("up", up)
         self.register_buffer("down", down)
-        self.shape = up.shape[1], up.shape[0], down.shape[2]
+        self.shape = up.shape[0], up.shape[1], down.shape[2]
         self.rank = up.shape[2]
 
-    def fill(self, out: Tensor, start: int) -> None:
-        rows = self.up[:, start : start + len(out)].to(out.dtype)
-        out.copy_((rows @ self.down.to(out.dtype)).transpose(0, 1))
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        return self.up[:, start:stop].to(dtype) @ self.down.to(dtype)
 
     def added(self, inputs: Tensor, weights: Tensor) -> Tensor:
         """Σ_t w_t Δ_t x for inputs (n, tokens, in) and weights (n, experts): no Δ is made whole."""
@@ -141,10 +170,7 @@ def stacked(deltas: Sequence[Delta], density: float, dtype: torch.dtype) -> Stac
         up = torch.stack([pad(d.up, (0, rank - len(d.down))) for d in low])
         down = torch.stack([pad(d.down, (0, 0, 0, rank - len(d.down))) for d in low])
         return FactorStack(up.to(dtype), down.to(dtype))
-    values = torch.empty(outputs, len(deltas), inputs, dtype=dtype)
-    for at, delta in enumerate(deltas):
-        values[:, at] = delta.dense()
-    return DenseStack(values)
+    return DenseStack(torch.stack([delta.dense().to(dtype) for delta in deltas]))
 
 
 def restored(said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Stack:
@@ -156,11 +182,6 @@ def restored(said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Stack:
 
 def _sparse(deltas: Sequence[Sparse], dtype: torch.dtype) -> SparseStack:
     outputs, inputs = deltas[0].shape
-    places = []
-    for at, delta in enumerate(deltas):
-        flat = delta.places.long()
-        places.append(flat // inputs * (len(deltas) * inputs) + at * inputs + flat % inputs)
-    order = torch.cat(places).argsort()
+    places = [d.places.long() + at * outputs * inputs for at, d in enumerate(deltas)]
     values = torch.cat([delta.values for delta in deltas]).to(dtype)
-    return SparseStack.of(values[order], torch.cat(places)[order],
-                          (outputs, len(deltas), inputs))  # fmt: skip
+    return SparseStack.of(values, torch.cat(places), (len(deltas), outputs, inputs))
