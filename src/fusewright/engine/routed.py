@@ -92,7 +92,7 @@ class RoutedModel(Merged):
             if isinstance(layer, MixedLinear | MixedTable | MixedAffine):
                 merged = layer.merged(weights_of(layer.mixture))
                 state |= {f"{path}.{name}": tensor for name, tensor in merged.items()}
-        return state
+        return {self.stored.get(name, name): tensor for name, tensor in state.items()}
 
 
 class ParetoModel(RoutedModel):

@@ -30,6 +30,6 @@ METHODS: tuple[type[Method], ...] = (
 
 __all__ = [
     "METHODS", "Agree", "Average", "Consensus", "DareLinear", "DareTies", "Drop", "Elect", "IsoC",
-    "LiNeS", "Linear", "Mean", "MetaGPT", "ModelStock", "Passthrough", "Slerp", "Sum", "TaskArithmetic",
-    "Ties", "Trim",
+    "LiNeS", "Linear", "Mean", "MetaGPT", "ModelStock", "Passthrough", "Slerp", "Sum",
+    "TaskArithmetic", "Ties", "Trim",
 ]  # fmt: skip
