@@ -181,6 +181,14 @@ def test_what_a_sweep_says_cannot_become_markup(tmp_path: Path) -> None:
     assert evil not in page
 
 
+def test_corruptions_are_a_table_of_their_own(summary: Summary) -> None:
+    for text in (to_markdown(summary), to_latex(summary)):
+        main, corrupted = text.split("pictures corrupted")
+        assert "jpeg" in corrupted and "jpeg" not in main and "own expert" in corrupted
+    clean = results({}, more=[cell("base", 0.4, corrupted=False)])
+    assert "corrupted" not in to_markdown(summarise(clean, resamples=100))
+
+
 def test_published_numbers_are_visibly_not_ours(summary: Summary) -> None:
     table = published("published", "toy")
     assert not table.same
@@ -214,10 +222,12 @@ def test_an_unknown_table_is_answered_with_the_nearest() -> None:
 def test_latex_escapes_names_and_closes_what_it_opens(summary: Summary) -> None:
     text = to_latex(summary)
     assert "task\\_arithmetic" in text and "task_arithmetic" not in text
-    assert text.count("\\begin{tabular}") == text.count("\\end{tabular}") == 1
-    rows = [line for line in text.splitlines()
-            if line.endswith("\\\\") and "multicolumn" not in line]  # fmt: skip
-    assert len({line.count("&") for line in rows}) == 1
+    tables = text.split("\\begin{tabular}")[1:]
+    assert len(tables) == text.count("\\end{tabular}") == 2
+    for table in tables:
+        rows = [line for line in table.splitlines()
+                if line.endswith("\\\\") and "multicolumn" not in line]  # fmt: skip
+        assert len({line.count("&") for line in rows}) == 1
 
 
 def test_labels_of_a_scatter_do_not_overlap() -> None:

@@ -95,12 +95,9 @@ def to_markdown(summary: Summary, against: Published | None = None) -> str:
     for section in summary.sections:
         if section.axes:
             parts.append("## " + ", ".join(f"{k} {v}" for k, v in section.axes.items()))
-        names, body = _table(summary, section, against)
-        rows = ["| " + " | ".join(names) + " |", "|" + "---|" + "--:|" * (len(names) - 1)]
-        for title, lines in body:
-            rows.append(f"| **{title}** |" + " |" * (len(names) - 1))
-            rows += ["| " + " | ".join(line) + " |" for line in lines]
-        parts.append("\n".join(rows))
+        parts.append(_markdown(*_table(summary, section, against)))
+        if corrupted := _corrupted(section):
+            parts += ["Mean over merged tasks, pictures corrupted:", _markdown(*corrupted)]
     if against is not None:
         parts.append(_cited(against))
     if command := summary.results.facts.get("command"):
@@ -112,22 +109,52 @@ def to_latex(summary: Summary, against: Published | None = None) -> str:
     """The same tables for a paper; needs the package booktabs."""
     parts = [f"% {line}" for line in (_preface(summary), "\\usepackage{booktabs}")]
     for section in summary.sections:
-        names, body = _table(summary, section, against)
-        parts += [f"\\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}", "\\toprule",
-                  " & ".join(map(_escaped, names)) + " \\\\"]  # fmt: skip
-        for title, lines in body:
-            parts += ["\\midrule",
-                      f"\\multicolumn{{{len(names)}}}{{l}}{{\\emph{{{_escaped(title)}}}}} \\\\",
-                      *(" & ".join(map(_escaped, line)) + " \\\\" for line in lines)]  # fmt: skip
-        parts += ["\\bottomrule", "\\end{tabular}"]
+        parts += _latex(*_table(summary, section, against))
+        if corrupted := _corrupted(section):
+            parts += ["% Mean over merged tasks, pictures corrupted", *_latex(*corrupted)]
     if against is not None:
         parts.append(f"% {_cited(against)}")
     return "\n".join(parts) + "\n"
 
 
+Body = list[tuple[str, list[list[str]]]]
+"""The lines of a table, by requirement class."""
+
+
+def _markdown(names: list[str], body: Body) -> str:
+    rows = ["| " + " | ".join(names) + " |", "|" + "---|" + "--:|" * (len(names) - 1)]
+    for title, lines in body:
+        rows.append(f"| **{title}** |" + " |" * (len(names) - 1))
+        rows += ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join(rows)
+
+
+def _latex(names: list[str], body: Body) -> list[str]:
+    rows = [f"\\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}", "\\toprule",
+            " & ".join(map(_escaped, names)) + " \\\\"]  # fmt: skip
+    for title, lines in body:
+        rows += ["\\midrule",
+                 f"\\multicolumn{{{len(names)}}}{{l}}{{\\emph{{{_escaped(title)}}}}} \\\\",
+                 *(" & ".join(map(_escaped, line)) + " \\\\" for line in lines)]  # fmt: skip
+    return [*rows, "\\bottomrule", "\\end{tabular}"]
+
+
+def _corrupted(section: Section) -> tuple[list[str], Body] | None:
+    """Headings and lines of the scores under corruptions, if any was asked for."""
+    body = [
+        (REQUIREMENTS[kind], [[line.row, *map(_one, line.corruptions.values())]
+                              for line in lines if line.corruptions])
+        for kind, lines in section.classes().items()
+    ]  # fmt: skip
+    body = [(title, lines) for title, lines in body if lines]
+    first = next((line for lines in section.classes().values() for line in lines
+                  if line.corruptions), None)  # fmt: skip
+    return None if first is None else (["model", *first.corruptions], body)
+
+
 def _table(
     summary: Summary, section: Section, against: Published | None
-) -> tuple[list[str], list[tuple[str, list[list[str]]]]]:
+) -> tuple[list[str], Body]:
     """Headings, and for each class its title and lines, as text."""
     known = rated(section)
     tasks = {task: known.get(task, []) for task in summary.metrics}
