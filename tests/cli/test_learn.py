@@ -77,10 +77,10 @@ def test_a_fit_shows_steps_loss_and_the_time_left(capsys: Any) -> None:
 
 def test_the_pace_starts_anew_with_another_phase() -> None:
     now = [0.0]
-    pace = Pace(lambda: now[0])
-    pace.rate(Progress(10, 20, "fit", "", unit="steps", loss=1.0))
+    pace = Pace()
+    pace.rate(Progress(10, 20, "fit", "", unit="steps", loss=1.0), now[0])
     now[0] = 2.0
-    assert pace.rate(Progress(14, 20, "fit", "", unit="steps", loss=1.0)) == 2.0
-    pace.rate(Progress(1000, 9000, "merge", "w"))
+    assert pace.rate(Progress(14, 20, "fit", "", unit="steps", loss=1.0), now[0]) == 2.0
+    pace.rate(Progress(1000, 9000, "merge", "w"), now[0])
     now[0] = 3.0
-    assert pace.rate(Progress(5000, 9000, "merge", "w")) == 4000.0
+    assert pace.rate(Progress(5000, 9000, "merge", "w"), now[0]) == 4000.0

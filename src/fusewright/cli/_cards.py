@@ -54,7 +54,7 @@ def parameters(method: type[Method]) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "default": plain(field.get_default()),
+            "default": plain(field.get_default(call_default_factory=True)),
             "type": _type(properties[name]),
             "reach": str(reach_of(field.metadata)),
             "doc": field.description or "",
@@ -106,4 +106,5 @@ def _type(schema: Mapping[str, Any]) -> str:
         forms = [form for form in schema["anyOf"] if form.get("type") not in ("object", "array")]
         return " | ".join(dict.fromkeys(map(_type, forms)))
     bounds = [f"{sign}{schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema]
-    return " ".join([str(schema.get("type", "any")), *bounds])
+    kind = schema.get("type", "any")
+    return " ".join([" | ".join(kind) if isinstance(kind, list) else str(kind), *bounds])

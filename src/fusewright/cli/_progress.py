@@ -32,15 +32,13 @@ class Pace:
     """How fast a phase goes, from its first report: what an earlier run had done does not make
     this one look faster, nor a fit the merge that follows it."""
 
-    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
-        self.clock = clock
+    def __init__(self) -> None:
         self._unit = ""
         self._first = 0.0, 0
         self._last = 0
 
-    def rate(self, now: Progress) -> float:
-        """Units a second."""
-        time = self.clock()
+    def rate(self, now: Progress, time: float) -> float:
+        """Units a second, at a ``time`` in seconds."""
         if now.unit != self._unit or now.done < self._last:
             self._unit, self._first = now.unit, (time, now.done)
         self._last = now.done
@@ -52,11 +50,12 @@ class Lines:
     """A line of text every :data:`EVERY` seconds."""
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
-        self.clock, self.pace = clock, Pace(clock)
+        self.clock, self.pace = clock, Pace()
         self.last = clock()
 
     def report(self, now: Progress) -> None:
-        rate, time = self.pace.rate(now), self.clock()
+        time = self.clock()
+        rate = self.pace.rate(now, time)
         if time - self.last >= EVERY:
             self.last = time
             print(line(now, rate), file=sys.stderr, flush=True)
@@ -96,7 +95,7 @@ def _bar() -> Iterator[Listener]:
                 unit = now.unit
                 bar.reset(task, total=now.total, completed=now.done)
             label = f"{now.phase} (resumed)" if now.resumed else now.phase
-            told = amounts(now, pace.rate(now))
+            told = amounts(now, pace.rate(now, monotonic()))
             bar.update(task, description=label, completed=now.done, amounts=told)
 
         yield report

@@ -13,14 +13,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, WithJsonSchema
 from pydantic_core import core_schema
 
 from fusewright.layout.spec import TensorLayout
 
 T = TypeVar("T")
+AnyMethod: TypeAlias = Annotated[
+    Any, WithJsonSchema({"type": ["string", "array", "object"], "title": "A method"})
+]
+"""A parameter that is a method itself, as recipes write it."""
 OTHERS = "*"
 """Stands for the experts that a mapping does not name."""
 

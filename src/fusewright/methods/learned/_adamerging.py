@@ -14,6 +14,7 @@ from fusewright.methods.learned._fitting import Fitting, Learner, asked
 from fusewright.methods.learned._stages import Staged, adding, with_weight
 from fusewright.methods.learned.coefficients import LinearCoefficients
 from fusewright.methods.learned.fitter import Fit
+from fusewright.methods.settings import AnyMethod
 from fusewright.modules.parametrised import ParametrisedMerge
 from fusewright.modules.vectors import TaskVectors
 
@@ -54,7 +55,7 @@ class AdaMerging(Learner):
     rate: float = Field(1e-3, gt=0)
     low: float | None = 0.0
     high: float | None = 1.0
-    merger: Any = "sum"
+    merger: AnyMethod = "sum"
     combine: scalarisers.Name = "sum"
     importance: dict[str, float] = Field(default_factory=dict)
 

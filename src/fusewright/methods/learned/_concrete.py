@@ -32,7 +32,8 @@ class Concrete(Learner):
     ``form``: "task_arithmetic", λ = ``scale`` (0.3) fixed; or "adamerging": each step starts from
     λ = ``scale``, moves λ once down the entropy of a batch under the draw, and then the logits
     down that of the next batch (first order, the draw the same); afterwards the mask is fixed and
-    λ learned in ``weight_steps`` steps, as :class:`AdaMerging` does. ``granularity``: of that λ.
+    λ learned in ``weight_steps`` steps at ``weight_rate`` between ``low`` and ``high``, all as
+    :class:`AdaMerging` does. ``granularity``: of that λ.
     ``mask``: a number for each "element", or for each "row", which a large model can afford.
     ``temperature``: 0.5. ``steps``, ``rate``, ``batch``: 2000, 1e-3, 16, as the paper's code.
     ``answer``: the final mask is the "expected" one, E[m] / mean(E[m]), or "drawn" by the seed.

@@ -40,8 +40,9 @@ class DAM(Concrete):
     answers whatever they are. ``aim``: δ leads "away" from the answers, or "toward" one class in
     turn. ``norm``, ``radius``: the ball of δ (:class:`~fusewright.modules.perturbations.Ball`), in
     raw pixels of [0, 1]; "l2", root mean square 0.1, the size of a bright patch on 1 % of
-    the pixels. ``attack_rate``: a step of δ as a share of the radius, 0.1. Everything else:
-    :class:`Concrete`. ``guard`` is 0: agreement on clean inputs alone would undo the defence.
+    the pixels. ``attack_rate``: a step of δ as a share of the radius, 0.1. Parameters as in
+    :class:`Concrete` otherwise. ``guard`` is 0: agreement on clean inputs alone would undo the
+    defence.
 
     Profile "fusionbench": one mask, entropy, and Concrete's profile.
 

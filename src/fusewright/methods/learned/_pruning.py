@@ -15,6 +15,7 @@ from fusewright.methods.learned import objectives
 from fusewright.methods.learned._attack import UniversalAttack
 from fusewright.methods.learned._fitting import Fitting, Learner
 from fusewright.methods.learned.objectives import cross_entropy
+from fusewright.methods.settings import AnyMethod
 from fusewright.modules.deltas import Delta, Dense
 from fusewright.modules.masks import Size, mask_shape
 from fusewright.modules.parametrised import Coefficients, Live, ParametrisedMerge
@@ -61,7 +62,7 @@ class PlainMasks(Coefficients):
 class Pruned(Learner):
     """θ = θ0 + m ∘ τ, where τ is the task vector of ``merger``'s merge and m in [0, 1]."""
 
-    merger: Any = "task_arithmetic"
+    merger: AnyMethod = "task_arithmetic"
     objective: objectives.Name = "self_label"
     steps: int = Field(500, ge=0)
     rate: float = Field(1e-2, gt=0)
@@ -113,7 +114,8 @@ class ANP(Pruned):
     ``merger``'s merge, and L is ``objective``, by default agreement with each task's own expert.
 
     ``tradeoff``: α, 0.2, ``budget``: 0.4, ``threshold``: 0.2, as there. ``steps``, ``rate``
-    (Adam's): 500, 0.01. Raises as AdaMerging.
+    (Adam's): 500, 0.01. ``batch``, ``guard``, ``every``: see :class:`Learner`; ``guard`` is 0,
+    since the objective is agreement. Raises as AdaMerging.
     """
 
     name: ClassVar[str] = "anp"
@@ -158,7 +160,8 @@ class AWM(Pruned):
     default agreement with each task's own expert.
 
     ``alpha``: 0.9, ``gamma``: 1e-8; ``norm``, ``radius``, ``attack_rate``: of δ, as :class:`DAM`.
-    ``steps``, ``rate`` (Adam's): 500, 0.01. Raises as DAM.
+    ``steps``, ``rate`` (Adam's): 500, 0.01; ``batch``, ``guard``, ``every``: as :class:`ANP`.
+    Raises as DAM.
     """
 
     name: ClassVar[str] = "awm"

@@ -55,8 +55,8 @@ class ParetoSet(Learner, Routed):
     (:class:`~fusewright.methods.learned.epo.Epo`) and so reaches what is not convex, at a
     projection for each task; "tchebycheff", max_t r_t L_t. ``steps``, ``rate``, ``batch``: 2000,
     1e-2 with a cosine to a tenth, and 16, as the official code. ``objective``: "cross_entropy",
-    which needs labels; the others do not. ``guard``: 0, as labels say what is right; else as of
-    :class:`Learner`, at equal preference.
+    which needs labels; the others do not. ``guard``: 0, as labels say what is right; else, with
+    ``every``, as of :class:`Learner`, at equal preference.
 
     Memory while learning is base, merge and gradients of the selected tensors, and one task vector
     of one tensor. Raises PlanError where nothing is selected, for what is no preference and where

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fusewright.methods.contract import Card, Context, Method, Parts, Routed
 from fusewright.methods.learned._fitting import asked
 from fusewright.methods.learned.fitter import Fitter
+from fusewright.methods.settings import AnyMethod
 from fusewright.modules.functional import with_weights
 from fusewright.modules.surgery import SURGERY, Surgery, head_of, seen_by
 
@@ -40,7 +41,7 @@ class RepresentationSurgery(Routed):
         cost="the merge's, and a forward pass of merge and expert over the inputs",
     )  # fmt: skip
 
-    merger: Any = Field({"task_arithmetic": {"scale": 0.3}})
+    merger: AnyMethod = Field({"task_arithmetic": {"scale": 0.3}})
     rank: int = Field(16, ge=1)
     steps: int = Field(1000, ge=0)
     rate: float = Field(1e-3, gt=0)
