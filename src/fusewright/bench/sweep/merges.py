@@ -40,8 +40,8 @@ class Merges:
     base: Path
     experts: Mapping[str, Path]
     threads: int | None = None
-    data: Callable[[], Adaptation] | None = None
-    """What methods that learn are given."""
+    data: Callable[[str], Adaptation] | None = None
+    """What methods that learn are given, by what their card asks for."""
     optional: tuple[str, ...] = ()
     _kept: tuple[Method, float, Made] | None = field(default=None, repr=False)
     _base: State | None = field(default=None, repr=False)
@@ -67,7 +67,7 @@ class Merges:
         needs_base = {} if unused else {"base": self.base}
         options: dict[str, Any] = {} if self.threads is None else {"threads": self.threads}
         if isinstance(method, Program | Routed):
-            options["data"] = None if self.data is None else self.data()
+            options["data"] = None if self.data is None else self.data(method.card.data)
         else:
             _warm(method, len(self.experts))
         with measured() as cost:

@@ -198,11 +198,13 @@ class Worker:
             )
         return self._merges[names]
 
-    def _learnt_from(self, names: tuple[str, ...]) -> Callable[[], Adaptation]:
-        """The validation rows of some experts' tasks, without their labels."""
+    def _learnt_from(self, names: tuple[str, ...]) -> Callable[[str], Adaptation]:
+        """Rows of some experts' tasks: of validation without labels, or of training with them for
+        a method that asks for labels."""
 
-        def data() -> Adaptation:
-            whole = self.suite.unlabelled(limit=self.asked.limit)
+        def data(asked: str) -> Adaptation:
+            source = self.suite.labelled if asked == "labelled" else self.suite.unlabelled
+            whole = source(limit=self.asked.limit)
             return replace(whole, questions={name: whole.questions[name] for name in names})
 
         return data
