@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_twin import sides
-from test_wemoe import INPUTS, MODELS, answer, base_of, clip, experts_of, vit
+from routed_toys import INPUTS, MODELS, answer, base_of, clip, experts_of, saved, sides, vit
 
 import fusewright as fw
 from fusewright.errors import PlanError
@@ -43,10 +42,7 @@ def test_before_the_first_step_it_is_the_merge(make) -> None:
 @pytest.mark.parametrize("make", [vit, clip], ids=["vit", "clip"])
 def test_it_is_saved_and_loaded(make, tmp_path) -> None:
     made = built(make)
-    base_of(make).save_pretrained(tmp_path / "base")
-    made.source = tmp_path / "base"
-    made.save(tmp_path / "out")
-    model = fw.load(tmp_path / "out")
+    model = fw.load(saved(made, make, tmp_path))
     with pytest.raises(PlanError, match="told the task"):
         model(**INPUTS[make])
     for told in (model, made.module()):
@@ -56,7 +52,7 @@ def test_it_is_saved_and_loaded(make, tmp_path) -> None:
 
 def test_what_is_wrong_is_said() -> None:
     made = built(vit)
-    with pytest.raises(PlanError, match="no correction for this task"):
+    with pytest.raises(PlanError, match="does not know this task"):
         made.set_task("c")
     with pytest.raises(PlanError, match="no place for a correction"):
         made.unload()

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_wemoe import INPUTS, MODELS, PIXELS, answer, base_of, expert_of, experts_of, gpt2, vit
+from routed_toys import (
+    INPUTS,
+    MODELS,
+    PIXELS,
+    answer,
+    base_of,
+    built,
+    elsewhere,
+    expert_of,
+    experts_of,
+    gpt2,
+    saved,
+    vit,
+)
 
 import fusewright as fw
 from fusewright.bench.sweep.cells import requirement_of
@@ -19,11 +30,6 @@ from fusewright.methods.static import Consensus
 from fusewright.modules.masked import packed, unpacked
 
 METHODS = pytest.mark.parametrize("method", [fw.EMR(), fw.Tall()], ids=["emr", "tall"])
-
-
-def built(method, make, **options):
-    base = base_of(make)
-    return fw.merge(method, base=base, experts=experts_of(base), **options)
 
 
 @MODELS
@@ -120,37 +126,23 @@ def test_a_task_must_be_told_and_known(method) -> None:
     base = base_of(vit)
     experts = {"mnist": expert_of(base, 1), "svhn": expert_of(base, 2)}
     model = fw.merge(method, base=base, experts=experts).module()
-    with pytest.raises(PlanError, match=r"no mask for this task[\s\S]*did you mean 'mnist'"):
+    with pytest.raises(PlanError, match=r"does not know this task[\s\S]*did you mean 'mnist'"):
         model.set_task("minst")
     with pytest.raises(PlanError, match="told the task"):
         model.vit(PIXELS)
 
 
 def test_all_are_saved_and_loaded_in_another_process(tmp_path) -> None:
-    expected = {}
+    asked, expected = [], []
     for place, make in enumerate(INPUTS):
-        made, at = built((fw.EMR(), fw.Tall())[place % 2], make), tmp_path / f"of-{make.__name__}"
-        base_of(make).save_pretrained(tmp_path / make.__name__)
-        made.source = tmp_path / make.__name__
+        made = built((fw.EMR(), fw.Tall())[place % 2], make)
         made.set_task("a")
-        made.save(at)
+        at = saved(made, make, tmp_path, f"of-{make.__name__}")
         made.set_task("b")
-        expected[at.name] = answer(made.module(), make)
-        torch.save(INPUTS[make], at / "inputs.pt")
-    code = (
-        "import sys, torch, fusewright as fw\n"
-        "from pathlib import Path\n"
-        "for name in sys.argv[2:]:\n"
-        "    at = Path(sys.argv[1]) / name\n"
-        "    model = fw.load(at)\n"
-        "    model.set_task('b')\n"
-        "    with torch.no_grad(): found = model(**torch.load(at / 'inputs.pt'))[0]\n"
-        "    torch.save(found, at / 'found.pt')\n"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path), *expected]
-    subprocess.run(command, check=True, capture_output=True)
-    for name, said in expected.items():
-        assert torch.load(tmp_path / name / "found.pt").equal(said)
+        asked.append((at, INPUTS[make], {"set_task": "b"}))
+        expected.append(answer(made.module(), make))
+    found = elsewhere(tmp_path, asked)
+    assert all(here.equal(there) for here, there in zip(expected, found, strict=True))
 
 
 @METHODS

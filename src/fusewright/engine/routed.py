@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,23 @@ from fusewright.errors import PlanError, WeightsError
 from fusewright.methods.contract import Context, Routed
 from fusewright.modules.batchnorm import call
 from fusewright.modules.features import FeatureRouting
+from fusewright.modules.layer import Layer, Replacement, Saved, put_in
 from fusewright.modules.masked import MASKS, TaskMasks
-from fusewright.modules.mixed import MixedLinear
+from fusewright.modules.mixed import Mixed, MixedLinear
 from fusewright.modules.mixed_rest import MixedAffine, MixedTable
 from fusewright.modules.mixture import ROUTING, Routing, fixed, weights_of
 from fusewright.modules.preferences import PREFERENCES, Preferences
-from fusewright.modules.routed import RoutedLinear, put_in
+from fusewright.modules.routed import RoutedLinear
 from fusewright.modules.surgery import SURGERY, Surgery
 from fusewright.weights import open_weights
 from fusewright.weights.names import canonical_names
 
 DESCRIPTION, FORMAT = "routed.json", 1
-_KINDS: dict[str, type[Any]] = {
-    "linear": RoutedLinear, "mixed": MixedLinear, "table": MixedTable, "affine": MixedAffine,
+_KINDS: dict[str, type[Layer]] = {
+    kind.kind: kind
+    for kind in (FeatureRouting, MixedAffine, MixedLinear, MixedTable, Preferences, RoutedLinear,
+                 Routing, Surgery, TaskMasks)
 }  # fmt: skip
-_ROUTINGS: dict[str, type[Routing]] = {"routing": Routing, "features": FeatureRouting}
 
 
 @dataclass
@@ -48,13 +50,20 @@ class RoutedModel(Merged):
     def module(self) -> nn.Module:
         return self.routed
 
+    def _layers(self) -> Iterator[tuple[str, Layer]]:
+        for path in self.layers:
+            layer = self.routed.get_submodule(path)
+            assert isinstance(layer, Layer)
+            yield path, layer
+
     def state_dict(self) -> dict[str, Tensor]:
         return {n: t for n, t in self.routed.state_dict().items() if n not in self.left}
 
     def save(self, out: str | Path, **options: Any) -> Merged:
         """Write it as a folder that :func:`fusewright.load` opens: the tensors of base and layers,
         the base's config and tokenizer, and ``routed.json``."""
-        described = {p: self.routed.get_submodule(p).described() for p in self.layers}  # type: ignore
+        described = {path: {"kind": layer.kind, **layer.described()}
+                     for path, layer in self._layers()}  # fmt: skip
         said = {
             "routed": FORMAT, "method": self.report["method"], "left": list(self.left),
             "layers": described,
@@ -86,10 +95,9 @@ class RoutedModel(Merged):
 
     def _plain(self, routing: Routing) -> dict[str, Tensor]:
         state = self.state_dict()
-        for path in self.layers:
-            layer = self.routed.get_submodule(path)
+        for path, layer in self._layers():
             state = {n: t for n, t in state.items() if not n.startswith(f"{path}.")}
-            if isinstance(layer, MixedLinear | MixedTable | MixedAffine):
+            if isinstance(layer, Mixed):
                 merged = layer.merged(weights_of(layer.mixture))
                 state |= {f"{path}.{name}": tensor for name, tensor in merged.items()}
         return {self.stored.get(name, name): tensor for name, tensor in state.items()}
@@ -180,12 +188,10 @@ def upscaled(method: Routed, context: Context) -> RoutedModel:
     left = tuple(name for name in own if context.stored(name) not in known)
     parts = method.build(context)
     put_in(module, parts.layers, parts.tensors)
-    preferences = parts.layers.get(PREFERENCES)
-    if isinstance(preferences, Preferences):
-        left = (*left, *preferences.remade(module))
+    left = (*left, *(name for layer in parts.layers.values() for name in layer.remade(module)))
     of_base = sum(tensor.numel() for tensor in context.vectors().base.values())
-    layers = len(set(parts.layers) - {ROUTING, *_MODELS})
-    sizes = {**counted(module, tuple(parts.layers)), "base": of_base, "layers": layers}
+    replaced = sum(isinstance(layer, Replacement) for layer in parts.layers.values())
+    sizes = {**counted(module, parts.layers.values()), "base": of_base, "layers": replaced}
     report = {"method": method.spec(), "parameters": sizes, "fitted": dict(parts.report)}
     made = next((_MODELS[child] for child in _MODELS if child in parts.layers), RoutedModel)
     return made(
@@ -193,28 +199,18 @@ def upscaled(method: Routed, context: Context) -> RoutedModel:
     )  # fmt: skip
 
 
-def counted(module: nn.Module, layers: tuple[str, ...]) -> dict[str, int]:
+def counted(module: nn.Module, layers: Collection[Layer]) -> dict[str, int]:
     """How large a routed model is: floating-point numbers that are ``stored``, those of them that a
     method ``trained`` and that one input's answer depends on (``active``), and ``bytes``."""
-    preferences = getattr(module, PREFERENCES, None)
-    again = preferences.remade(module) if isinstance(preferences, Preferences) else ()
+    again = {name for layer in layers for name in layer.remade(module)}
     state = {name: t for name, t in module.state_dict().items() if name not in again}
     stored = sum(t.numel() for t in state.values() if t.is_floating_point())
-    made = [module.get_submodule(path) for path in layers]
-    added = sum(_added(layer) for layer in made)
     return {
         "stored": stored,
-        "trained": sum(p.numel() for r in made if isinstance(r, Routing | Preferences | Surgery)
-                       for p in r.parameters()),
-        "active": stored - added + sum(int(layer.active) for layer in made),  # type: ignore
+        "trained": sum(layer.trained for layer in layers),
+        "active": stored + sum(layer.active - layer.added for layer in layers),
         "bytes": sum(t.nbytes for t in state.values()),
     }
-
-
-def _added(layer: nn.Module) -> int:
-    of_base = layer.base.state_dict().values() if hasattr(layer, "base") else ()  # type: ignore
-    floats = [t.numel() for t in layer.state_dict().values() if t.is_floating_point()]
-    return sum(floats) - sum(t.numel() for t in of_base)
 
 
 def load_routed(path: Path, module: nn.Module | None = None) -> nn.Module:
@@ -241,27 +237,19 @@ def load_routed(path: Path, module: nn.Module | None = None) -> nn.Module:
 
 def _restored(
     model: nn.Module, said: Mapping[str, Mapping[str, Any]], state: Mapping[str, Tensor], path: Path
-) -> dict[str, nn.Module]:
-    layers: dict[str, nn.Module] = {}
-    routing: Routing | None = None
-    if ROUTING in said:
-        routing = _ROUTINGS[said[ROUTING]["kind"]].restored(model, said[ROUTING])
-    for at, layer in said.items():
-        if layer["kind"] in _ROUTINGS:
-            assert routing is not None
-            layers[at] = routing
-            continue
+) -> dict[str, Layer]:
+    layers: dict[str, Layer] = {}
+    for at in sorted(said, key=lambda at: at != ROUTING):  # others share its mixtures
+        kind = _KINDS.get(said[at].get("kind", ""))
+        if kind is None:
+            raise WeightsError("a routed layer is of a kind that is not known",
+                               where=f"{path / DESCRIPTION}: {at}", expected=", ".join(_KINDS),
+                               found=repr(said[at].get("kind")))  # fmt: skip
         tensors = {n.removeprefix(f"{at}."): t for n, t in state.items() if n.startswith(f"{at}.")}
+        routing = layers.get(ROUTING)
+        assert routing is None or isinstance(routing, Routing)
         try:
-            if layer["kind"] == PREFERENCES:
-                layers[at] = Preferences.restored(layer, tensors)
-                continue
-            if layer["kind"] in (MASKS, SURGERY):
-                told: type[TaskMasks | Surgery] = TaskMasks if at == MASKS else Surgery
-                layers[at] = told.restored(layer, tensors)
-                continue
-            cls = _KINDS[layer["kind"]]
-            layers[at] = cls.restored(model.get_submodule(at), layer, tensors, routing)
+            layers[at] = kind.restored(Saved(model, at, said[at], tensors, routing))
         except (KeyError, AttributeError) as error:
             raise WeightsError("a routed layer is not complete", where=f"{path}: {at}",
                                expected=str(error)) from error  # fmt: skip

@@ -11,6 +11,7 @@ from fusewright.engine.inputs import Inputs
 from fusewright.engine.state import whole
 from fusewright.errors import PlanError
 from fusewright.modules.deltas import Delta, Dense, Factors, Sparse
+from fusewright.modules.tensors import wide_dtype
 from fusewright.modules.vectors import TaskVectors
 from fusewright.weights import TensorInfo, Weights
 from fusewright.weights.spec import LowRank
@@ -68,5 +69,5 @@ def _delta(weights: Weights, name: str, base: Tensor) -> Delta:
     if known is not None:  # an adapter left it alone
         nothing = torch.empty(0)
         return Sparse(nothing, nothing.to(torch.int32), base.shape)
-    wide = torch.promote_types(base.dtype, torch.float32)
+    wide = wide_dtype(base)
     return Dense(whole(weights, name).to(wide) - base.to(wide))

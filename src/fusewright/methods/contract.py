@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fusewright.methods.pipeline import Pipeline
+    from fusewright.modules.layer import Layer
     from fusewright.modules.vectors import TaskVectors
     from fusewright.weights.spec import LowRank
 
@@ -325,11 +326,11 @@ class Program(Method):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a routed method built: ``layers`` by the path where they go, e.g.
-    :class:`~fusewright.modules.routed.RoutedLinear`, each holding the layer it replaces;
-    ``tensors`` of the rest of the module that are not the base's any more; what it measured."""
+    """What a routed method built: ``layers`` by the path where they go, those of
+    :class:`~fusewright.modules.layer.Replacement` each holding the layer it replaces; ``tensors``
+    of the rest of the module that are not the base's any more; what it measured."""
 
-    layers: Mapping[str, nn.Module]
+    layers: Mapping[str, Layer]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusewright.modules.tensors import wide_dtype
+
 
 class Delta(ABC):
     """τ = θ_t - θ_0 of one tensor, in float32 (float64 where the weights are), however it is kept.
@@ -160,8 +162,7 @@ def triples(delta: Delta, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         u, v = left @ u, right @ vt.T
     else:
         matrix = delta.dense()
-        wide = torch.promote_types(matrix.dtype, torch.float32)
-        u, values, vt = torch.linalg.svd(matrix.to(wide), full_matrices=False)
+        u, values, vt = torch.linalg.svd(matrix.to(wide_dtype(matrix)), full_matrices=False)
         v = vt.T
     return u[:, :rank], values[:rank], v[:, :rank]
 

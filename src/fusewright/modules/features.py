@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from fusewright.errors import PlanError
 from fusewright.modules.architecture import describe_module
+from fusewright.modules.layer import Saved
 from fusewright.modules.mixture import Mixture, Routing, Text, input_reader, text_model
 from fusewright.modules.routers import Router
 
@@ -99,6 +100,8 @@ class SharedMixture(Mixture):
 class FeatureRouting(Routing):
     """The router and the mixture of a whole model."""
 
+    kind: ClassVar[str] = "features"
+
     def __init__(self, model: nn.Module, router: Router | FeatureRouter) -> None:
         super().__init__([router])  # type: ignore[list-item]
         entry = entry_of(model)
@@ -134,18 +137,14 @@ class FeatureRouting(Routing):
                 hook.remove()
 
     def described(self) -> dict[str, Any]:
-        """What is needed, beside the tensors, to make this again."""
         router = self.mixture.router
-        return {"kind": "features", "inputs": router.inputs, "experts": router.experts,
-                "depth": router.depth}  # fmt: skip
+        return {"inputs": router.inputs, "experts": router.experts, "depth": router.depth}
 
     @classmethod
-    def restored(cls, model: nn.Module, said: Mapping[str, Any]) -> FeatureRouting:
-        """Of that description, for the base ``model``."""
-        fixed = said["depth"] == 0
-        router = Router if fixed else FeatureRouter
-        rest = {"depth": 0} if fixed else {}
-        return cls(model, router(said["inputs"], said["experts"], **rest))
+    def restored(cls, saved: Saved) -> Self:
+        inputs, experts, depth = (saved.said[key] for key in ("inputs", "experts", "depth"))
+        router = FeatureRouter(inputs, experts) if depth else Router(inputs, experts, 0)
+        return cls(saved.model, router)
 
 
 def entry_of(model: nn.Module) -> str:

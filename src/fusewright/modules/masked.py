@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from fusewright.errors import PlanError, nearest
-from fusewright.modules.tensors import named_tensors, same_tensor
+from fusewright.modules.layer import Layer, Saved
+from fusewright.modules.tensors import named_tensors, same_tensor, wide_dtype
+from fusewright.modules.told import not_told, place_of
 
 MASKS = "masks"
 """The name under which a model holds its :class:`TaskMasks`."""
 _BITS = 8
 
 
-class TaskMasks(nn.Module):
+class TaskMasks(Layer):
     """θ_t = θ_0 + s_t M_t ⊙ τ of the tensors ``names``, in place of θ_0 once the task is told.
 
     ``vector`` (n,) is τ of all of them, one behind the other; ``masks`` (tasks, bytes) uint8 are
@@ -25,6 +26,8 @@ class TaskMasks(nn.Module):
     the model under :data:`MASKS`; :meth:`listen` gives the model ``tasks``, their names, and
     ``set_task``. State dicts hold θ_0 whatever the task.
     """
+
+    kind: ClassVar[str] = "masks"
 
     vector: Tensor
     masks: Tensor
@@ -55,7 +58,7 @@ class TaskMasks(nn.Module):
 
     def set_task(self, task: str) -> None:
         """From now on the model is that task's. Raises PlanError for a task that is not known."""
-        place = self._place(task)
+        place = place_of(task, self.tasks)
         own, base = dict(named_tensors(self._of[0])), self._base.tensors
         if not base:
             base |= {n: own[n].detach().clone() for n in (*self.names, *self.statistics)}
@@ -67,7 +70,7 @@ class TaskMasks(nn.Module):
         """θ_t of the masked tensors and the statistics, in the model's dtypes, under every name
         that the model has for them."""
         model = self._of[0]
-        found = dict(self._weights(self._place(task), model.state_dict()))
+        found = dict(self._weights(place_of(task, self.tasks), model.state_dict()))
         for names in same_tensor(model):
             if stored := next((name for name in names if name in found), None):
                 found |= dict.fromkeys(names, found[stored])
@@ -79,7 +82,7 @@ class TaskMasks(nn.Module):
             start, size = base[name], base[name].numel()
             stop = byte + -(-size // _BITS)
             mask = unpacked(self.masks[place, byte:stop], size)
-            wide = torch.promote_types(start.dtype, torch.float32)
+            wide = wide_dtype(start)
             change = self.vector[at : at + size].to(wide) * mask * self.scales[place].to(wide)
             yield name, (start.to(wide) + change.view(start.shape)).to(start.dtype)
             at, byte = at + size, stop
@@ -90,34 +93,22 @@ class TaskMasks(nn.Module):
             yield name, (start + change).to(start.dtype)
             at += start.numel()
 
-    def _place(self, task: str) -> int:
-        if task not in self.tasks:
-            close = nearest(task, list(self.tasks))
-            raise PlanError("the model has no mask for this task", found=repr(task),
-                            expected=", ".join(self.tasks),
-                            fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
-        return self.tasks.index(task)
-
     def _refuse(self, module: nn.Module, args: Any) -> None:
         if self.task is None:
-            raise PlanError("the model must be told the task of its inputs",
-                            expected=f"one of {', '.join(self.tasks)}",
-                            fix=f"model.set_task({self.tasks[0]!r})")  # fmt: skip
+            raise not_told(self.tasks)
 
     @property
     def active(self) -> int:
-        """Numbers that an answer depends on beside the base's: the task's weights replace it."""
+        """None: the task's weights replace the base's."""
         return 0
 
     def described(self) -> dict[str, Any]:
-        """What is needed, beside the tensors, to make this again."""
-        return {"kind": "masks", "tasks": self.tasks, "names": self.names,
-                "statistics": self.statistics}  # fmt: skip
+        return {"tasks": self.tasks, "names": self.names, "statistics": self.statistics}
 
     @classmethod
-    def restored(cls, said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TaskMasks:
-        """Of that description."""
-        return cls(said["tasks"], said["names"], said["statistics"], tensors)
+    def restored(cls, saved: Saved) -> Self:
+        said = saved.said
+        return cls(said["tasks"], said["names"], said["statistics"], saved.tensors)
 
     def extra_repr(self) -> str:
         return f"tasks={len(self.tasks)}, elements={len(self.vector)}"

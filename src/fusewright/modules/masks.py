@@ -110,6 +110,7 @@ def _expected_at(x: Tensor, temperature: float) -> Tensor:
 
 
 def mask_shape(shape: torch.Size, size: Size) -> torch.Size:
+    """Of a mask for a tensor of ``shape``: the same, or (rows, 1, …) for one number a row."""
     if size == "element" or len(shape) < 2:
         return shape
     return torch.Size((shape[0], *(1 for _ in shape[1:])))

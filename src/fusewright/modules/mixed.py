@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fusewright.errors import PlanError
+from fusewright.modules.layer import Replacement, Saved
 from fusewright.modules.stacks import FactorStack, Stack, restored
+from fusewright.modules.tensors import wide_dtype
 
 if TYPE_CHECKING:
-    from fusewright.modules.mixture import Mixture, Routing
+    from fusewright.modules.mixture import Mixture
 
 Form = Literal["weights", "outputs", "factors"]
 
@@ -27,7 +30,23 @@ _BYTE = 4
 """Multiplications that a processor does while one byte comes from memory."""
 
 
-class MixedLinear(nn.Module):
+class Mixed(Replacement):
+    """A layer whose own tensors are mixed by w, which ``mixture`` knows."""
+
+    def __init__(self, base: nn.Module, mixture: Mixture) -> None:
+        super().__init__(base)
+        self.mixture = mixture
+
+    @abstractmethod
+    def merged(self, weights: Tensor) -> dict[str, Tensor]:
+        """The base layer's own tensors for one w (experts,): {"weight": …, "bias": …}."""
+
+    @property
+    def active(self) -> int:
+        return self.added
+
+
+class MixedLinear(Mixed):
     """y = (W_0 + Σ_t w_t Δ_t) x + b_0 + Σ_t w_t s_t, in the place of a Linear or Conv1D ``base``.
 
     w is (samples, experts), or (1, experts) for all samples: what ``mixture`` routed last, shared
@@ -35,21 +54,16 @@ class MixedLinear(nn.Module):
     (experts, out) s or None; neither is trained. Sums are in float32 or better.
     """
 
+    kind: ClassVar[str] = "mixed"
+
     shift: Tensor | None
 
     def __init__(
         self, base: nn.Module, stack: Stack, shift: Tensor | None, mixture: Mixture
     ) -> None:
-        super().__init__()
-        self.base, self.stack, self.mixture = base, stack, mixture
+        super().__init__(base, mixture)
+        self.stack = stack
         self.register_buffer("shift", shift)
-
-    def __getattr__(self, name: str) -> Any:
-        """What is asked of the layer as it was: models look at its weight's dtype."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
 
     @property
     def matrix(self) -> Tensor:
@@ -74,8 +88,7 @@ class MixedLinear(nn.Module):
         return found.reshape(*inputs.shape[:-1], found.shape[-1])
 
     def merged(self, weights: Tensor) -> dict[str, Tensor]:
-        """The base layer's own tensors for one w (experts,): {"weight": …, "bias": …}."""
-        base, wide = dict(self.base.named_parameters()), _wide(self.matrix)
+        base, wide = dict(self.base.named_parameters()), wide_dtype(self.matrix)
         total = self.stack.combined(self.matrix, weights.to(wide))
         found = {"weight": total if isinstance(self.base, nn.Linear) else total.T.contiguous()}
         bias = self._bias(weights[None])
@@ -88,28 +101,17 @@ class MixedLinear(nn.Module):
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         if bias is None:
             return None
-        wide = bias.to(_wide(bias)).expand(len(weights), -1)
+        wide = bias.to(wide_dtype(bias)).expand(len(weights), -1)
         return wide if self.shift is None else wide + weights.to(wide) @ self.shift.to(wide)
 
-    @property
-    def active(self) -> int:
-        """Numbers that one input's answer depends on, beside the base's."""
-        return sum(t.numel() for t in self.buffers() if t.is_floating_point())
-
     def described(self) -> dict[str, Any]:
-        """What is needed, beside the tensors, to make this layer again."""
-        return {"kind": "mixed", "stack": self.stack.described(), "mixture": self.mixture.number}
+        return {"stack": self.stack.described(), "mixture": self.mixture.number}
 
     @classmethod
-    def restored(
-        cls, base: nn.Module, said: Mapping[str, Any], tensors: Mapping[str, Tensor],
-        routing: Routing | None,
-    ) -> MixedLinear:  # fmt: skip
-        """The layer of that description over a base."""
-        assert routing is not None
-        held = {n.removeprefix("stack."): t for n, t in tensors.items() if n.startswith("stack.")}
-        stack = restored(said["stack"], held)
-        return cls(base, stack, tensors.get("shift"), routing.mixtures[said["mixture"]])
+    def restored(cls, saved: Saved) -> Self:
+        stack = restored(saved.said["stack"], saved.inside("stack"))
+        mixture = saved.mixtures[saved.said["mixture"]]
+        return cls(saved.base, stack, saved.tensors.get("shift"), mixture)
 
     def extra_repr(self) -> str:
         return f"experts={self.stack.experts}, {self.stack.kind}"
@@ -155,7 +157,7 @@ class _Mix(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weights, base)
         ctx.stack, ctx.form = stack, form
-        shares = weights.to(_wide(base))
+        shares = weights.to(wide_dtype(base))
         if form == "weights" and len(x) == 1:  # one merged matrix: one product
             return x @ stack.combined(base, shares[0]).to(x.dtype).T
         found = x.new_empty(*x.shape[:2], len(base))
@@ -173,7 +175,7 @@ class _Mix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, base = ctx.saved_tensors
-        shares = weights.to(_wide(base))
+        shares = weights.to(wide_dtype(base))
         to_x = torch.zeros_like(x, dtype=shares.dtype) if ctx.needs_input_grad[0] else None
         to_shares = torch.zeros_like(shares)
         if ctx.form == "outputs":
@@ -235,10 +237,6 @@ def _blocks(
 def _even(size: int) -> int:
     """One at least, and whole runs of 16 where there are some: products of odd sizes are slow."""
     return max(1, size if size < 16 else size // 16 * 16)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def check_samples(inputs: Tensor, weights: Tensor, where: str) -> None:

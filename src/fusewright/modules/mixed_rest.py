@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from fusewright.modules.functional import with_weights
+from fusewright.modules.layer import Saved
+from fusewright.modules.mixed import Mixed
 from fusewright.modules.stacks import FactorStack, restored
+from fusewright.modules.tensors import wide_dtype
 
 if TYPE_CHECKING:
     from fusewright.modules.features import SharedMixture
-    from fusewright.modules.mixture import Routing
 
 
-class _Mixed(nn.Module):
-    """A layer in the place of ``base``, whose w (samples, experts) ``mixture`` knows."""
-
-    def __init__(self, base: nn.Module, mixture: SharedMixture) -> None:
-        super().__init__()
-        self.base, self.mixture = base, mixture
-
-    def __getattr__(self, name: str) -> Any:
-        """What is asked of the layer as it was: models look at its weight's dtype."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
-
-    @property
-    def active(self) -> int:
-        """Numbers that one input's answer depends on, beside the base's."""
-        own = {id(tensor) for tensor in (*self.base.buffers(), *self.base.parameters())}
-        return sum(t.numel() for t in self.buffers() if id(t) not in own and t.is_floating_point())
-
-
-class MixedTable(_Mixed):
+class MixedTable(Mixed):
     """y_i = E_0[i] + Σ_t w_t U_t[i] D_t for the rows i that are looked up in an ``nn.Embedding``.
 
     ``stack`` holds U (experts, rows, rank) and D (experts, rank, width). Indices are (samples, …),
     or (1, …) or (…,) of one axis for all.
     """
+
+    kind: ClassVar[str] = "table"
+    mixture: SharedMixture
 
     def __init__(self, base: nn.Module, stack: FactorStack, mixture: SharedMixture) -> None:
         super().__init__(base, mixture)
@@ -59,35 +43,30 @@ class MixedTable(_Mixed):
         return found
 
     def merged(self, weights: Tensor) -> dict[str, Tensor]:
-        """The table for one w (experts,)."""
         base: Tensor = self.base.weight  # type: ignore[assignment]
-        wide = torch.promote_types(base.dtype, torch.float32)
-        total = self.stack.combined(base, weights.to(wide))
+        total = self.stack.combined(base, weights.to(wide_dtype(base)))
         return {"weight": total.to(base.dtype)}
 
     def described(self) -> dict[str, Any]:
-        """What is needed, beside the tensors, to make this layer again."""
-        return {"kind": "table", "stack": self.stack.described()}
+        return {"stack": self.stack.described()}
 
     @classmethod
-    def restored(
-        cls, base: nn.Module, said: Mapping[str, Any], tensors: Mapping[str, Tensor],
-        routing: Routing | None,
-    ) -> MixedTable:  # fmt: skip
-        """The layer of that description over a base."""
-        held = {n.removeprefix("stack."): t for n, t in tensors.items() if n.startswith("stack.")}
-        stack = restored(said["stack"], held)
-        assert isinstance(stack, FactorStack) and routing is not None
-        return cls(base, stack, routing.mixtures[0])  # type: ignore[arg-type]
+    def restored(cls, saved: Saved) -> Self:
+        stack = restored(saved.said["stack"], saved.inside("stack"))
+        assert isinstance(stack, FactorStack)
+        return cls(saved.base, stack, saved.mixtures[0])
 
 
-class MixedAffine(_Mixed):
+class MixedAffine(Mixed):
     """y = (1 - Σ_t w_t) f(x; θ) + Σ_t w_t f(x; θ_t) for a module f = ``base``: what f(x; θ_w) is if
     f is affine in its tensors, as norms, convolutions and added positions are.
 
     ``values`` holds the tensors θ_t, (experts, …) by their name inside the module; inputs and
     outputs are (samples, …).
     """
+
+    kind: ClassVar[str] = "affine"
+    mixture: SharedMixture
 
     def __init__(
         self, base: nn.Module, values: Mapping[str, Tensor], mixture: SharedMixture
@@ -114,28 +93,22 @@ class MixedAffine(_Mixed):
         return {name: getattr(self, f"values_{at}") for at, name in enumerate(self.names)}
 
     def merged(self, weights: Tensor) -> dict[str, Tensor]:
-        """The module's tensors for one w (experts,)."""
         base, found = dict(self.base.named_parameters()), {}
         for name, values in self._values().items():
-            wide = torch.promote_types(values.dtype, torch.float32)
+            wide = wide_dtype(values)
             shares = weights.to(wide)
             total = (1 - shares.sum()) * base[name].to(wide)
             found[name] = (total + torch.tensordot(shares, values.to(wide), 1)).to(values.dtype)
         return found
 
     def described(self) -> dict[str, Any]:
-        """What is needed, beside the tensors, to make this layer again."""
-        return {"kind": "affine", "names": self.names}
+        return {"names": self.names}
 
     @classmethod
-    def restored(
-        cls, base: nn.Module, said: Mapping[str, Any], tensors: Mapping[str, Tensor],
-        routing: Routing | None,
-    ) -> MixedAffine:  # fmt: skip
-        """The layer of that description over a base."""
-        assert routing is not None
-        values = {name: tensors[f"values_{at}"] for at, name in enumerate(said["names"])}
-        return cls(base, values, routing.mixtures[0])  # type: ignore[arg-type]
+    def restored(cls, saved: Saved) -> Self:
+        names = saved.said["names"]
+        values = {name: saved.tensors[f"values_{at}"] for at, name in enumerate(names)}
+        return cls(saved.base, values, saved.mixtures[0])
 
 
 def _beside(shares: Tensor, values: Tensor) -> Tensor:

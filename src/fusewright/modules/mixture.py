@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
 from fusewright.errors import PlanError
+from fusewright.modules.layer import Layer, Saved
 from fusewright.modules.mixed import check_samples
 from fusewright.modules.routers import Router
 
@@ -96,9 +97,11 @@ class Mixture:
         return {**self.__dict__, "weights": None}
 
 
-class Routing(nn.Module):
+class Routing(Layer):
     """All mixtures of a model and their ``routers``, each of which is held once, however many
     mixtures share it. A child of the model under :data:`ROUTING`."""
+
+    kind: ClassVar[str] = "routing"
 
     def __init__(self, routers: Sequence[Router]) -> None:
         super().__init__()
@@ -132,24 +135,21 @@ class Routing(nn.Module):
 
     @property
     def active(self) -> int:
-        """Numbers that one input's answer depends on."""
-        return sum(p.numel() for p in self.parameters())
+        return self.trained
 
     def described(self) -> dict[str, Any]:
-        """What is needed, beside the tensors, to make this again."""
         places = {id(router): at for at, router in enumerate(self.routers)}
         return {
-            "kind": "routing", "routers": [router.described() for router in self.routers],  # type: ignore
+            "routers": [router.described() for router in self.routers],  # type: ignore
             "mixtures": [{"entry": m.entry, "router": places[id(m.router)], "per": m.per}
                          for m in self.mixtures],
         }  # fmt: skip
 
     @classmethod
-    def restored(cls, model: nn.Module, said: Mapping[str, Any]) -> Routing:
-        """Of that description, for the base ``model``."""
-        made = cls([Router.restored(router) for router in said["routers"]])
-        for mixture in said["mixtures"]:
-            made.add(model, **mixture)
+    def restored(cls, saved: Saved) -> Self:
+        made = cls([Router.restored(router) for router in saved.said["routers"]])
+        for mixture in saved.said["mixtures"]:
+            made.add(saved.model, **mixture)
         return made
 
 

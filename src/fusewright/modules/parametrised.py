@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusewright.modules.functional import with_weights
+from fusewright.modules.tensors import wide_dtype
 from fusewright.modules.vectors import TaskVectors
 
 Mode = Literal["projection", "autograd"]
@@ -99,7 +100,7 @@ class Live:
     def _project(self, name: str, gradient: Tensor) -> None:
         vectors, coefficients = self._merge.vectors, self._merge.coefficients
         weights, mask = coefficients.weights(name), coefficients.mask(name)
-        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        wide = gradient.to(wide_dtype(gradient))
         seen = wide if mask is None else wide * mask.detach()
         found: list[tuple[Tensor, Tensor]] = []
         if weights.requires_grad:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from fusewright.errors import PlanError
-from fusewright.modules.tensors import named_tensors, tied_names
+from fusewright.modules.layer import Layer, Saved
+from fusewright.modules.tensors import named_tensors, tied_names, wide_dtype
 
 PREFERENCES = "preferences"
 """The name under which a model holds its :class:`Preferences`."""
@@ -82,7 +83,7 @@ class _Held(nn.Module):
         self.register_buffer("deltas", deltas)
 
 
-class Preferences(nn.Module):
+class Preferences(Layer):
     """θ_M(r) = θ_0 + Σ_t g_M(r)_t τ_t for the selected tensors of a model, which it is a child of.
 
     ``tensors`` {name: (module's number, θ_0, τ (experts, …))}. The model's own tensors of these
@@ -90,6 +91,8 @@ class Preferences(nn.Module):
     they are made anew when the preference is set, when tensors are loaded, and before a forward
     where r, a router or a stored tensor changed in between. Sums are in float32 or better.
     """
+
+    kind: ClassVar[str] = "preferences"
 
     preference: Tensor
 
@@ -128,7 +131,7 @@ class Preferences(nn.Module):
             assert isinstance(held, _Held)
             if place not in cache:
                 cache[place] = self.routers(place, self.preference)
-            wide = torch.promote_types(held.base.dtype, torch.float32)
+            wide = wide_dtype(held.base)
             total = held.base.to(wide)
             for weight, delta in zip(cache[place].to(wide), held.deltas, strict=True):
                 total = total + weight * delta.to(wide)
@@ -160,7 +163,7 @@ class Preferences(nn.Module):
         self.refresh()
 
     def remade(self, model: nn.Module) -> tuple[str, ...]:
-        """The model's tensors that need not be stored, under all their names."""
+        """The selected tensors, under all their names."""
         also = [name for names in tied_names(model) if set(names) & set(self.names)
                 for name in names]  # fmt: skip
         return tuple(dict.fromkeys((*self.names, *also)))
@@ -171,16 +174,14 @@ class Preferences(nn.Module):
         return sum(held.base.numel() for held in self.held if isinstance(held, _Held))
 
     def described(self) -> dict[str, Any]:
-        """What is needed, beside the tensors, to make this again."""
         return {
-            "kind": "preferences", "experts": list(self.experts), "names": list(self.names),
+            "experts": list(self.experts), "names": list(self.names),
             "places": list(self.places), "depth": self.routers.depth,
         }  # fmt: skip
 
     @classmethod
-    def restored(cls, said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Preferences:
-        """Of that description and its tensors."""
-        experts = said["experts"]
+    def restored(cls, saved: Saved) -> Self:
+        said, tensors, experts = saved.said, saved.tensors, saved.said["experts"]
         routers = PreferenceRouters(max(said["places"]) + 1, len(experts), said["depth"])
         held = {
             name: (place, tensors[f"held.{at}.base"], tensors[f"held.{at}.deltas"])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from fusewright.modules.layer import Replacement, Saved
 
-class RoutedLinear(nn.Module):
+
+class RoutedLinear(Replacement):
     """y = f_0(x) + Σ_{t ∈ top} p_t (U_t D_t x + s_t), for every row x of the input.
 
     ``base`` is the layer f_0 as it was, of any class whose inputs and outputs are (…, in) and
@@ -18,6 +19,8 @@ class RoutedLinear(nn.Module):
     p = softmax(‖G_t x‖_2), ``gate`` (experts, g, in), of which the ``top`` largest are kept and
     scaled to the sum 1. Norms and the softmax are in float32.
     """
+
+    kind: ClassVar[str] = "linear"
 
     up: Tensor
     down: Tensor
@@ -28,17 +31,10 @@ class RoutedLinear(nn.Module):
         self, base: nn.Module, up: Tensor, down: Tensor, gate: Tensor, shift: Tensor | None,
         top: int = 1,
     ) -> None:  # fmt: skip
-        super().__init__()
-        self.base, self.top = base, top
+        super().__init__(base)
+        self.top = top
         for name, tensor in (("up", up), ("down", down), ("gate", gate), ("shift", shift)):
             self.register_buffer(name, tensor)
-
-    def __getattr__(self, name: str) -> Any:
-        """What is asked of the layer as it was: models look at its weight's dtype."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
 
     @property
     def experts(self) -> int:
@@ -72,21 +68,16 @@ class RoutedLinear(nn.Module):
         return torch.empty_like(scaled).index_copy_(0, order, scaled)
 
     def described(self) -> dict[str, Any]:
-        """What is needed, beside the tensors, to make this layer again."""
-        return {"kind": "linear", "top": self.top}
+        return {"top": self.top}
 
     @classmethod
-    def restored(
-        cls, base: nn.Module, said: Mapping[str, Any], tensors: Mapping[str, Tensor],
-        routing: object = None,
-    ) -> RoutedLinear:  # fmt: skip
-        """The layer of that description over a base."""
-        up, down, gate = (tensors[name] for name in ("up", "down", "gate"))
-        return cls(base, up, down, gate, tensors.get("shift"), said["top"])
+    def restored(cls, saved: Saved) -> Self:
+        up, down, gate = (saved.tensors[name] for name in ("up", "down", "gate"))
+        return cls(saved.base, up, down, gate, saved.tensors.get("shift"), saved.said["top"])
 
     @property
     def active(self) -> int:
-        """Numbers that one input's answer depends on, beside the base's: of one token's experts."""
+        """Of one token's experts."""
         shift = 0 if self.shift is None else self.shift[0].numel()
         one = self.up[0].numel() + self.down[0].numel() + shift
         return self.gate.numel() + min(self.top, self.experts) * one
@@ -94,20 +85,3 @@ class RoutedLinear(nn.Module):
     def extra_repr(self) -> str:
         experts, _, rank = self.up.shape
         return f"experts={experts}, rank={rank}, gate={self.gate.shape[1]}, top={self.top}"
-
-
-def put_in(
-    model: nn.Module, layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor] | None = None
-) -> None:
-    """Put layers at their paths and other values into tensors, in place; a path that is new becomes
-    a child. Layers that listen to others do so from then on."""
-    own = model.state_dict()
-    with torch.no_grad():
-        for name, tensor in (tensors or {}).items():
-            own[name].copy_(tensor)
-    for path, layer in layers.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer)
-    for layer in layers.values():
-        if hasattr(layer, "listen"):
-            layer.listen(model)  # type: ignore[operator]

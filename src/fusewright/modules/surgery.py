@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from fusewright.errors import PlanError, nearest
+from fusewright.errors import PlanError
 from fusewright.modules.architecture import describe_module
 from fusewright.modules.features import entry_of
+from fusewright.modules.layer import Layer, Saved
+from fusewright.modules.told import not_told, place_of
 
 SURGERY = "surgery"
 """The name under which a model holds its :class:`Surgery`."""
 
 
-class Surgery(nn.Module):
+class Surgery(Layer):
     """z' = z - U_t ReLU(D_t z) of what the model's head sees, once the task t is told.
 
     ``down`` (tasks, rank, width) is drawn from N(0, 1/width) by ``seed``, ``up`` (tasks, width,
@@ -26,6 +28,8 @@ class Surgery(nn.Module):
     module that is given the user's input. A child of the model under :data:`SURGERY`, which gives
     it ``tasks`` and ``set_task``.
     """
+
+    kind: ClassVar[str] = "surgery"
 
     def __init__(
         self, tasks: Sequence[str], width: int, rank: int, head: str, seed: int = 0
@@ -58,12 +62,7 @@ class Surgery(nn.Module):
 
     def set_task(self, task: str) -> None:
         """From now on inputs are that task's. Raises PlanError for a task that is not known."""
-        if task not in self.tasks:
-            close = nearest(task, list(self.tasks))
-            raise PlanError("there is no correction for this task", found=repr(task),
-                            expected=", ".join(self.tasks),
-                            fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
-        self.task = self.tasks.index(task)
+        self.task = place_of(task, self.tasks)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self._corrected(args[0]), *args[1:])
@@ -77,9 +76,7 @@ class Surgery(nn.Module):
 
     def _corrected(self, features: Tensor) -> Tensor:
         if self.task is None:
-            raise PlanError("the model must be told the task of its inputs",
-                            expected=f"one of {', '.join(self.tasks)}",
-                            fix=f"model.set_task({self.tasks[0]!r})")  # fmt: skip
+            raise not_told(self.tasks)
         if features.dim() == 4:  # maps: (samples, width, height, width)
             return self(features.movedim(1, -1), self.task).movedim(-1, 1)
         found: Tensor = self(features, self.task)
@@ -87,17 +84,14 @@ class Surgery(nn.Module):
 
     @property
     def active(self) -> int:
-        """Numbers that one input's answer depends on, beside the base's."""
         return 2 * self.width * self.rank
 
     def described(self) -> dict[str, Any]:
-        """What is needed, beside the tensors, to make this again."""
-        return {"kind": SURGERY, "tasks": self.tasks, "width": self.width, "rank": self.rank,
-                "head": self.head}  # fmt: skip
+        return {"tasks": self.tasks, "width": self.width, "rank": self.rank, "head": self.head}
 
     @classmethod
-    def restored(cls, said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Surgery:
-        """Of that description; its tensors are loaded with the model's."""
+    def restored(cls, saved: Saved) -> Self:
+        said = saved.said
         return cls(said["tasks"], said["width"], said["rank"], said["head"])
 
 

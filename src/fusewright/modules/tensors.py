@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 
@@ -20,6 +21,11 @@ def same_tensor(model: nn.Module) -> list[list[str]]:
     for name, tensor in named_tensors(model):
         groups[id(tensor)].append(name)
     return list(groups.values())
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What is added up in: the tensor's own dtype, at least float32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def tied_names(model: nn.Module) -> tuple[tuple[str, ...], ...]:

@@ -14,6 +14,7 @@ from fusewright.methods.contract import Card, Context, Parts, Routed
 from fusewright.methods.routed._linears import is_routable, turned
 from fusewright.modules.architecture import describe_module
 from fusewright.modules.deltas import triples
+from fusewright.modules.layer import Layer
 from fusewright.modules.linears import LinearMap
 from fusewright.modules.routed import RoutedLinear
 from fusewright.modules.vectors import TaskVectors
@@ -51,7 +52,7 @@ class Smile(Routed):
 
     def build(self, context: Context) -> Parts:
         model, vectors = context.module(), context.vectors()
-        found: dict[str, nn.Module] = {}
+        found: dict[str, Layer] = {}
         for linear in describe_module(model).linears.values():
             inside = linear.block is not None
             if inside and is_routable(linear, model) and linear.weight in vectors.base:

@@ -19,11 +19,11 @@ from fusewright.methods.routed._linears import is_routable, turned
 from fusewright.modules.architecture import Architecture, describe_module
 from fusewright.modules.deltas import Delta, Dense, Factors, Sparse, leading
 from fusewright.modules.features import FeatureRouter, FeatureRouting, SharedMixture
+from fusewright.modules.layer import Layer, put_in
 from fusewright.modules.linears import LinearMap
 from fusewright.modules.mixed import MixedLinear
 from fusewright.modules.mixed_rest import MixedAffine, MixedTable
 from fusewright.modules.mixture import ROUTING
-from fusewright.modules.routed import put_in
 from fusewright.modules.routers import Router
 from fusewright.modules.stacks import FactorStack, stacked
 from fusewright.modules.vectors import TaskVectors
@@ -210,7 +210,7 @@ class _Layers:
         self, method: Twin, model: nn.Module, vectors: TaskVectors, described: Architecture,
         mixture: SharedMixture,
     ) -> None:  # fmt: skip
-        self.made: dict[str, nn.Module] = {}
+        self.made: dict[str, Layer] = {}
         self.taken: set[str] = set()
         self._method, self._model, self._vectors = method, model, vectors
         self._described, self._mixture = described, mixture

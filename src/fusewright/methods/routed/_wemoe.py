@@ -22,10 +22,10 @@ from fusewright.methods.routed._linears import turned
 from fusewright.methods.routed._mixtures import MLP, Part, parts_of
 from fusewright.modules.architecture import describe_module
 from fusewright.modules.critical import critical
+from fusewright.modules.layer import Layer, put_in
 from fusewright.modules.linears import LinearMap
 from fusewright.modules.mixed import MixedLinear
 from fusewright.modules.mixture import ROUTING, Mixture, Routing
-from fusewright.modules.routed import put_in
 from fusewright.modules.routers import Router
 from fusewright.modules.stacks import stacked
 from fusewright.modules.vectors import TaskVectors
@@ -100,7 +100,7 @@ class WEMoE(Routed):
         """Mixtures, routing as they begin, and the rest by task arithmetic."""
         found = parts_of(model, vectors, self.modules)
         routing, places = self._routing(found, len(vectors.experts), context.seed)
-        layers: dict[str, nn.Module] = {}
+        layers: dict[str, Layer] = {}
         layout, taken = describe_module(model).layout, set()
         for part, place in zip(found, places, strict=True):
             mixture = routing.add(model, part.entry, place, self.per)

@@ -1,0 +1,123 @@
+"""What a routed method puts into a model, and how it comes back from a file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fusewright.modules.mixture import Routing
+
+
+class Layer(nn.Module, ABC):
+    """A child of a model that a merge put there: it can be described, saved and made again."""
+
+    kind: ClassVar[str]
+    """What saved models call it."""
+
+    @property
+    @abstractmethod
+    def active(self) -> int:
+        """Numbers that one input's answer depends on, beside the base's."""
+
+    @property
+    def added(self) -> int:
+        """Floating-point numbers that it stores, beside the base's."""
+        return sum(t.numel() for t in self.state_dict().values() if t.is_floating_point())
+
+    @property
+    def trained(self) -> int:
+        """Numbers that its method learned."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @abstractmethod
+    def described(self) -> dict[str, Any]:
+        """What is needed, beside the tensors, to make it again; plain JSON."""
+
+    @classmethod
+    @abstractmethod
+    def restored(cls, saved: Saved) -> Self:
+        """Of that description. Raises KeyError or AttributeError where something is missing."""
+
+    def listen(self, model: nn.Module) -> None:
+        """Hear of what the model is called with, once all layers are in their places."""
+
+    def remade(self, model: nn.Module) -> tuple[str, ...]:
+        """The model's tensors that this layer makes anew, so that they need not be stored."""
+        return ()
+
+
+class Replacement(Layer):
+    """A layer in the place of ``base``, the layer as it was."""
+
+    base: nn.Module
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def __getattr__(self, name: str) -> Any:
+        """What is asked of the layer as it was: models look at its weight's dtype."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    @property
+    def added(self) -> int:
+        own = self.base.state_dict().values()
+        return super().added - sum(t.numel() for t in own if t.is_floating_point())
+
+    @property
+    def trained(self) -> int:
+        return super().trained - sum(parameter.numel() for parameter in self.base.parameters())
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was saved of a layer at a path of ``model``: its description, and its tensors by their
+    names inside it. ``routing`` holds the model's mixtures, if it has any."""
+
+    model: nn.Module
+    at: str
+    said: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    routing: Routing | None = None
+
+    @property
+    def base(self) -> nn.Module:
+        """The layer in whose place it goes."""
+        return self.model.get_submodule(self.at)
+
+    @property
+    def mixtures(self) -> list[Any]:
+        """Those that layers share. Raises KeyError if the model has none."""
+        if self.routing is None:
+            raise KeyError("routing")
+        return self.routing.mixtures
+
+    def inside(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors below a name."""
+        return {n.removeprefix(f"{prefix}."): t for n, t in self.tensors.items()
+                if n.startswith(f"{prefix}.")}  # fmt: skip
+
+
+def put_in(
+    model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Put layers at their paths and other values into tensors, in place; a path that is new becomes
+    a child. Layers that listen to others do so from then on."""
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in (tensors or {}).items():
+            own[name].copy_(tensor)
+    for path, layer in layers.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer)
+    for layer in layers.values():
+        layer.listen(model)
