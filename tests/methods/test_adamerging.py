@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from learned_toys import data, experts, network
 
 import fusewright as fw
 from fusewright.errors import PlanError
@@ -15,27 +15,6 @@ from fusewright.methods.learned.coefficients import LinearCoefficients
 from fusewright.methods.learned.objectives import entropy
 
 QUICK = {"steps": 30, "rate": 0.02, "batch": 16, "every": 10, "guard": 32}
-
-
-def network(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-
-
-def experts(base: nn.Module) -> dict[str, nn.Module]:
-    found = {}
-    for number, name in enumerate(("a", "b")):
-        draw = torch.Generator().manual_seed(number)
-        found[name] = copy.deepcopy(base)
-        with torch.no_grad():
-            for parameter in found[name].parameters():
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw))
-    return found
-
-
-def data(batches: int = 4) -> dict[str, list[torch.Tensor]]:
-    draw = torch.Generator().manual_seed(9)
-    return {n: [torch.randn(16, 6, generator=draw) for _ in range(batches)] for n in ("a", "b")}
 
 
 def merged(**params):

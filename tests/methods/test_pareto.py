@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from learned_toys import experts, moved, network
+from routed_toys import elsewhere
 from torch import nn
 
 import fusewright as fw
@@ -278,19 +277,6 @@ def test_what_was_merged_is_made_anew_when_anything_changes() -> None:
     assert answer("vit", model).equal(one)
 
 
-FRESH = """
-import json, sys, torch, fusewright as fw
-model = fw.load(sys.argv[1])
-found = {}
-for r in ([1, 0], [0.25, 0.75]):
-    model.set_preference(r)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        found[str(r)] = model(**torch.load(sys.argv[2]))[0].flatten().tolist()
-print(json.dumps(found))
-"""
-
-
 @pytest.mark.parametrize(("family", "modules"), [("resnet", "all"), ("gpt2", "all"), ("t5", "mlp")])
 def test_a_fresh_process_sets_the_preference(family: str, modules: str, tmp_path: Any) -> None:
     base = base_of(family)
@@ -305,18 +291,17 @@ def test_a_fresh_process_sets_the_preference(family: str, modules: str, tmp_path
     inputs = dict(FAMILIES[family][1])
     if family == "t5":
         inputs["decoder_input_ids"] = IDS["input_ids"][:, :4]
-    torch.save(inputs, tmp_path / "inputs.pt")
-    told = subprocess.run([sys.executable, "-c", FRESH, tmp_path / "out", tmp_path / "inputs.pt"],
-                          capture_output=True, text=True, check=True)  # fmt: skip
-    for r, said in json.loads(told.stdout).items():
-        made.set_preference(json.loads(r))
+    preferences = ([1, 0], [0.25, 0.75])
+    asked = [(tmp_path / "out", inputs, {"set_preference": r}) for r in preferences]
+    for r, said in zip(preferences, elsewhere(tmp_path, asked), strict=True):
+        made.set_preference(r)
         with torch.no_grad():
-            here = made.module()(**inputs)[0].flatten()
-        torch.testing.assert_close(torch.tensor(said), here, rtol=1e-6, atol=1e-6)
+            here = made.module()(**inputs)[0]
+        torch.testing.assert_close(said, here, rtol=1e-6, atol=1e-6)
         made.unload().save(tmp_path / f"plain{r}")
         plain = type(base).from_pretrained(tmp_path / f"plain{r}").eval()
         with torch.no_grad():
-            assert plain(**inputs)[0].flatten().equal(here)
+            assert plain(**inputs)[0].equal(here)
     assert not (tmp_path / f"plain{r}" / "routed.json").exists()
 
 

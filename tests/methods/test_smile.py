@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from routed_toys import TINY, base_of, elsewhere, gpt2, llama, t5
 from torch import nn
 
 import fusewright as fw
@@ -17,7 +16,6 @@ from fusewright.methods.routed import Smile
 from fusewright.modules.routed import RoutedLinear
 
 transformers = pytest.importorskip("transformers")
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.arange(24).reshape(3, 8)
 
 
@@ -32,33 +30,12 @@ def bert():
         **TINY, intermediate_size=32, vocab_size=50), add_pooling_layer=False)  # fmt: skip
 
 
-def gpt2():
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        n_embd=16, n_layer=2, n_head=2, vocab_size=50))  # fmt: skip
-
-
-def llama():
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        **TINY, intermediate_size=32, vocab_size=50))  # fmt: skip
-
-
-def t5():
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(
-        d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=50,
-        decoder_start_token_id=0))  # fmt: skip
-
-
 INPUTS = {
     vit: {"pixel_values": torch.linspace(-1, 1, 3 * 3 * 64).reshape(3, 3, 8, 8)},
     bert: {"input_ids": IDS}, gpt2: {"input_ids": IDS}, llama: {"input_ids": IDS},
     t5: {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]},
 }  # fmt: skip
 MODELS = pytest.mark.parametrize("make", INPUTS, ids=lambda make: make.__name__)
-
-
-def base_of(make) -> nn.Module:
-    torch.manual_seed(0)
-    return make().eval()
 
 
 def expert_of(base: nn.Module, seed: int, only: str = "") -> nn.Module:
@@ -100,16 +77,7 @@ def test_it_is_saved_and_loaded_in_another_process(make, tmp_path) -> None:
     experts = {name: tmp_path / name for name in modules}
     opened = fw.merge(Smile(rank=4, gate=2), base=base, experts=modules)
     fw.merge(Smile(rank=4, gate=2), base=tmp_path / "base", experts=experts, out=tmp_path / "out")
-    torch.save(INPUTS[make], tmp_path / "inputs.pt")
-    code = (
-        "import sys, torch, fusewright as fw\n"
-        "folder = sys.argv[1]\n"
-        "model = fw.load(folder + '/out')\n"
-        "with torch.no_grad(): found = model(**torch.load(folder + '/inputs.pt'))[0]\n"
-        "torch.save(found, folder + '/found.pt')\n"
-    )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], check=True)
-    found = torch.load(tmp_path / "found.pt")
+    (found,) = elsewhere(tmp_path, [(tmp_path / "out", INPUTS[make], {})])
     torch.testing.assert_close(found, answer(opened.module(), make))
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
-from test_wemoe import (
+from routed_toys import (
     IDS,
     INPUTS,
     MASK,
@@ -18,11 +16,14 @@ from test_wemoe import (
     base_of,
     bert,
     clip,
+    elsewhere,
     expert_of,
     experts_of,
     gpt2,
     images,
     llama,
+    saved,
+    sides,
     t5,
     vit,
 )
@@ -34,26 +35,6 @@ from fusewright.modules.mixed import MixedLinear
 from fusewright.modules.mixed_rest import MixedAffine, MixedTable
 
 BIAS = "relative_attention_bias"
-
-
-def sides(make, count: int = 8) -> dict[str, list]:
-    """Inputs of which a task's are told from the other's: bright and dark, low and high words."""
-    draw, found = torch.Generator().manual_seed(3), {}
-    for at, name in enumerate(("a", "b")):
-        def ids(tokens: int, at: int = at) -> torch.Tensor:
-            return torch.randint(1 + 24 * at, 7 + 24 * at, (6, tokens), generator=draw)
-
-        def batch(at: int = at, ids=ids) -> dict[str, torch.Tensor]:
-            if "pixel_values" in INPUTS[make]:
-                noise = torch.randn(6, 3, 8, 8, generator=draw)
-                return {"pixel_values": noise / 4 + 2 * at - 1}
-            mask = torch.ones(6, 8, dtype=torch.long)
-            mask[:, 6:] = 0
-            more = {"decoder_input_ids": ids(4)} if make is t5 else {}
-            return {"input_ids": ids(8), "attention_mask": mask, **more}
-
-        found[name] = [batch() for _ in range(count)]
-    return found
 
 
 LEARNT = fw.Twin(mask_rate=0.5, epochs=40, rate=5e-3)
@@ -155,26 +136,13 @@ def test_each_sample_is_answered_by_its_own_merge(make) -> None:
 
 
 def test_all_are_saved_and_loaded_in_another_process(tmp_path) -> None:
-    expected = {}
+    asked, expected = [], []
     for make in INPUTS:
-        made, at = built(make), tmp_path / f"{make.__name__}-twin"
-        base_of(make).save_pretrained(tmp_path / make.__name__)
-        made.source = tmp_path / make.__name__
-        made.save(at)
-        expected[at.name] = answer(made.module(), make)
-        torch.save(INPUTS[make], at / "inputs.pt")
-    code = (
-        "import sys, torch, fusewright as fw\n"
-        "from pathlib import Path\n"
-        "for name in sys.argv[2:]:\n"
-        "    at = Path(sys.argv[1]) / name\n"
-        "    with torch.no_grad(): found = fw.load(at)(**torch.load(at / 'inputs.pt'))[0]\n"
-        "    torch.save(found, at / 'found.pt')\n"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path), *expected]
-    subprocess.run(command, check=True, capture_output=True)
-    for name, said in expected.items():
-        torch.testing.assert_close(torch.load(tmp_path / name / "found.pt"), said)
+        made = built(make)
+        at = saved(made, make, tmp_path, f"{make.__name__}-twin")
+        asked.append((at, INPUTS[make], {}))
+        expected.append(answer(made.module(), make))
+    torch.testing.assert_close(elsewhere(tmp_path, asked), expected)
 
 
 def test_padding_has_no_say() -> None:

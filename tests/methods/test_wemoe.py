@@ -4,103 +4,39 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from torch import nn
+from routed_toys import (
+    IDS,
+    INPUTS,
+    MASK,
+    MODELS,
+    PIXELS,
+    answer,
+    base_of,
+    bert,
+    built,
+    clip,
+    elsewhere,
+    experts_of,
+    gpt2,
+    images,
+    llama,
+    loud,
+    saved,
+    t5,
+    vit,
+)
 
 import fusewright as fw
 from fusewright.errors import NumericError, PlanError, WeightsError
 from fusewright.methods.routed import EWEMoE, WEMoE
 from fusewright.modules.mixed import MixedLinear
 
-hf = pytest.importorskip("transformers")
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-_IDS = {"bos_token_id": 0, "eos_token_id": 49, "pad_token_id": 0}
-TEXT = {**TINY, "intermediate_size": 32, "vocab_size": 50, **_IDS}
-PIXELS = torch.linspace(-1, 1, 3 * 3 * 64).reshape(3, 3, 8, 8) ** 2
-IDS = torch.arange(1, 25).reshape(3, 8)
-MASK = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] * 2 + [0] * 6])
-WORDS = {"input_ids": IDS, "attention_mask": MASK}
-
-
-def clip():
-    return hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(
-        **TINY, intermediate_size=32, image_size=8, patch_size=4, projection_dim=8))  # fmt: skip
-
-
-def vit():
-    return hf.ViTForImageClassification(hf.ViTConfig(
-        **TINY, intermediate_size=32, image_size=8, patch_size=4, num_labels=4))  # fmt: skip
-
-
-def bert():
-    return hf.BertForSequenceClassification(hf.BertConfig(**TEXT, num_labels=4))
-
-
-def gpt2():
-    return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, **_IDS))
-
-
-def llama():
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT))
-
-
-def t5():
-    return hf.T5ForConditionalGeneration(hf.T5Config(
-        d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=50,
-        decoder_start_token_id=0))  # fmt: skip
-
-
-INPUTS = {
-    clip: {"pixel_values": PIXELS}, vit: {"pixel_values": PIXELS},
-    bert: WORDS, gpt2: WORDS, llama: WORDS,
-    t5: {**WORDS, "decoder_input_ids": IDS[:, :4], "decoder_attention_mask": MASK[:, 2:6]},
-}  # fmt: skip
 WEIGHTS = {clip: 4, vit: 4, bert: 4, gpt2: 4, llama: 6, t5: 8}
-MODELS = pytest.mark.parametrize("make", INPUTS, ids=lambda make: make.__name__)
 UNTRAINED = [WEMoE(steps=0), EWEMoE(steps=0)]
 METHODS = pytest.mark.parametrize("method", UNTRAINED, ids=lambda method: method.name)
-
-
-def base_of(make) -> nn.Module:
-    torch.manual_seed(0)
-    return make().eval()
-
-
-def expert_of(base: nn.Module, seed: int) -> nn.Module:
-    """The base with every parameter moved."""
-    draw, expert = torch.Generator().manual_seed(seed), copy.deepcopy(base)
-    with torch.no_grad():
-        for parameter in expert.parameters():
-            noise = torch.randn(parameter.shape, generator=draw).to(parameter)
-            parameter.add_(0.3 * max(0.05, float(parameter.float().std().nan_to_num())) * noise)
-    return expert
-
-
-def experts_of(base: nn.Module) -> dict[str, nn.Module]:
-    return {name: expert_of(base, seed) for seed, name in enumerate(("a", "b"), 1)}
-
-
-def answer(model: nn.Module, make, **changes) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**{**INPUTS[make], **changes})[0]
-
-
-def built(method, make, **options):
-    base = base_of(make)
-    return fw.merge(method, base=base, experts=experts_of(base), **options)
-
-
-def loud(model: nn.Module, seed: int = 7) -> nn.Module:
-    """Routers that tell inputs apart plainly."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.get_submodule("routing").parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=draw) / 2)
-    return model
 
 
 @MODELS
@@ -143,29 +79,15 @@ def test_alike_samples_are_answered_as_the_unloaded_model_does(make) -> None:
 
 
 def test_all_are_saved_and_loaded_in_another_process(tmp_path) -> None:
-    expected = {}
+    asked, expected = [], []
     for make in INPUTS:
         for method in UNTRAINED:
             made = built(method, make)
             loud(made.module())
-            at = tmp_path / f"{make.__name__}-{method.name}"
-            base_of(make).save_pretrained(tmp_path / make.__name__)
-            made.source = tmp_path / make.__name__
-            made.save(at)
-            expected[at.name] = answer(made.module(), make)
-            torch.save(INPUTS[make], at / "inputs.pt")
-    code = (
-        "import sys, torch, fusewright as fw\n"
-        "from pathlib import Path\n"
-        "for name in sys.argv[2:]:\n"
-        "    at = Path(sys.argv[1]) / name\n"
-        "    with torch.no_grad(): found = fw.load(at)(**torch.load(at / 'inputs.pt'))[0]\n"
-        "    torch.save(found, at / 'found.pt')\n"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path), *expected]
-    subprocess.run(command, check=True, capture_output=True)
-    for name, said in expected.items():
-        torch.testing.assert_close(torch.load(tmp_path / name / "found.pt"), said)
+            at = saved(made, make, tmp_path, f"{make.__name__}-{method.name}")
+            asked.append((at, INPUTS[make], {}))
+            expected.append(answer(made.module(), make))
+    torch.testing.assert_close(elsewhere(tmp_path, asked), expected)
 
 
 def test_a_density_of_one_is_wemoe_with_one_router() -> None:
@@ -303,12 +225,6 @@ def test_a_copy_of_the_model_routes_by_itself() -> None:
     assert answer(model, gpt2).equal(said) and not answer(twin, gpt2).equal(said)
 
 
-def images(count: int = 12) -> dict[str, list]:
-    draw = torch.Generator().manual_seed(3)
-    return {name: [{"pixel_values": torch.randn(6, 3, 8, 8, generator=draw)}
-                   for _ in range(count)] for name in ("a", "b")}  # fmt: skip
-
-
 QUICK = {"steps": 30, "rate": 3e-3, "batch": 6, "every": 10, "guard": 24}
 
 
@@ -364,10 +280,7 @@ def test_norms_by_kind_are_reported() -> None:
 
 
 def test_a_folder_that_lacks_a_layers_tensors_is_refused(tmp_path) -> None:
-    base_of(gpt2).save_pretrained(tmp_path / "base")
-    made = built(WEMoE(steps=0), gpt2)
-    made.source = tmp_path / "base"
-    made.save(tmp_path / "out")
+    saved(built(WEMoE(steps=0), gpt2), gpt2, tmp_path)
     at = tmp_path / "out" / "routed.json"
     said = json.loads(at.read_text())
     said["layers"]["transformer.h.0.mlp.c_fc"]["stack"] = {"kind": "sparse", "shape": [64, 2, 16]}
