@@ -150,7 +150,7 @@ def test_a_killed_run_goes_on_to_the_same_end(suite, tmp_path, monkeypatch, how)
     if how in recipe.ADAPTERS:
         settings["dropout"] = 0.3
     whole = fw.finetune(suite, "parity", out=tmp_path / "whole", **settings)
-    calls, asked = [], descent._loss
+    calls, asked = [], descent.task_loss
 
     def loss(*args):
         calls.append(args)
@@ -158,7 +158,7 @@ def test_a_killed_run_goes_on_to_the_same_end(suite, tmp_path, monkeypatch, how)
             raise KeyboardInterrupt
         return asked(*args)
 
-    monkeypatch.setattr(descent, "_loss", loss)
+    monkeypatch.setattr(descent, "task_loss", loss)
     with pytest.raises(KeyboardInterrupt):
         fw.finetune(suite, "parity", out=tmp_path / "killed", **settings)
     assert not (tmp_path / "killed").exists()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fusewright.bench.descent import OneCycle
 from fusewright.bench.finetuning.models import writing
 from fusewright.bench.finetuning.recipe import FineTuning
-from fusewright.bench.joint.train import Augment, _loss, _seeded, _stream
+from fusewright.bench.joint.train import Augment, seeded, task_loss, task_stream
 from fusewright.bench.pools.training import decayed
 from fusewright.errors import NumericError, RecipeError
 from fusewright.tasks.task import Split, Task
@@ -79,8 +79,8 @@ def descend(
     if not trained:
         raise RecipeError("the model has no parameter that requires gradients")
     model.train()
-    with _seeded(recipe.seed, trained[0].device):
-        stream = _stream(task, split, recipe.batch, recipe.seed, augment)
+    with seeded(recipe.seed, trained[0].device):
+        stream = task_stream(task, split, recipe.batch, recipe.seed, augment)
         groups = decayed(model, recipe.decay)
         descent = Resumable(groups, recipe.steps, recipe.rate, betas=recipe.betas)
         losses: list[float] = []
@@ -94,7 +94,7 @@ def descend(
         autocast = torch.bfloat16 if recipe.bfloat16 else None
         while len(losses) < recipe.steps:
             descent.begin()
-            found = _loss(task, model, next(stream), len(losses) + 1, autocast)
+            found = task_loss(task, model, next(stream), len(losses) + 1, autocast)
             found.backward()
             descent.step()
             losses.append(found.item())

@@ -65,13 +65,13 @@ def train_joint(
     if not parameters:
         raise RecipeError("the model has no parameter that requires gradients")
     plan, share = combination(how, len(tasks)), batch_size // len(tasks)
-    with _seeded(seed, parameters[0].device):
-        streams = [_stream(task, splits[task.name], share, seed, augment) for task in tasks]
+    with seeded(seed, parameters[0].device):
+        streams = [task_stream(task, splits[task.name], share, seed, augment) for task in tasks]
         descent = _descent(parameters, plan, steps, lr, weight_decay, betas)
 
         def losses(step: int) -> list[Tensor]:
             given = zip(tasks, streams, strict=True)
-            return [_loss(task, model, next(stream), step, autocast) for task, stream in given]
+            return [task_loss(task, model, next(stream), step, autocast) for task, stream in given]
 
         epoch = min(ceil(sum(len(splits[t.name]) for t in tasks) / batch_size), max(1, steps // 5))
         for step in _steps(steps, epoch, plan, progress):
@@ -103,7 +103,7 @@ def _descent(
     return OneCycle(groups, steps, lr, clipped=parameters, betas=betas)
 
 
-def _stream(
+def task_stream(
     task: Task, split: Split, size: int, seed: int, augment: Augment | None
 ) -> Iterator[Batch]:
     """Batches without end, every epoch in an order of its own; an epoch's rest is left out, so
@@ -124,7 +124,7 @@ def _stream(
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Torch's global random numbers (dropout, PCGrad's order) from the seed."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -145,7 +145,7 @@ def _check(tasks: Sequence[Task], splits: Mapping[str, Split], steps: int, batch
                                   found=f"splits of {', '.join(splits) or 'no task'}")  # fmt: skip
 
 
-def _loss(
+def task_loss(
     task: Task, model: nn.Module, batch: Batch, step: int, autocast: torch.dtype | None
 ) -> Tensor:
     """One task's loss; a region of its own, so that no two losses share a cast weight."""
