@@ -21,6 +21,15 @@ def test_inspect_compares_as_json(run: Any, models: Path) -> None:
     assert found["comparison"]["experts"] == ["a"]
 
 
+def test_inspect_says_in_which_subspace_task_vectors_lie(run: Any, models: Path) -> None:
+    names = models / "base", models / "a"
+    text = run("inspect", *names, "--subspace")
+    assert text.exit_code == 0 and "leading" in text.stdout and "random" in text.stdout
+    found = json.loads(run("inspect", *names, "--subspace", "--json").stdout)["subspaces"]
+    assert found["matrices"] and found["experts"] == ["a"]
+    assert run("inspect", names[0], "--subspace").exit_code == 4
+
+
 def test_check_passes_experts_of_the_base_and_refuses_other_shapes(run: Any, models: Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file

@@ -91,6 +91,25 @@ def test_layers_hold_what_their_tensors_hold(tmp_path: Path) -> None:
     )
 
 
+def test_kinds_of_modules_are_measured_as_on_open_modules() -> None:
+    from fusewright.modules.critical import critical
+    from fusewright.modules.deltas import Dense
+    from fusewright.modules.vectors import TaskVectors
+
+    base = llama()
+    experts = {f"e{s}": tuned(base, s) for s in (1, 2)}
+    done = inspect_models([base, *experts.values()]).comparison
+    assert done is not None
+    start = {name: p.detach() for name, p in base.named_parameters()}
+    vectors = TaskVectors(tuple(experts), start, lambda expert, name: Dense(
+        experts[expert].get_parameter(name).detach() - start[name]))  # fmt: skip
+    expected = critical(vectors, base)
+    found = {kind: done.critical(pairs) for kind, pairs in done.kinds.items()}
+    assert found.keys() == expected.keys()
+    for kind, numbers in found.items():
+        assert numbers == pytest.approx(expected[kind], rel=1e-6)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.integers(-1, 1), min_size=7, max_size=7), min_size=2, max_size=4))
 def test_conflicts_are_counted_where_two_experts_or_more_move(taus: list[list[int]]) -> None:

@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
         "fusewright inspect base/",
         "fusewright inspect base/ math/ code/ --png differences.png",
         "fusewright inspect base/ math/ --json > math.json",
+        "fusewright inspect base/ math/ code/ --subspace",
         "fusewright inspect --backdoor merged/ --suite vision-mini --data data/",
     )
     add(
@@ -37,6 +38,11 @@ def register(app: typer.Typer) -> None:
 def inspect(
     models: Models,
     png: Annotated[Path | None, typer.Option(help="Draw it, too.", dir_okay=False)] = None,
+    subspace: Annotated[
+        bool,
+        typer.Option("--subspace", help="Also say in which singular directions of the base's "
+                     "matrices the task vectors lie."),
+    ] = False,
     backdoor: Annotated[
         bool,
         typer.Option("--backdoor", help="Search each model for classes that one small change of "
@@ -56,13 +62,20 @@ def inspect(
     """Show the tensors of a model, or how others differ from it.
 
     Of two models or more, the first is the base; shown are norms of task vectors, cosines and sign
-    conflicts, over the model and by layer.
+    conflicts, over the model, by layer, and norms by kind of module.
+
+    With --subspace, also the share of each task vector's energy in the leading directions of the
+    base's matrices (those that hold half of the sum of singular values), in the lesser ones, in
+    their null space, and across, each beside the share that a random matrix would have there.
 
     With --backdoor, each model is searched on unlabelled pictures of a suite's tasks, with the
     suite's heads: a class that is much easier to lead to than others is a reason to look closer. It
     is an estimate, and never shows that a model is clean.
     """
     if backdoor or suite is not None:
+        if subspace:
+            raise RecipeError("these are two searches", found="--subspace with --backdoor",
+                              fix="run the command twice")  # fmt: skip
         _look(models, backdoor, suite, pool, data, limit, threads, json)
         return
     from fusewright.engine import Options, inspect_models, parse_size
@@ -70,8 +83,9 @@ def inspect(
     workers = Options(threads=threads).workers
     with shown(json) as progress:
         found = inspect_models(
-            models, threads=workers, memory=parse_size(memory), progress=progress
-        )
+            models, subspace=subspace, threads=workers, memory=parse_size(memory),
+            progress=progress,
+        )  # fmt: skip
     if png is not None:
         found.save_png(png)
     _show(found, json)

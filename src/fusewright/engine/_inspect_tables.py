@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fusewright.engine._pairs import Pairs
 from fusewright.engine.inspect import Comparison, Model, TensorRow
+from fusewright.engine.subspaces import ZONES, Subspaces
 from fusewright.engine.tables import Table
 
 
@@ -25,13 +26,18 @@ def of_model(model: Model) -> list[Table]:
     ]
 
 
-def of_comparison(models: Sequence[Model], done: Comparison) -> list[Table]:
-    """Models, task vectors, cosines, layers, tensors, differences, notes; empty ones left out."""
+def of_comparison(
+    models: Sequence[Model], done: Comparison, subspaces: Subspaces | None = None
+) -> list[Table]:
+    """Models, task vectors, cosines, kinds, subspaces, layers, tensors, differences, notes; empty
+    ones left out."""
     rows = tuple((m.name, m.label, *_total(m), ", ".join(sorted(m.totals(_dtype)))) for m in models)
     tables = [
         Table("Models", ("model", "opened from", "tensors", "parameters", "bytes", "dtypes"), rows),
         _vectors(done),
         _cosines(done),
+        _kinds(done),
+        *([] if subspaces is None else _subspaces(subspaces)),
         _by("Layers", "layer", done, done.layers),
         _by("Tensors", "tensor", done, done.tensors),
         Table(
@@ -79,6 +85,34 @@ def _cosines(done: Comparison) -> Table:
     )
     few = len(done.experts) < 2
     return Table("Cosines of task vectors", ("", *done.experts), () if few else rows)
+
+
+def _kinds(done: Comparison) -> Table:
+    rows = tuple((kind, *done.critical(pairs).values()) for kind, pairs in done.kinds.items())
+    columns = ("kind", "elements", "‖τ‖", "‖τ‖/√n", "‖τ‖/‖θ0‖")
+    return Table("Kinds of modules, means over experts", columns, rows)
+
+
+def _subspaces(found: Subspaces) -> list[Table]:
+    """Shares by kind for each expert, and by layer for all of them; "random" is what the zone's
+    size alone would give."""
+    title = f"Energy of task vectors in singular directions of {found.base}, %"
+    columns = [name for zone in ZONES for name in (zone, "random")]
+    kinds = [(kind, expert, *_percents(one.of(t))) for kind, one in found.roles().items()
+             for t, expert in enumerate(found.experts)]  # fmt: skip
+    if found.matrices:
+        kinds += [("all", expert, *_percents(found.whole().of(t)))
+                  for t, expert in enumerate(found.experts)]  # fmt: skip
+    layers = [(layer, *_percents(one.of())) for layer, one in found.layers().items()]
+    return [
+        Table(f"{title}, by kind", ("kind", "expert", *columns), tuple(kinds)),
+        Table(f"{title}, by layer, all experts", ("layer", *columns), tuple(layers)),
+    ]
+
+
+def _percents(shares: Mapping[str, float] | None) -> Iterator[float | None]:
+    for name in (name for zone in ZONES for name in (zone, f"{zone}, random")):
+        yield None if shares is None else round(100 * shares[name], 2)
 
 
 def _by(title: str, what: str, done: Comparison, parts: Mapping[str, Pairs]) -> Table:

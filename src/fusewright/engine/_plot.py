@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fusewright.engine.inspect import Comparison, Inspection, Model
+from fusewright.engine.subspaces import ZONES, Shares
 from fusewright.errors import FusewrightError
 
 _FEW = 24   # labels that fit an axis, and cells whose numbers can be read
@@ -26,11 +28,19 @@ def draw(inspection: Inspection, path: Path) -> None:
         figure = Figure(figsize=(7, 4), layout="constrained")
         _sizes(figure.subplots(), inspection.models[0])
     else:
-        figure = Figure(figsize=(11, 7.5), layout="constrained")
-        grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.4))
+        zones = inspection.subspaces if (
+            inspection.subspaces is not None and inspection.subspaces.matrices) else None
+        rows = 2 if zones is None else 3
+        figure = Figure(figsize=(11, 3.75 * rows), layout="constrained")
+        grid = figure.add_gridspec(rows, 2, width_ratios=(1, 1.4))
         _norms(figure.add_subplot(grid[0, :]), done)
         _cosines(figure.add_subplot(grid[1, 0]), done)
         _conflicts(figure.add_subplot(grid[1, 1]), done)
+        if zones is not None:
+            _zones(figure.add_subplot(grid[2, 0]), zones.roles(), "by kind")
+            axes = figure.add_subplot(grid[2, 1])
+            _zones(axes, zones.layers(), "by layer")
+            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -80,8 +90,27 @@ def _conflicts(axes: Any, done: Comparison) -> None:
     _name_layers(axes, done)
 
 
+def _zones(axes: Any, groups: Mapping[str, Shares], by: str) -> None:
+    """Shares of all experts' energy, stacked; a black line where chance would end each zone."""
+    shown = {name: said for name, one in groups.items() if (said := one.of()) is not None}
+    ends, chance = np.zeros(len(shown)), np.zeros(len(shown))
+    for zone, colour in zip(ZONES, _COLOURS, strict=False):
+        parts = np.array([100 * said[zone] for said in shown.values()])
+        axes.bar(range(len(shown)), parts, bottom=ends, color=colour, label=zone, alpha=0.85)
+        ends, chance = ends + parts, chance + [100 * s[f"{zone}, random"] for s in shown.values()]
+        if zone != ZONES[-1]:
+            axes.hlines(chance, np.arange(len(shown)) - 0.4, np.arange(len(shown)) + 0.4,
+                        color="black", linewidth=1.4,
+                        label="at random" if zone == ZONES[0] else None)  # fmt: skip
+    axes.set(title=f"Energy in the base's singular directions, {by}", ylabel="%", ylim=(0, 100))
+    _name(axes, list(shown))
+
+
 def _name_layers(axes: Any, done: Comparison) -> None:
-    names = list(done.layers)
+    _name(axes, list(done.layers))
+
+
+def _name(axes: Any, names: Sequence[str]) -> None:
     stacks = {name.rpartition(".")[0] for name in names if name[-1].isdigit()}
     short = [name.rpartition(".")[2] if len(stacks) == 1 else name for name in names]
     shown = range(0, len(names), -(-len(names) // _FEW))

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fusewright.engine._models import Matched, Ref, described, match, names_of, opened
 from fusewright.engine._pairs import Pairs, all_spans, compare
 from fusewright.engine.options import parse_size
 from fusewright.engine.progress import Listener
+from fusewright.engine.subspaces import Subspaces, measure
 from fusewright.engine.tables import Table
+from fusewright.errors import PlanError
 from fusewright.layout import Role, TensorLayout, canonical_order
+from fusewright.modules.critical import kind_of
 from fusewright.weights import Weights
 
 
@@ -69,14 +73,15 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Task vectors τ_t = θ_t - θ0 of experts over a base: for each tensor, each layer, and over
-    the model. Tied tensors count once; a tensor of another shape is listed in ``differences`` and
-    counts as unchanged in that expert."""
+    """Task vectors τ_t = θ_t - θ0 of experts over a base: for each tensor, each layer, each kind of
+    module (a bias is of its weight's kind), and over the model. Tied tensors count once; a tensor
+    of another shape is listed in ``differences`` and counts as unchanged in that expert."""
 
     base: str
     experts: tuple[str, ...]
     tensors: Mapping[str, Pairs]
     layers: Mapping[str, Pairs]
+    kinds: Mapping[str, Pairs]
     whole: Pairs
     differences: tuple[Difference, ...]
 
@@ -94,12 +99,24 @@ class Comparison:
             "nonfinite": dict(zip((self.base, *self.experts), pairs.bad.tolist(), strict=True)),
         }
 
+    def critical(self, pairs: Pairs) -> dict[str, float | None]:
+        """What E-WEMoE (2410.21804) calls modules critical by, means over experts: "l2" ‖τ‖, and,
+        because that grows with the ``elements`` n, "rms" ‖τ‖/√n and "relative" ‖τ‖/‖θ0‖."""
+        each = range(len(self.experts))
+        l2, n = fmean(pairs.norm(t) for t in each), int(pairs.elements.max())
+        relative = [value for t in each if (value := pairs.relative(t)) is not None]
+        return {
+            "elements": n, "l2": l2, "rms": l2 / n**0.5 if n else None,
+            "relative": fmean(relative) if relative else None,
+        }  # fmt: skip
+
     def to_json(self) -> dict[str, Any]:
         return {
             "base": self.base,
             "experts": list(self.experts),
             "model": self.numbers(self.whole),
             "layers": {name: self.numbers(pairs) for name, pairs in self.layers.items()},
+            "kinds": {name: self.critical(pairs) for name, pairs in self.kinds.items()},
             "tensors": {name: self.numbers(pairs) for name, pairs in self.tensors.items()},
             "differences": [asdict(one) for one in self.differences],
         }
@@ -107,10 +124,12 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """Models, and how the later ones differ from the first (None for a single one)."""
+    """Models, and how the later ones differ from the first (None for a single one); in which of its
+    singular directions, where that was asked for."""
 
     models: tuple[Model, ...]
     comparison: Comparison | None
+    subspaces: Subspaces | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and finite numbers; None where a number does not apply."""
@@ -118,20 +137,21 @@ class Inspection:
         return {
             "models": [model.to_json() for model in self.models],
             "comparison": None if done is None else done.to_json(),
+            "subspaces": None if self.subspaces is None else self.subspaces.to_json(),
         }
 
     def tables(self) -> list[Table]:
         """What :meth:`to_json` holds, for reading: one model's tensors and totals; or the models,
-        their task vectors, cosines, layers, tensors and differences."""
+        their task vectors, cosines, kinds of modules, subspaces, layers, tensors, differences."""
         from fusewright.engine import _inspect_tables as tables
 
         if self.comparison is None:
             return tables.of_model(self.models[0])
-        return tables.of_comparison(self.models, self.comparison)
+        return tables.of_comparison(self.models, self.comparison, self.subspaces)
 
     def save_png(self, path: str | Path) -> None:
-        """A picture: norms and sign conflicts by layer and the cosines of task vectors; for one
-        model, its bytes by role. Needs matplotlib."""
+        """A picture: norms and sign conflicts by layer and the cosines of task vectors, and their
+        subspaces; for one model, its bytes by role. Needs matplotlib."""
         from fusewright.engine._plot import draw
 
         draw(self, Path(path))
@@ -141,6 +161,7 @@ def inspect_models(
     refs: Sequence[Ref],
     *,
     base: Ref | None = None,
+    subspace: bool = False,
     threads: int = 2,
     memory: int | str = 2**30,
     progress: Listener | None = None,
@@ -150,7 +171,10 @@ def inspect_models(
     ``refs`` are paths, Hub ids, adapters (over the base), modules or state dicts. Comparing reads
     every byte once, in chunks of at most 262,144 elements, with no more than ``memory`` bytes in
     all threads; ``progress`` hears of the bytes of all models. NaN and infinities are counted and
-    left out of the sums. Raises WeightsError, and PlanError if ``memory`` is too small.
+    left out of the sums. ``subspace`` also decomposes every matrix of the base, one after the other
+    (seconds for a ViT-B/32), and says in which of its singular directions the task vectors lie.
+
+    Raises WeightsError, and PlanError if ``memory`` is too small or ``subspace`` has no expert.
     """
     with opened(refs, base) as weights:
         names = names_of([one.label for one in weights])
@@ -160,12 +184,21 @@ def inspect_models(
             for name, one, layout in zip(names, weights, layouts, strict=True)
         )
         if len(weights) == 1:
+            if subspace:
+                raise PlanError("task vectors need a base and an expert", found=names[0],
+                                fix="fusewright inspect BASE EXPERT... --subspace")  # fmt: skip
             return Inspection(models, None)
         experts = dict(zip(names[1:], weights[1:], strict=True))
         matched = match(weights[0], experts)
         spans = all_spans(matched.sources(), len(experts), threads, parse_size(memory))
         found = compare(weights[0], weights[1:], spans, threads=threads, progress=progress)
-        return Inspection(models, _comparison(names[0], matched, found))
+        order = _in_order(matched, found)
+        done = _comparison(names[0], matched, {name: found[name] for name in order})
+        subspaces = measure(
+            names[0], matched, order, layer_of, threads=threads, memory=parse_size(memory),
+            progress=progress,
+        ) if subspace else None  # fmt: skip
+        return Inspection(models, done, subspaces)
 
 
 def _model(name: str, weights: Weights, layout: Mapping[str, TensorLayout]) -> Model:
@@ -184,17 +217,25 @@ def layer_of(place: TensorLayout) -> str:
 
 
 def _comparison(base: str, matched: Matched, found: Mapping[str, Pairs]) -> Comparison:
-    layers: dict[str, list[Pairs]] = {}
-    found = {name: found[name] for name in canonical_order(found)}
-    for name in sorted(found, key=lambda name: _depth(matched.layout[name])):
-        layers.setdefault(layer_of(matched.layout[name]), []).append(found[name])
-    experts = tuple(matched.experts)
+    experts, n = tuple(matched.experts), len(matched.experts)
+
+    def summed(of: Callable[[str], str]) -> dict[str, Pairs]:
+        groups: dict[str, list[Pairs]] = {}
+        for name, pairs in found.items():
+            groups.setdefault(of(name), []).append(pairs)
+        return {group: Pairs.total(parts, n) for group, parts in groups.items()}
+
     return Comparison(
-        base, experts, found,
-        {layer: Pairs.total(parts, len(experts)) for layer, parts in layers.items()},
-        Pairs.total(list(found.values()), len(experts)),
-        tuple(differences(matched)),
+        base, experts, {name: found[name] for name in canonical_order(found)},
+        summed(lambda name: layer_of(matched.layout[name])),
+        summed(lambda name: kind_of(matched.layout, name)),
+        Pairs.total(list(found.values()), n), tuple(differences(matched)),
     )  # fmt: skip
+
+
+def _in_order(matched: Matched, names: Iterable[str]) -> list[str]:
+    """By layer, then as names are ordered."""
+    return sorted(canonical_order(names), key=lambda name: _depth(matched.layout[name]))
 
 
 def _depth(place: TensorLayout) -> tuple[int, str, int]:
