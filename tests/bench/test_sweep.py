@@ -82,10 +82,39 @@ def test_methods_that_learn_or_route_are_measured_when_they_are_asked_for(suite,
     assert not [row for row in results.rows() if row.startswith(("adamerging,", "smile,"))]
     assert learned.costs["extra_parameters"] == 0 and learned.costs["seconds"] > 0
     assert routed.costs["extra_parameters"] > 0 and routed.costs["slowdown"] > 1
-    module = fw.merge(fw.Smile(rank=2, gate=2), base=suite.base, experts=suite.experts).module()
+    assert (base.costs["stored"], base.costs["bytes"]) == (learned.costs["stored"],
+                                                           learned.costs["bytes"])  # fmt: skip
+    assert "trained" not in base.costs and routed.costs["trained"] == 0
+    merged = fw.merge(fw.Smile(rank=2, gate=2), base=suite.base, experts=suite.experts)
+    sizes = merged.report["parameters"]
+    assert {n: routed.costs[n] for n in ("stored", "active", "bytes")} == {
+        n: sizes[n] for n in ("stored", "active", "bytes")}  # fmt: skip
+    assert base.costs["active"] < routed.costs["active"] < routed.costs["stored"]
+    module = merged.module()
     found = suite.evaluate(module, "digit", limit=LIMIT)
     assert found.score.tolist() == routed.outcomes["digit"]["clean"].score.tolist()
     assert scores(routed) != scores(base)
+
+
+def test_labels_to_learn_from_weigh_more_than_routing_and_being_told_the_task_most():
+    from fusewright.bench.sweep.cells import requirement_of
+
+    found = {name: requirement_of(getattr(fw, name)())
+             for name in ("ParetoSet", "WEMoE", "Smile", "TallMasks", "AdaMerging", "Ties")}
+    assert found == {
+        "ParetoSet": "labelled", "WEMoE": "routed", "Smile": "routed", "TallMasks": "task id",
+        "AdaMerging": "unlabelled", "Ties": "none",
+    }  # fmt: skip
+
+
+def test_a_cell_that_was_in_another_class_changes_it_and_is_not_made_again(suite, swept, made):
+    out = swept[1]
+    path = next(p for p in (out / "cells").glob("*.json")
+                if json.loads(p.read_text())["row"] == "ties")  # fmt: skip
+    path.write_text(path.read_text().replace('"requirement": "none"', '"requirement": "routed"'))
+    results = sweep(suite, out, tune=2)
+    assert made == [] and {c.requirement for c in results.of("ties")} == {"none"}
+    assert {c.requirement for c in load_results(out).of("ties")} == {"none"}
 
 
 def test_every_cell_has_an_outcome_for_every_item(swept):
@@ -125,6 +154,11 @@ def test_an_ensemble_combines_what_the_experts_say(suite, swept):
     found = cell.outcomes["digit"]["clean"].columns["prediction"]
     assert np.array_equal(found, combine(said, "max").argmax(dim=1).numpy())
     assert cell.costs["slowdown"] > 0
+    (base,) = swept[0].of("base")
+    sizes = "stored", "active", "bytes"
+    assert [cell.costs[n] for n in sizes] == [2 * base.costs[n] for n in sizes]
+    (own,) = swept[0].of("own expert")
+    assert own.costs["active"] == base.costs["active"] == own.costs["stored"] / 2
 
 
 def test_tuned_cells_ask_for_labels_and_tell_their_trials(swept):
@@ -252,7 +286,8 @@ def test_seeds_and_subsets_are_cells_of_their_own(tmp_path):
     found = list(results.of("ties"))
     assert {c.seed for c in found} == {0, 1}
     subsets = {c.experts for c in found if len(c.experts) == 2}
-    assert subsets and all(set(c.outcomes) == set(c.experts) for c in found)
+    assert len(subsets) == 2, "draws are different subsets"
+    assert all(set(c.outcomes) == set(c.experts) for c in found)
     assert all(len([c for c in found if c.experts == s]) == 2 for s in subsets)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
+from math import comb
 from typing import TYPE_CHECKING, Any
 
 import fusewright
@@ -101,14 +103,22 @@ def _subsets(suite: Suite, asked: Asked) -> Iterator[tuple[str, ...]]:
     """All merged experts, then the draws; the same for every seed of the pool."""
     merged = tuple(suite.spec.merged)
     yield merged
-    seen = {merged}
     for size in asked.subsets:
-        for draw in range(asked.draws):
-            chosen = set(random.Random(f"{size} {draw}").sample(merged, size))
-            subset = tuple(name for name in merged if name in chosen)
-            if subset not in seen:
-                seen.add(subset)
-                yield subset
+        if size < len(merged):
+            yield from _drawn(merged, size, min(asked.draws, comb(len(merged), size)))
+
+
+def _drawn(merged: tuple[str, ...], size: int, wanted: int) -> Iterator[tuple[str, ...]]:
+    """So many different subsets of one size."""
+    seen: set[tuple[str, ...]] = set()
+    for draw in count():
+        if len(seen) == wanted:
+            return
+        chosen = set(random.Random(f"{size} {draw}").sample(merged, size))
+        subset = tuple(name for name in merged if name in chosen)
+        if subset not in seen:
+            seen.add(subset)
+            yield subset
 
 
 def _references(suite: Suite, pool: Pool, whole: bool) -> Iterator[Job]:
@@ -142,9 +152,12 @@ def _merges(entry: Entry, pool: Pool, asked: Asked) -> Iterator[Job]:
 
 
 def requirement_of(method: Method) -> str:
-    """The class of a method as it comes: what the most demanding of its stages asks for."""
-    if isinstance(method, Routed):
-        return "task id" if method.card.task_id else "routed"
+    """The class of a method as it comes: what the most demanding of its stages asks for. To be told
+    the task of every input is more than labels to learn from, and those more than to be routed."""
+    if isinstance(method, Routed) and method.card.task_id:
+        return "task id"
+    if isinstance(method, Routed) and method.card.data != "labelled":
+        return "routed"
     stages = method.chain if isinstance(method, Pipeline) else (method,)
     asked = {getattr(stage.card, "data", "none") for stage in stages}
     return next((data for data in ("labelled", "unlabelled") if data in asked), "none")
