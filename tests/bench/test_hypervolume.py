@@ -65,5 +65,11 @@ def test_other_coordinates_are_refused() -> None:
     for points, reference in (([(1.0,)], (0.0,)), ([(1, 2, 3)], (0, 0)), ([(1,) * 4], (0,) * 4)):
         with pytest.raises(PlanError, match="two or three coordinates"):
             hypervolume(points, reference)
-    with pytest.raises(PlanError, match="not finite"):
-        hypervolume([(float("nan"), 1.0)], (0.0, 0.0))
+    for points, reference in (([(float("nan"), 1.0)], (0.0, 0.0)),
+                              ([(1.0, 1.0)], (float("-inf"), 0.0))):  # fmt: skip
+        with pytest.raises(PlanError, match="not finite"):
+            hypervolume(points, reference)
+
+
+def test_what_is_no_worse_anywhere_and_better_somewhere_dominates() -> None:
+    assert nondominated([(1, 2), (1, 1), (2, 0), (0, 2), (1, 2)]) == [0, 2, 4]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -103,3 +105,64 @@ def test_a_killed_fit_goes_on_to_the_same_end(tmp_path) -> None:
     step = towards_zero(again)
     fit = fitter.run(again, lambda number: seen.append(number) or step(number))
     assert again.at.equal(whole.at) and seen == list(range(15, 30)) and len(fit.losses) == 30
+
+
+def test_the_rate_falls_along_the_cosine_to_its_floor() -> None:
+    point, moved = Point(), []
+
+    def step(number: int):
+        moved.append(point.at.detach().clone())
+        point.at.sum().backward()  # Adam then moves by the rate
+        return {"a": 0.0}
+
+    Fitter(8, 0.01, schedule="cosine", floor=0.2).run(point, step)
+    moved.append(point.at.detach())
+    for number in range(8):
+        share = 0.2 + 0.8 * (1 + math.cos(math.pi * number / 8)) / 2
+        assert float((moved[number] - moved[number + 1])[0]) == pytest.approx(
+            0.01 * share, rel=1e-3
+        )
+
+
+def test_of_equal_scores_the_first_is_kept_and_none_is_forgotten() -> None:
+    scores = iter([0.0, 2.0, 1.0, 1.5, 2.0])
+    point = Point()
+    fit = Fitter(8, 0.1, every=2, score=lambda: next(scores)).run(point, towards_zero(point))
+    other = Point()
+    Fitter(2, 0.1).run(other, towards_zero(other))
+    assert fit.kept == 2 and point.at.equal(other.at)
+
+
+def test_constraints_hold_after_each_step_and_progress_is_of_that_step() -> None:
+    point, told = Point(), []
+
+    def constrain() -> None:
+        with torch.no_grad():
+            point.at.clamp_(min=-0.5)
+
+    def step(number: int):
+        assert number == 0 or float(point.at.detach().min()) >= -0.5
+        return {"a": towards_zero(point)(number)["a"], "b": 1.0}
+
+    fitter = Fitter(3, 0.1, constrain=constrain, tell=lambda *now: told.append(now))
+    fit = fitter.run(point, step)
+    assert told == [(done + 1, 3, fit.losses[done]) for done in range(3)]
+    assert fit.losses[0] == 3.0 and len(set(fit.losses)) == 3
+
+
+def test_a_resumed_fit_reports_as_a_whole_one(tmp_path) -> None:
+    whole, point, again = Point(), Point(), Point()
+
+    def scored(of: Point, **where) -> Fitter:
+        return Fitter(12, 0.1, every=3, score=lambda: -float(of.at.detach().norm()), **where)
+
+    def dies(number: int):
+        if number == 6:
+            raise KeyboardInterrupt
+        return towards_zero(point)(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        scored(point, checkpoint=tmp_path / "fit").run(point, dies)
+    fit = scored(again, checkpoint=tmp_path / "fit").run(again, towards_zero(again))
+    assert fit == scored(whole).run(whole, towards_zero(whole))
+    assert [at for at, _ in fit.scores] == [0, 3, 6, 9, 12] and len(fit.tasks["a"]) == 12
