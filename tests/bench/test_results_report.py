@@ -106,6 +106,16 @@ def test_subsets_have_a_place_of_their_own_draw_by_draw() -> None:
     assert ties and len(ties.pools) == 3
 
 
+def test_tables_show_how_many_experts_were_merged() -> None:
+    more = [cell("ties", 0.8, s, experts=("mnist", t)) for s in (0, 1) for t in ("dtd", "eurosat")]
+    found = summarise(results(more=more), resamples=100)
+    each = [pool.normalised for pool in found.subsets[0].pools]
+    for text in (to_markdown(found), to_latex(found)):
+        assert f"{sum(each) / 4:.1f} ({min(each):.1f} to {max(each):.1f}; 4)" in text
+    plain = summarise(results(), resamples=100)
+    assert "that were merged" not in to_markdown(plain)
+
+
 def test_references_of_a_subset_do_not_touch_those_of_the_whole() -> None:
     chosen = ("mnist", "dtd")
     more = [cell(row, rate, 0, experts=chosen) for row, rate in QUALITY.items()]
