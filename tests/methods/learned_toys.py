@@ -36,3 +36,20 @@ def data(dtype: torch.dtype = torch.float32) -> dict[str, list[torch.Tensor]]:
     return {
         n: [torch.randn(16, 6, generator=draw).to(dtype) for _ in range(4)] for n in ("a", "b")
     }
+
+
+class Killed(KeyboardInterrupt):
+    pass
+
+
+def stop_at(stage_step: int):
+    """A listener that kills a fit after so many steps."""
+    seen = []
+
+    def listener(now) -> None:
+        if now.unit == "steps":
+            seen.append(now)
+            if len(seen) == stage_step:
+                raise Killed
+
+    return listener

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from learned_toys import QUICK, data, experts, moved, network
+from learned_toys import QUICK, Killed, data, experts, moved, network, stop_at
 from references import _trim, agreeing
 from torch import nn
 
@@ -165,22 +165,6 @@ def test_other_mergers_have_no_weights_to_learn(merger) -> None:
 
 
 # -- killed fits, progress, provenance -----------------------------------------------------------
-
-
-class Killed(KeyboardInterrupt):
-    pass
-
-
-def stop_at(stage_step: int):
-    seen = []
-
-    def listener(now) -> None:
-        if now.unit == "steps":
-            seen.append(now)
-            if len(seen) == stage_step:
-                raise Killed
-
-    return listener
 
 
 @EACH

@@ -131,8 +131,10 @@ def run(
     heads: Mapping[str, Any] | None = None,
     evaluate: Callable[[Any], float] | None = None,
     fitted: Origin | None = None,
+    fits: Path | None = None,
 ) -> Merged:
-    """Carry out a recipe; see :func:`merge`. ``fitted``: what the recipe was made by."""
+    """Carry out a recipe; see :func:`merge`. ``fitted``: what the recipe was made by. ``fits``:
+    where a fit without ``out`` keeps checkpoints."""
     options = options or Options()
     method = recipe_method(recipe)
     if is_program(method):
@@ -146,7 +148,7 @@ def run(
             from fusewright.tasks.adaptation import adaptation
 
             data = adaptation(data, heads)
-        return run_program(method, recipe, out, options, progress, data, evaluate)
+        return run_program(method, recipe, out, options, progress, data, evaluate, fits)
     if recipe.output == "adapter":
         from fusewright.engine.adapters import merge_adapters
 

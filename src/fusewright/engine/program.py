@@ -109,7 +109,7 @@ class Trials(Context):
 
     def merge(self, method: Method, experts: Sequence[str] | None = None) -> Mapping[str, Tensor]:
         recipe = with_method(self._recipe, method, experts)
-        return run(recipe, None, self._options, data=self.data).state_dict()
+        return run(recipe, None, self._options, data=self.data, fits=self._fits).state_dict()
 
     def evaluate(self, weights: Mapping[str, Tensor]) -> float:
         if self._evaluate is None:
@@ -133,22 +133,22 @@ def run_program(
     progress: Listener | None,
     data: Any,
     evaluate: Evaluate | None,
+    fits: Path | None = None,
 ) -> Merged:
-    """Fit a program and execute what it chose, or take a fold's experts one by one."""
+    """Fit a program and execute what it chose, build a routed model, or take a fold's experts one
+    by one. Fits keep checkpoints in ``fits``, or beside ``out`` until it is complete."""
     if out is not None and not options.overwrite:
         check_absent(resolve_target(Path(out)))  # before the long work, and again at its end
     if isinstance(method, Fold):
         return _run_fold(method, recipe, out, options, progress)
     if not recipe.experts:
         raise PlanError("there is nothing to merge", expected="at least one expert", found="none")
-    if isinstance(method, Routed) and method.routes:
-        from fusewright.engine.routed import upscaled
-
-        with closing(Trials(recipe, options, data, evaluate, progress)) as context:
-            made = upscaled(method, context)
-        return made if out is None else made.save(out, overwrite=options.overwrite)
-    assert isinstance(method, Program)
-    return _run_fit(method, recipe, out, options, progress, data, evaluate)
+    beside = fits if out is None else fits_folder(resolve_target(Path(out)))
+    with closing(Trials(recipe, options, data, evaluate, progress, beside)) as context:
+        merged = _run_fit(method, recipe, out, options, progress, context)
+    if out is not None and beside is not None:
+        shutil.rmtree(beside, ignore_errors=True)
+    return merged
 
 
 def fits_folder(out: Path) -> Path:
@@ -157,34 +157,35 @@ def fits_folder(out: Path) -> Path:
 
 
 def _run_fit(
-    method: Program,
+    method: Method,
     recipe: Recipe,
     out: str | Path | None,
     options: Options,
     progress: Listener | None,
-    data: Any,
-    evaluate: Evaluate | None,
+    context: Trials,
 ) -> Merged:
-    fits = None if out is None else fits_folder(resolve_target(Path(out)))
-    with closing(Trials(recipe, options, data, evaluate, progress, fits)) as context:
-        fitted = method.fit(context)
-        report = {
-            **fitted.report, "program": method.spec(),
-            "experts": list(fitted.experts or recipe.experts),
-        }  # fmt: skip
-        models: Mapping[str, Weights] = {}
-        if fitted.method is not None:
-            chosen = with_method(recipe, fitted.method, fitted.experts)
-            report["method"] = fitted.method.spec()
-        else:
-            chosen, models = _given(recipe, fitted.state or {}, context), context.inputs.all()
-        origin = Origin(recipe, method, report, models)
-        merged = run(chosen, out, options, progress, fitted=origin)
-        if merged.path is None:
-            merged.source = source_of(recipe, context.inputs)
+    if isinstance(method, Routed) and method.routes:
+        from fusewright.engine.routed import upscaled
+
+        made = upscaled(method, context)
+        return made if out is None else made.save(out, overwrite=options.overwrite)
+    assert isinstance(method, Program)
+    fitted = method.fit(context)
+    report = {
+        **fitted.report, "program": method.spec(),
+        "experts": list(fitted.experts or recipe.experts),
+    }  # fmt: skip
+    models: Mapping[str, Weights] = {}
+    if fitted.method is not None:
+        chosen = with_method(recipe, fitted.method, fitted.experts)
+        report["method"] = fitted.method.spec()
+    else:
+        chosen, models = _given(recipe, fitted.state or {}, context), context.inputs.all()
+    origin = Origin(recipe, method, report, models)
+    merged = run(chosen, out, options, progress, fitted=origin)
+    if merged.path is None:
+        merged.source = source_of(recipe, context.inputs)
     merged.report["fitted"] = report
-    if fits is not None:
-        shutil.rmtree(fits, ignore_errors=True)
     return merged
 
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from fusewright.errors import PlanError
-from fusewright.methods.contract import Card, Context, Fitted, Method
+from fusewright.methods.contract import Card, Context, Fitted, Method, Program
 from fusewright.methods.learned import scalarisers
-from fusewright.methods.learned._fitting import Fitting, Learner, asked
+from fusewright.methods.learned._fitting import Fitting, Learner
 from fusewright.methods.learned._stages import Staged, adding, with_weight
 from fusewright.methods.learned.coefficients import LinearCoefficients
 from fusewright.methods.learned.fitter import Fit
@@ -18,10 +18,8 @@ from fusewright.methods.settings import AnyMethod
 from fusewright.modules.parametrised import ParametrisedMerge
 from fusewright.modules.vectors import TaskVectors
 
-__all__ = ["AdaMerging", "asked", "per_group"]
 
-
-class AdaMerging(Learner):
+class AdaMerging(Learner, Program):
     """Learn how much of each task vector to add from unlabelled inputs (*AdaMerging: Adaptive
     Model Merging for Multi-Task Learning*, arXiv 2310.02575).
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from fusewright.methods.contract import Card, Context, Fitted
+from fusewright.methods.contract import Card, Context, Fitted, Program
 from fusewright.methods.learned._adamerging import AdaMerging, per_group
 from fusewright.methods.learned._fitting import Fitting, Learner
 from fusewright.methods.learned.coefficients import LinearCoefficients, MaskedCoefficients
@@ -21,7 +21,7 @@ _PAPER = (
 )
 
 
-class Concrete(Learner):
+class Concrete(Learner, Program):
     """Learn one mask over all task vectors in which they interfere less (*Concrete Subspace
     Learning based Interference Elimination for Multi-task Model Fusion*, arXiv 2312.06173).
 

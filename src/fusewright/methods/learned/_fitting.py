@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from functools import cached_property
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
 from warnings import warn
 
@@ -14,20 +15,25 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fusewright.errors import FusewrightWarning, PlanError
-from fusewright.layout.spec import Role
-from fusewright.methods.contract import Context, Program
+from fusewright.methods.contract import Context, Method, Parts
 from fusewright.methods.learned import objectives, scalarisers
 from fusewright.methods.learned._guard import Agreement, collapsed
+from fusewright.methods.learned._rest import is_statistic, summed
+from fusewright.methods.learned._resume import Numbered, digest
 from fusewright.methods.learned.fitter import Fit, Fitter, Step
 from fusewright.modules.functional import with_weights
+from fusewright.modules.layer import put_in
 from fusewright.modules.parametrised import ParametrisedMerge
+from fusewright.modules.tensors import named_tensors
 
 if TYPE_CHECKING:
     from fusewright.tasks.adaptation import Question
 
 
-class Learner(Program, ABC):
-    """A program that descends on few numbers by the answers to every task's inputs.
+class Learner(Method, ABC):
+    """A method that descends on few numbers by the answers to every task's inputs. What it answers
+    with says what it is beside: a :class:`~fusewright.methods.contract.Program`, or a
+    :class:`~fusewright.methods.contract.Routed`.
 
     ``objective``: "entropy"; "self_label" (what each task's own expert predicts) and "matching"
     (its logits) cost a forward pass of the expert more; "cross_entropy" needs labels.
@@ -43,38 +49,37 @@ class Learner(Program, ABC):
 
 
 class Fitting:
-    """One fit under way: ``model`` is run with the weights of merges of ``vectors``."""
+    """One fit under way: ``model`` is run with the weights of merges of ``vectors``, or with layers
+    that a method puts into it. Running statistics are the experts' mean already."""
 
     def __init__(self, context: Context, method: Learner) -> None:
         self.context, self.method = context, method
         self.questions = asked(context)
         self.model = context.module()
         self._experts = context.vectors()
-        average = [n for n in self._experts.names if context.layout(n).role is Role.STATISTIC]
-        self.vectors = self._experts.select(lambda name: name not in average)
-        self.statistics = self._averaged(average)
-        _fill(self.model, self.statistics)
-        self._streams: dict[str, tuple[int, Iterator[Any]]] = {}
+        averaged = self._experts.select(lambda name: is_statistic(context, name))
+        self.vectors = self._experts.select(lambda name: name not in averaged.base)
+        self.statistics = summed(context, averaged, 0.0, wide=True)
+        put_in(self.model, {}, self.statistics)
+        self._batches = {task: Numbered(question.stream(method.batch, context.seed))
+                         for task, question in self.questions.items()}  # fmt: skip
+        self._plain: nn.Module | None = None
         self._agreement: Agreement | None = None
         if method.guard:
             self._agreement = Agreement(
                 self.model, self._experts, self.questions, method.batch, method.guard, context.seed
             )
 
-    def _averaged(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Running statistics become the experts' mean, as in every merge."""
-        count = len(self._experts.experts)
-        mean, base = torch.full((count,), 1 / count), self._experts.base
-        return {n: base[n] + self._experts.combined(n, mean) for n in names}
+    def put_in(self, parts: Parts) -> None:
+        """Put layers and tensors into the model; experts are asked in its plain form still, which
+        shares all other tensors with it."""
+        own = {id(t): t for _, t in named_tensors(self.model)}
+        self._plain = deepcopy(self.model, own)
+        put_in(self.model, parts.layers, parts.tensors)
 
     def batch(self, task: str, number: int) -> Any:
         """Batch ``number`` of a task; numbers ascend, and some may be left out."""
-        start = self.questions[task].stream
-        at, stream = self._streams.get(task) or (0, start(self.method.batch, self.context.seed))
-        for _ in range(at, number):
-            next(stream)
-        self._streams[task] = number + 1, stream
-        return next(stream)
+        return self._batches[task][number]
 
     def loss(self, model: nn.Module, task: str, number: int) -> Tensor:
         """The objective of a task's batch ``number``."""
@@ -89,8 +94,9 @@ class Fitting:
             return objective.loss(_uncertain(task, logits))
         if objective.target == "labels":
             return objective.loss(logits, question.labels(batch))
-        with with_weights(model, self._experts.expert(task)), torch.no_grad():
-            expert = question.logits(model, batch)
+        plain = model if self._plain is None else self._plain
+        with with_weights(plain, self._experts.expert(task)), torch.no_grad():
+            expert = question.logits(plain, batch)
         return objective.loss(logits, expert)
 
     def gradients(
@@ -124,28 +130,25 @@ class Fitting:
     ) -> Fit:  # fmt: skip
         """Adam on ``trained``; a killed stage goes on where the context keeps checkpoints."""
         fitter = Fitter(
-            steps, rate, schedule, floor, self.method.every,
+            steps, rate, schedule=schedule, floor=floor, every=self.method.every,
             constrain=constrain, tell=self.context.tell,
             score=score if self._agreement is not None else None,
             checkpoint=self.context.checkpoint(stage, lambda: self.digest),
         )  # fmt: skip
         return fitter.run(trained, step)
 
-    def score(self, merge: ParametrisedMerge) -> float:
-        """The mean agreement with the experts."""
-        found = self.measured(merge)
-        return sum(of["agreement"] for of in found.values()) / len(found)
+    def score(self, merge: ParametrisedMerge | nn.Module) -> float:
+        """The mean agreement with the experts, where there is a guard."""
+        assert self._agreement is not None
+        with _live(merge) as model:
+            return self._agreement.score(model)
 
-    def measured(self, merge: ParametrisedMerge) -> dict[str, dict[str, float]]:
-        """What the guard sees by task; empty without one."""
-        if self._agreement is None:
-            return {}
-        with merge.live() as live:
-            return self._agreement.measured(live.model)
-
-    def report(self, merge: ParametrisedMerge, fit: Fit) -> dict[str, Any]:
+    def report(self, merge: ParametrisedMerge | nn.Module, fit: Fit) -> dict[str, Any]:
         """How the fit went; warns where the merge's predictions collapsed."""
-        guard = self.measured(merge)
+        guard = {}
+        if self._agreement is not None:
+            with _live(merge) as model:
+                guard = self._agreement.measured(model)
         if fallen := collapsed(guard):
             warn(
                 f"the merge names one class of {', '.join(fallen)} far more often than the expert "
@@ -161,14 +164,12 @@ class Fitting:
     @cached_property
     def digest(self) -> str:
         """Of what is asked: the first inputs of every task, and how the base answers them."""
-        found = sha256()
+        found = {}
         with torch.no_grad():
             for task, question in self.questions.items():
                 first = next(question.stream(self.method.batch, self.context.seed))
-                found.update(task.encode())
-                _digested(first, found)
-                _digested(question.logits(self.model, first), found)
-        return found.hexdigest()
+                found[task] = (first, question.logits(self.model, first))
+        return digest(found)
 
 
 def asked(context: Context) -> Mapping[str, Question]:
@@ -194,26 +195,16 @@ def _uncertain(task: str, logits: Tensor) -> Tensor:
     return logits
 
 
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    own = dict(model.named_buffers(remove_duplicate=False))
-    for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+@contextmanager
+def _live(merge: ParametrisedMerge | nn.Module) -> Iterator[nn.Module]:
+    if isinstance(merge, ParametrisedMerge):
+        with merge.live() as live:
+            yield live.model
+    else:
+        yield merge
 
 
 def _taken(parameter: Tensor) -> Tensor:
     found, parameter.grad = parameter.grad, None
     return torch.zeros_like(parameter) if found is None else found
 
-
-def _digested(value: Any, into: Any) -> None:
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            into.update(repr(key).encode())
-            _digested(part, into)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            _digested(part, into)
-    elif isinstance(value, Tensor):
-        into.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    else:
-        into.update(repr(value).encode())

@@ -40,9 +40,10 @@ class Agreement:
                 self.asked[task] = [(b, question.logits(model, b).argmax(-1)) for b in batches]
         self._warn_of_one_class()
 
-    def of(self, model: nn.Module) -> dict[str, float]:
-        """The share by task, in [0, 1]."""
-        return {task: found["agreement"] for task, found in self.measured(model).items()}
+    def score(self, model: nn.Module) -> float:
+        """The mean share over the tasks, in [0, 1]."""
+        found = self.measured(model)
+        return sum(of["agreement"] for of in found.values()) / len(found)
 
     def measured(self, model: nn.Module) -> dict[str, dict[str, float]]:
         """By task, shares in [0, 1]: "agreement"; "most_predicted", of the class that the model

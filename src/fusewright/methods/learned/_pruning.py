@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from fusewright.methods.contract import Card, Context, Fitted, Method
+from fusewright.methods.contract import Card, Context, Fitted, Method, Program
 from fusewright.methods.learned import objectives
 from fusewright.methods.learned._attack import UniversalAttack
 from fusewright.methods.learned._fitting import Fitting, Learner
@@ -59,7 +59,7 @@ class PlainMasks(Coefficients):
         return 1 - sum(float(values.detach().sum()) for values in self.values) / count
 
 
-class Pruned(Learner):
+class Pruned(Learner, Program):
     """θ = θ0 + m ∘ τ, where τ is the task vector of ``merger``'s merge and m in [0, 1]."""
 
     merger: AnyMethod = "task_arithmetic"

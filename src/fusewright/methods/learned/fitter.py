@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from math import isfinite
 from pathlib import Path
 from time import monotonic
@@ -40,14 +40,15 @@ class Fitter:
     ``score`` (larger is better) is asked before the first step, every ``every`` steps and at the
     end; the state that scored best is kept, the earliest of equals: what makes it worse is undone.
     ``constrain`` is called after each step. ``schedule`` "cosine" ends at ``floor`` times the rate.
-    ``checkpoint``: a file that is written at every score
-    and every minute, and gone on from if it is there.
+    ``checkpoint``: a file that is written at every score and every minute, and gone on from if it
+    is there, with torch's own generator as it then was; the caller's draws are left alone.
 
     Raises NumericError where a loss is no longer finite; the best state so far is then in place.
     """
 
     steps: int
     rate: float
+    _: KW_ONLY
     schedule: Literal["constant", "cosine"] = "constant"
     floor: float = 0.0
     every: int = 50
@@ -60,15 +61,16 @@ class Fitter:
         """Descend; ``trained`` is left in the state that is kept."""
         optimiser = torch.optim.Adam(trained.parameters(), lr=self.rate)
         run = _Run(self, trained, optimiser)
-        run.resume()
-        try:
-            while run.done < self.steps:
-                if run.done % self.every == 0:
-                    run.measure()
-                self._move(run, step)
-            run.measure()
-        finally:
-            run.restore()
+        with torch.random.fork_rng(devices=[]):
+            run.resume()
+            try:
+                while run.done < self.steps:
+                    if run.done % self.every == 0:
+                        run.measure()
+                    self._move(run, step)
+                run.measure()
+            finally:
+                run.restore()
         tasks = {task: tuple(losses) for task, losses in run.tasks.items()}
         return Fit(tuple(run.losses), tuple(run.scores), run.kept, tasks)
 
@@ -139,6 +141,7 @@ class _Run:
         held = torch.load(path, weights_only=True)
         self.trained.load_state_dict(held["trained"])
         self.optimiser.load_state_dict(held["optimiser"])
+        torch.set_rng_state(held["draws"])
         self._best, self.done, self.kept = held["best"], held["done"], held["kept"]
         self.tasks = held["tasks"]
         self.losses, self.scores = held["losses"], [(int(s), v) for s, v in held["scores"]]
@@ -152,7 +155,7 @@ class _Run:
         torch.save({
             "trained": self.trained.state_dict(), "optimiser": self.optimiser.state_dict(),
             "best": self._best, "done": self.done, "kept": self.kept, "losses": self.losses,
-            "scores": self.scores, "tasks": self.tasks,
+            "scores": self.scores, "tasks": self.tasks, "draws": torch.get_rng_state(),
         }, partial)  # fmt: skip
         partial.replace(path)
         self._saved = monotonic()

@@ -9,19 +9,21 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusewright.errors import PlanError
 from fusewright.layout import ModelLayout, Role
 from fusewright.layout.names import module as owner_of
-from fusewright.methods.contract import Card, Context, Fitted, Parts, Routed
+from fusewright.methods.contract import Card, Context, Fitted, Parts, Program, Routed
 from fusewright.methods.learned import scalarisers
 from fusewright.methods.learned._fitting import Fitting, Learner
+from fusewright.methods.learned._rest import summed
 from fusewright.methods.learned.epo import Epo
 from fusewright.methods.learned.objectives import Name as Objective
 from fusewright.methods.learned.preferences import PreferenceCoefficients, drawn
 from fusewright.modules.architecture import describe_module
 from fusewright.modules.critical import kind_of
+from fusewright.modules.layer import put_in
 from fusewright.modules.parametrised import ParametrisedMerge
 from fusewright.modules.preferences import (
     PREFERENCES,
@@ -35,7 +37,7 @@ MLP, ALL = "mlp", "all"
 _WHOLE = (Role.MLP, Role.ATTENTION)
 
 
-class ParetoSet(Learner, Routed):
+class ParetoSet(Learner, Program, Routed):
     """Learn one merge for every preference over the tasks (*Towards Efficient Pareto Set
     Approximation via Mixture of Experts Based Model Fusion*, arXiv 2406.09770: PWE-MoE).
 
@@ -127,10 +129,8 @@ class _Learned:
         places = selected(describe_module(model).layout, vectors.names, method.modules)
         self.dtypes = {name: tensor.dtype for name, tensor in vectors.base.items()}
         others = vectors.select(lambda name: name not in places)
-        constant = torch.full((len(vectors.experts),), method.start)
-        self.rest = {n: t.to(_wide(t)) + others.combined(n, constant)
-                     for n, t in others.base.items()}  # fmt: skip
-        _fill(model, self.rest)
+        self.rest = summed(context, others, method.start, wide=True)
+        put_in(model, {}, self.rest)
         count = max(places.values()) + 1
         routers = PreferenceRouters(
             count, len(vectors.experts), method.router, method.start, self.seed
@@ -223,14 +223,3 @@ def _ordered(
 def _stacked(vectors: TaskVectors, name: str) -> Tensor:
     """τ of every expert, (experts, …), in the base's dtype."""
     return torch.stack([d.dense() for d in vectors.at(name)]).to(vectors.base[name].dtype)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-@torch.no_grad()
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    own = model.state_dict()
-    for name, tensor in tensors.items():
-        own[name].copy_(tensor)

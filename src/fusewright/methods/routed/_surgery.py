@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fusewright.methods.contract import Card, Context, Method, Parts, Routed
 from fusewright.methods.learned._fitting import asked
+from fusewright.methods.learned._resume import Numbered, digest
 from fusewright.methods.learned.fitter import Fitter
 from fusewright.methods.settings import AnyMethod
 from fusewright.modules.functional import with_weights
@@ -86,22 +87,30 @@ class RepresentationSurgery(Routed):
         self, surgery: Surgery, tasks: list[str], pairs: list[tuple[Tensor, Tensor]],
         context: Context,
     ) -> dict[str, Any]:  # fmt: skip
-        draw = torch.Generator().manual_seed(context.seed)
+        rows = Numbered(self._rows(pairs, context.seed))
         before = self._distances(surgery, pairs)
 
         def step(number: int) -> dict[str, float]:
             losses = {}
-            for place, (mine, wanted) in enumerate(pairs):
-                some = torch.randint(len(mine), (self.batch,), generator=draw)
+            for place, ((mine, wanted), some) in enumerate(zip(pairs, rows[number], strict=True)):
                 loss = (surgery(mine[some], place) - wanted[some]).abs().mean()
                 loss.backward()
                 losses[tasks[place]] = float(loss.detach())
             return losses
 
-        fit = Fitter(self.steps, self.rate, tell=context.tell).run(surgery, step)
+        checkpoint = context.checkpoint("surgery", lambda: digest(pairs))
+        fit = Fitter(
+            self.steps, self.rate, checkpoint=checkpoint, tell=context.tell
+        ).run(surgery, step)
         after = self._distances(surgery, pairs)
         return {"losses": list(fit.losses), "before": dict(zip(tasks, before, strict=True)),
                 "after": dict(zip(tasks, after, strict=True))}  # fmt: skip
+
+    def _rows(self, pairs: list[tuple[Tensor, Tensor]], seed: int) -> Iterator[list[Tensor]]:
+        """Some of each task's features, of every step."""
+        draw = torch.Generator().manual_seed(seed)
+        while True:
+            yield [torch.randint(len(mine), (self.batch,), generator=draw) for mine, _ in pairs]
 
     def _distances(self, surgery: Surgery, pairs: list[tuple[Tensor, Tensor]]) -> list[float]:
         """Mean |z' - z_t| of each task."""

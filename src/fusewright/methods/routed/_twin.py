@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +14,11 @@ from fusewright.layout import Role
 from fusewright.layout.names import module as owner_of
 from fusewright.methods.contract import Card, Context, Parts, Routed
 from fusewright.methods.learned._fitting import asked
+from fusewright.methods.learned._rest import summed
+from fusewright.methods.learned._resume import Numbered, digest
 from fusewright.methods.learned.fitter import Fitter
 from fusewright.methods.routed._linears import is_routable, turned
+from fusewright.methods.routed._named import Named
 from fusewright.modules.architecture import Architecture, describe_module
 from fusewright.modules.deltas import Delta, Dense, Factors, Sparse, leading
 from fusewright.modules.features import FeatureRouter, FeatureRouting, SharedMixture
@@ -27,9 +30,6 @@ from fusewright.modules.mixture import ROUTING
 from fusewright.modules.routers import Router
 from fusewright.modules.stacks import FactorStack, stacked
 from fusewright.modules.vectors import TaskVectors
-
-_HELD_OUT = 10
-"""Every tenth input is kept from the router's training, to choose its best state."""
 
 
 class Twin(Routed):
@@ -77,7 +77,7 @@ class Twin(Routed):
         trains = self.epochs > 0 and len(vectors.experts) > 1
         questions = asked(context) if trains else {}
         described = describe_module(model)
-        shared = self._shared(vectors, described)
+        shared = summed(context, vectors, self.scale)
         put_in(model, {}, shared)
         report: dict[str, Any] = {}
         router: Router | FeatureRouter = uniform(len(vectors.experts))
@@ -107,17 +107,6 @@ class Twin(Routed):
         total = self.scale * whole.sum(dim=0)
         return [leading(Dense(each - total), rank) for each in whole]
 
-    def _shared(self, vectors: TaskVectors, described: Architecture) -> dict[str, Tensor]:
-        """θ*; of running statistics the experts' mean, as in every merge."""
-        count, found = len(vectors.experts), {}
-        for name, base in vectors.base.items():
-            mean = described.layout[name].role is Role.STATISTIC
-            with torch.no_grad():
-                scale = 1 / count if mean else self.scale
-                total = vectors.combined(name, torch.full((count,), scale))
-            found[name] = (base.to(total.dtype) + total).to(base.dtype)
-        return found
-
     def _seen(
         self, routing: FeatureRouting, model: nn.Module, questions: Mapping[str, Any], seed: int
     ) -> list[Tensor]:
@@ -140,7 +129,7 @@ class Twin(Routed):
         self, seen: Sequence[Tensor], context: Context
     ) -> tuple[FeatureRouter, dict[str, Any]]:
         """The router that names the tasks of held-out inputs best."""
-        learned, held = _Named.split(seen)
+        learned, held = Named.split(seen)
         router = FeatureRouter(seen[0].shape[1], len(seen), self.dropout, context.seed)
         with torch.random.fork_rng(devices=[]):  # dropout draws from torch's own generator
             torch.manual_seed(context.seed)
@@ -153,14 +142,14 @@ class Twin(Routed):
                         "scores": [list(score) for score in fit.scores]}  # fmt: skip
 
     def _descent(
-        self, router: FeatureRouter, learned: _Named, held: _Named, context: Context
+        self, router: FeatureRouter, learned: Named, held: Named, context: Context
     ) -> Any:
-        batches = learned.batches(self.batch, context.seed)
+        batches = Numbered(learned.batches(self.batch, context.seed))
         each = learned.count(self.batch)
 
         def step(number: int) -> dict[str, float]:
             router.train()
-            features, tasks = next(batches)
+            features, tasks = batches[number]
             loss = nn.functional.cross_entropy(router(features), tasks)
             loss.backward()
             return {"task": float(loss.detach())}
@@ -170,37 +159,11 @@ class Twin(Routed):
             with torch.no_grad():
                 return -float(nn.functional.cross_entropy(router(held.features), held.tasks))
 
-        fitter = Fitter(self.epochs * each, self.rate, every=each, score=score, tell=context.tell)
-        return fitter.run(router, step)
-
-
-class _Named:
-    """Features (n, width) and the number of the task that each is of (n,)."""
-
-    def __init__(self, features: Tensor, tasks: Tensor) -> None:
-        self.features, self.tasks = features, tasks
-
-    @classmethod
-    def split(cls, seen: Sequence[Tensor]) -> tuple[_Named, _Named]:
-        """What is learned from, and every tenth (one at least) to judge by."""
-        last = [torch.arange(len(f)) % _HELD_OUT == min(_HELD_OUT, len(f)) - 1 for f in seen]
-        return tuple(  # type: ignore[return-value]
-            cls(torch.cat([f[m == held] for f, m in zip(seen, last, strict=True)]),
-                torch.cat([torch.full((int((m == held).sum()),), t) for t, m in enumerate(last)]))
-            for held in (False, True)
+        fitter = Fitter(
+            self.epochs * each, self.rate, every=each, score=score, tell=context.tell,
+            checkpoint=context.checkpoint("router", lambda: digest(vars(learned))),
         )  # fmt: skip
-
-    def count(self, size: int) -> int:
-        """Batches of an epoch: of a size as equal as can be, none of one alone."""
-        return -(-len(self.tasks) // size)
-
-    def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches without end, each epoch in another order."""
-        draw = torch.Generator().manual_seed(seed)
-        while True:
-            order = torch.randperm(len(self.tasks), generator=draw)
-            for part in order.tensor_split(self.count(size)):
-                yield self.features[part], self.tasks[part]
+        return fitter.run(router, step)
 
 
 class _Layers:

@@ -5,24 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
-from warnings import warn
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fusewright.errors import FusewrightWarning
-from fusewright.layout import Role
 from fusewright.methods.contract import Card, Context, Parts, Routed
-from fusewright.methods.learned._fitting import asked
-from fusewright.methods.learned._guard import Agreement, collapsed
-from fusewright.methods.learned.fitter import Fitter
-from fusewright.methods.learned.objectives import entropy
+from fusewright.methods.learned._fitting import Fitting, Learner
+from fusewright.methods.learned._rest import summed
 from fusewright.methods.routed._linears import turned
 from fusewright.methods.routed._mixtures import MLP, Part, parts_of
-from fusewright.modules.architecture import describe_module
 from fusewright.modules.critical import critical
-from fusewright.modules.layer import Layer, put_in
+from fusewright.modules.layer import Layer
 from fusewright.modules.linears import LinearMap
 from fusewright.modules.mixed import MixedLinear
 from fusewright.modules.mixture import ROUTING, Mixture, Routing
@@ -31,7 +25,7 @@ from fusewright.modules.stacks import stacked
 from fusewright.modules.vectors import TaskVectors
 
 
-class WEMoE(Routed):
+class WEMoE(Learner, Routed):
     """Mix the experts' feed-forward weights anew for every input, by routers that learned from
     unlabelled inputs (*Merging Multi-Task Models via Weight-Ensembling Mixture of Experts*,
     arXiv 2402.00433).
@@ -46,8 +40,8 @@ class WEMoE(Routed):
     that it begins as task arithmetic. ``per``: each "sample" has its own w, whatever else is in the
     batch; "batch" takes the mean, which is faster, and tells the tasks apart only where batches
     do. ``steps``, ``rate``, ``batch`` (inputs of each task in a step), ``schedule``: 1000, 1e-4, 16
-    and cosine, as the official code; 200 steps come close. ``guard`` and ``every``: as of
-    adamerging, the routers are kept that agreed best with each task's own expert.
+    and cosine, as the official code; 200 steps come close. ``objective``, ``guard``, ``every``: see
+    :class:`Learner`.
 
     Of text, padding does not count. With a key-value cache w is that of the prompt; a language
     model that is given a whole text at once routes by all of it, also by what comes later.
@@ -76,21 +70,15 @@ class WEMoE(Routed):
     rate: float = Field(1e-4, gt=0)
     batch: int = Field(16, ge=1)
     schedule: Literal["constant", "cosine"] = "cosine"
-    guard: int = Field(128, ge=0)
-    every: int = Field(50, ge=1)
 
     def build(self, context: Context) -> Parts:
-        questions = asked(context) if self.steps else {}
+        fitting = Fitting(context, self) if self.steps else None
         model, vectors = context.module(), context.vectors()
-        agreement = None
-        if self.guard and self.steps:  # it asks experts, which have the base's architecture
-            agreement = Agreement(
-                model, vectors, questions, self.batch, self.guard, context.seed
-            )
-        parts, norms = self._parts(context, model, vectors), critical(vectors, model)
-        put_in(model, parts.layers, parts.tensors)
-        fitted = self._fitted(context, model, questions, agreement) if self.steps else {}
-        return replace(parts, report={**fitted, "critical": norms})
+        parts, report = self._parts(context, model, vectors), {"critical": critical(vectors, model)}
+        if fitting is not None:
+            fitting.put_in(parts)
+            report |= self._fitted(fitting)
+        return replace(parts, report=report)
 
     def _density(self) -> float:
         """The share of each task vector's elements that is kept."""
@@ -101,16 +89,14 @@ class WEMoE(Routed):
         found = parts_of(model, vectors, self.modules)
         routing, places = self._routing(found, len(vectors.experts), context.seed)
         layers: dict[str, Layer] = {}
-        layout, taken = describe_module(model).layout, set()
+        taken: set[str | None] = set()
         for part, place in zip(found, places, strict=True):
             mixture = routing.add(model, part.entry, place, self.per)
             for linear in part.linears:
                 layers[linear.module] = self._layer(linear, model, vectors, mixture)
                 taken |= {linear.weight, linear.bias}
-        with torch.no_grad():
-            rest = {n: self._rest(vectors, n, layout[n].role)
-                    for n in vectors.names if n not in taken}  # fmt: skip
-        return Parts({**layers, ROUTING: routing}, rest)
+        rest = vectors.select(lambda name: name not in taken)
+        return Parts({**layers, ROUTING: routing}, summed(context, rest, self.start))
 
     def _routing(
         self, parts: Sequence[Part], experts: int, seed: int
@@ -136,45 +122,22 @@ class WEMoE(Routed):
         base = model.get_submodule(linear.module)
         return MixedLinear(base, stacked(deltas, density, dtype), shift, mixture)
 
-    def _rest(self, vectors: TaskVectors, name: str, role: Role) -> Tensor:
-        """Task arithmetic; of running statistics the experts' mean, as in every merge."""
-        base, count = vectors.base[name], len(vectors.experts)
-        scale = 1 / count if role is Role.STATISTIC else self.start
-        total = vectors.combined(name, torch.full((count,), scale))
-        return (base.to(total.dtype) + total).to(base.dtype)
-
-    def _fitted(
-        self, context: Context, model: nn.Module, questions: Mapping[str, Any],
-        agreement: Agreement | None,
-    ) -> dict[str, Any]:  # fmt: skip
-        streams = {t: q.stream(self.batch, context.seed) for t, q in questions.items()}
+    def _fitted(self, fitting: Fitting) -> dict[str, Any]:
+        model = fitting.model
 
         def step(number: int) -> dict[str, float]:
             losses = {}
-            for task, question in questions.items():
-                loss = entropy(question.logits(model, next(streams[task])))
+            for task in fitting.questions:
+                loss = fitting.loss(model, task, number)
                 loss.backward()
                 losses[task] = float(loss.detach())
             return losses
 
-        def score() -> float:
-            assert agreement is not None
-            found = agreement.of(model)
-            return sum(found.values()) / len(found)
-
-        fitter = Fitter(
-            self.steps, self.rate, self.schedule, self.every,
-            score=score if agreement is not None else None, tell=context.tell,
+        fit = fitting.descend(
+            "routers", model.get_submodule(ROUTING), step, lambda: fitting.score(model),
+            steps=self.steps, rate=self.rate, schedule=self.schedule,
         )  # fmt: skip
-        fit = fitter.run(model.get_submodule(ROUTING), step)
-        guard = {} if agreement is None else agreement.measured(model)
-        if fallen := collapsed(guard):
-            warn(
-                f"the routed model names one class of {', '.join(fallen)} far more often than the "
-                "expert does: look at report['fitted']['guard']", FusewrightWarning, stacklevel=2,
-            )  # fmt: skip
-        return {"losses": list(fit.losses), "agreement": [list(s) for s in fit.scores],
-                "kept": fit.kept, "guard": guard}  # fmt: skip
+        return fitting.report(model, fit)
 
 
 class EWEMoE(WEMoE):
@@ -185,8 +148,8 @@ class EWEMoE(WEMoE):
     As :class:`WEMoE`, with ``density``: the share of elements of largest magnitude that is kept,
     tensor by tensor and expert by expert, biases too: 0.1, the paper's, which lost nothing there
     (0.01 lost two points). Modules of one width share one router. ``schedule``: constant, as
-    there. ``modules``, ``router``, ``start``, ``per``, ``steps``, ``rate``, ``batch``, ``guard``,
-    ``every`` are WEMoE's.
+    there. ``modules``, ``router``, ``start``, ``per``, ``steps``, ``rate``, ``batch``,
+    ``objective``, ``guard``, ``every`` are WEMoE's.
     """
 
     name: ClassVar[str] = "e_wemoe"

@@ -1,0 +1,40 @@
+"""Features whose task is known, for a router that learns to name it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+_HELD_OUT = 10
+"""Every tenth input is kept from the router's training, to choose its best state."""
+
+
+class Named:
+    """Features (n, width) and the number of the task that each is of (n,)."""
+
+    def __init__(self, features: Tensor, tasks: Tensor) -> None:
+        self.features, self.tasks = features, tasks
+
+    @classmethod
+    def split(cls, seen: Sequence[Tensor]) -> tuple[Named, Named]:
+        """What is learned from, and every tenth (one at least) to judge by."""
+        last = [torch.arange(len(f)) % _HELD_OUT == min(_HELD_OUT, len(f)) - 1 for f in seen]
+        return tuple(  # type: ignore[return-value]
+            cls(torch.cat([f[m == held] for f, m in zip(seen, last, strict=True)]),
+                torch.cat([torch.full((int((m == held).sum()),), t) for t, m in enumerate(last)]))
+            for held in (False, True)
+        )  # fmt: skip
+
+    def count(self, size: int) -> int:
+        """Batches of an epoch: of a size as equal as can be, none of one alone."""
+        return -(-len(self.tasks) // size)
+
+    def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches without end, each epoch in another order."""
+        draw = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(self.tasks), generator=draw)
+            for part in order.tensor_split(self.count(size)):
+                yield self.features[part], self.tasks[part]
