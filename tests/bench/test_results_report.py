@@ -15,7 +15,8 @@ import pytest
 from bench.synthetic_results import QUALITY, TASKS, cell, results
 from fusewright.bench.published import published, tables
 from fusewright.bench.report import write_results
-from fusewright.bench.report.files import to_csv, to_latex, to_markdown
+from fusewright.bench.report.files import to_csv, to_json, to_latex, to_markdown
+from fusewright.bench.report.html import render
 from fusewright.bench.report.marks import Axis, Point, axis, scatter
 from fusewright.bench.report.summary import Section, Summary, summarise
 from fusewright.errors import RecipeError
@@ -229,11 +230,26 @@ def test_an_unknown_table_is_answered_with_the_nearest() -> None:
         published("clip-vit-b32-fusionbenhc", "toy")
 
 
+def test_sizes_are_in_the_costs_of_every_format() -> None:
+    sizes = {"trained": 7168.0, "stored": 547.97e6, "active": 120e6, "bytes": 2.19e9}
+    more = [cell("smile", 0.88, requirement="routed", costs=sizes)]
+    found = summarise(results(more=more, seeds=[0]), resamples=20)
+    (line,) = [one for one in to_markdown(found).splitlines()
+               if one.startswith("| smile") and "548" in one]  # fmt: skip
+    assert [text.strip() for text in line.split("|")[3:7]] == ["7,168", "548", "120", "2,190"]
+    (row,) = [r for r in csv.DictReader(io.StringIO(to_csv(found))) if r["row"] == "smile"]
+    assert float(row["stored"]) == sizes["stored"] and float(row["trained"]) == 7168
+    assert to_json(found)["sections"][0]["rows"][-1]["costs"] == sizes
+    page = render(found)
+    assert "7,168" in page and "active, M" in page
+    assert "7,168" in to_latex(found)
+
+
 def test_latex_escapes_names_and_closes_what_it_opens(summary: Summary) -> None:
     text = to_latex(summary)
     assert "task\\_arithmetic" in text and "task_arithmetic" not in text
     tables = text.split("\\begin{tabular}")[1:]
-    assert len(tables) == text.count("\\end{tabular}") == 2
+    assert len(tables) == text.count("\\end{tabular}") == 3
     for table in tables:
         rows = [line for line in table.splitlines()
                 if line.endswith("\\\\") and "multicolumn" not in line]  # fmt: skip

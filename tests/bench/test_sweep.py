@@ -85,7 +85,8 @@ def test_methods_that_learn_or_route_are_measured_when_they_are_asked_for(suite,
     assert (base.costs["stored"], base.costs["bytes"]) == (learned.costs["stored"],
                                                            learned.costs["bytes"])  # fmt: skip
     assert "trained" not in base.costs and routed.costs["trained"] == 0
-    merged = fw.merge(fw.Smile(rank=2, gate=2), base=suite.base, experts=suite.experts)
+    merged = fw.merge(fw.Smile(rank=2, gate=2), base=suite.base, experts=suite.experts,
+                      data=suite.unlabelled())  # fmt: skip
     sizes = merged.report["parameters"]
     assert {n: routed.costs[n] for n in ("stored", "active", "bytes")} == {
         n: sizes[n] for n in ("stored", "active", "bytes")}  # fmt: skip
@@ -100,9 +101,9 @@ def test_labels_to_learn_from_weigh_more_than_routing_and_being_told_the_task_mo
     from fusewright.bench.sweep.cells import requirement_of
 
     found = {name: requirement_of(getattr(fw, name)())
-             for name in ("ParetoSet", "WEMoE", "Smile", "TallMasks", "AdaMerging", "Ties")}
+             for name in ("ParetoSet", "WEMoE", "Smile", "Tall", "AdaMerging", "Ties")}
     assert found == {
-        "ParetoSet": "labelled", "WEMoE": "routed", "Smile": "routed", "TallMasks": "task id",
+        "ParetoSet": "labelled", "WEMoE": "routed", "Smile": "routed", "Tall": "task id",
         "AdaMerging": "unlabelled", "Ties": "none",
     }  # fmt: skip
 

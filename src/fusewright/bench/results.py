@@ -31,9 +31,10 @@ class Cell:
     "own expert", "ensemble, simple", "joint training, sum"). ``pool`` says which models were used:
     ``seed`` of the pool's training, ``experts`` merged, ``axes`` such as {"size": "small",
     "tuning": "lora"}. ``method`` is as in recipes, with the parameters used. ``costs`` hold
-    "seconds" to merge (or train), "peak_memory" and "bytes_read" in bytes, "extra_parameters",
-    "slowdown" of inference (1 = none); what was not measured is absent. ``outcomes`` are by task,
-    then by condition ("clean", or a corruption's name).
+    "seconds" to merge (or train), "peak_memory" and "bytes_read" in bytes, "extra_parameters";
+    "trained" numbers, those "stored" and those that one input's answer depends on ("active"), and
+    the "bytes" of what is stored; "slowdown" of inference (1 = none); what was not measured is
+    absent. ``outcomes`` are by task, then by condition ("clean", or a corruption's name).
     """
 
     row: str

@@ -9,13 +9,18 @@ from dataclasses import asdict
 from typing import Any
 
 from fusewright.bench.published import Published
+from fusewright.bench.report.costs import COSTS, EXPLAINED, cost, known_costs
 from fusewright.bench.report.rates import explained, rated
-from fusewright.bench.report.summary import Line, Section, Summary
+from fusewright.bench.report.summary import Line, Section, Subset, Summary
 from fusewright.bench.results import REQUIREMENTS
 from fusewright.bench.statistics import Interval
 from fusewright.tasks.units import unit_of
 
 SCHEMA = 1
+SUBSETS = (
+    "Normalised scores over the tasks that were merged, by their number; least, most, and how many "
+    "draws and seeds:"
+)
 
 
 def to_json(summary: Summary, against: Published | None = None) -> dict[str, Any]:
@@ -98,6 +103,10 @@ def to_markdown(summary: Summary, against: Published | None = None) -> str:
         parts.append(_markdown(*_table(summary, section, against)))
         if corrupted := _corrupted(section):
             parts += ["Mean over merged tasks, pictures corrupted:", _markdown(*corrupted)]
+        if costs := _costs(section):
+            parts += [f"Costs, medians over pools ({EXPLAINED}):", _markdown(*costs)]
+    if summary.subsets:
+        parts += [SUBSETS, _markdown(*_by_number(summary))]
     if against is not None:
         parts.append(_cited(against))
     if command := summary.results.facts.get("command"):
@@ -112,6 +121,10 @@ def to_latex(summary: Summary, against: Published | None = None) -> str:
         parts += _latex(*_table(summary, section, against))
         if corrupted := _corrupted(section):
             parts += ["% Mean over merged tasks, pictures corrupted", *_latex(*corrupted)]
+        if costs := _costs(section):
+            parts += [f"% Costs, medians over pools ({EXPLAINED})", *_latex(*costs)]
+    if summary.subsets:
+        parts += [f"% {SUBSETS}", *_latex(*_by_number(summary))]
     if against is not None:
         parts.append(f"% {_cited(against)}")
     return "\n".join(parts) + "\n"
@@ -150,6 +163,38 @@ def _corrupted(section: Section) -> tuple[list[str], Body] | None:
     first = next((line for lines in section.classes().values() for line in lines
                   if line.corruptions), None)  # fmt: skip
     return None if first is None else (["model", *first.corruptions], body)
+
+
+def _by_number(summary: Summary) -> tuple[list[str], Body]:
+    """Headings and lines of the scores by the number of merged experts."""
+    numbers = sorted({subset.merged for subset in summary.subsets})
+    rows: dict[str, dict[str, dict[int, str]]] = {}
+    for one in summary.subsets:
+        name = ", ".join([one.row, *one.axes.values()])
+        rows.setdefault(one.requirement, {}).setdefault(name, {})[one.merged] = _spread(one)
+    body = [(title, [[name, *(found.get(n, "") for n in numbers)]
+                     for name, found in rows[kind].items()])
+            for kind, title in REQUIREMENTS.items() if kind in rows]  # fmt: skip
+    return ["model", *(f"{n} of {len(summary.results.merged)}" for n in numbers)], body
+
+
+def _spread(subset: Subset) -> str:
+    each = [pool.normalised for pool in subset.pools if pool.normalised is not None]
+    if not each:
+        return ""
+    return f"{sum(each) / len(each):.1f} ({min(each):.1f} to {max(each):.1f}; {len(each)})"
+
+
+def _costs(section: Section) -> tuple[list[str], Body] | None:
+    """Headings and lines of what was measured of the costs."""
+    names = known_costs(section.lines)
+    body = [
+        (REQUIREMENTS[kind], [[line.row, *(cost(name, line.costs.get(name)) for name in names)]
+                              for line in lines if line.costs])
+        for kind, lines in section.classes().items()
+    ]  # fmt: skip
+    body = [(title, lines) for title, lines in body if lines]
+    return (["model", *(COSTS[name] for name in names)], body) if names else None
 
 
 def _table(

@@ -9,6 +9,7 @@ from typing import Any
 
 from fusewright.bench.comparison import OWN
 from fusewright.bench.published import Published
+from fusewright.bench.report.costs import COSTS, DASH, EXPLAINED, UNITS, cost, known_costs
 from fusewright.bench.report.marks import (
     COLOURS,
     Axis,
@@ -28,12 +29,6 @@ from fusewright.tasks.units import PERCENT, unit_of
 
 _TEMPLATE = Path(__file__).with_name("results.html.j2")
 _MARK = 150.0  # pixels of an interval in a table's cell
-COSTS = {
-    "seconds": "seconds to make", "peak_memory": "peak memory, MB", "bytes_read": "read, MB",
-    "extra_parameters": "extra parameters, M", "slowdown": "inference time, times the base's",
-}  # fmt: skip
-DASH = "\u2013"
-_UNITS = {"peak_memory": 1e6, "bytes_read": 1e6, "extra_parameters": 1e6}
 
 
 def render(summary: Summary, against: Published | None = None) -> str:
@@ -53,7 +48,8 @@ def render(summary: Summary, against: Published | None = None) -> str:
     template = environment.from_string(_TEMPLATE.read_text("utf-8"))
     return str(template.render(
         summary=summary, results=summary.results, against=against, draw=drawings, shade=shade,
-        classes=REQUIREMENTS, colours=COLOURS, costs=COSTS, rates=RATES, sections=[
+        classes=REQUIREMENTS, colours=COLOURS, costs=COSTS, explained=EXPLAINED,
+        rates=RATES, sections=[
             Shown(section, summary) for section in summary.sections
         ], percent=percent, cost=cost, p_value=p_value, layers=layers(summary), number=number,
         facts=flat({k: v for k, v in summary.results.facts.items()
@@ -130,7 +126,7 @@ class Shown:
         return rated(self.section)
 
     def known_costs(self) -> list[str]:
-        return [name for name in COSTS if any(name in line.costs for line in self.section.lines)]
+        return known_costs(self.section.lines)
 
     def highlights(self) -> list[tuple[str, str, float]]:
         """What says most: base, average, the best of each class, the experts."""
@@ -151,7 +147,7 @@ def _quality(shown: Shown, name: str) -> str:
     """Quality against one cost; nothing where rows pile up on a few values of it, or only
     references have it."""
     points = [
-        Point(line.row, line.costs[name] / _UNITS.get(name, 1), one.value,
+        Point(line.row, line.costs[name] / UNITS.get(name, 1), one.value,
               COLOURS[line.requirement], (one.low, one.high))
         for line in shown.merging() if name in line.costs and (one := shown.main(line))
     ]  # fmt: skip
@@ -187,11 +183,6 @@ def percent(summary: Summary, task: str) -> str:
 def number(value: float | None, sign: str = "") -> str:
     """One decimal; a dash where nothing was measured."""
     return DASH if value is None or value != value else f"{value:{sign}.1f}".replace("-", "\u2212")
-
-
-def cost(name: str, value: float | None) -> str:
-    """A cost in the unit of its column."""
-    return DASH if value is None else f"{value / _UNITS.get(name, 1):.3g}"
 
 
 def p_value(p: float) -> str:

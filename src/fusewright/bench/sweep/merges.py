@@ -24,8 +24,8 @@ State = Mapping[str, "Tensor"]
 
 @dataclass(frozen=True)
 class Made:
-    """A merged state dict and what it cost: "seconds", "peak_memory", "bytes_read"; ``routed``: the
-    module itself, where its layers are not the base's."""
+    """A merged state dict and what it cost: "seconds", "peak_memory", "bytes_read", "trained", and
+    a routed model's sizes; ``routed``: the module itself, where its layers are not the base's."""
 
     state: State
     costs: dict[str, float]
@@ -77,7 +77,8 @@ class Merges:
             )  # fmt: skip
         module = merged.module() if isinstance(method, Routed) else None
         read = {k: float(v) for k, v in merged.report.items() if k == "bytes_read"}
-        return Made(merged.state_dict(), cost.plain() | read, module)
+        costs = cost.plain() | read | _sizes(method, merged.report)
+        return Made(merged.state_dict(), costs, module)
 
     def _start(self) -> State:
         if self._base is None:
@@ -103,6 +104,18 @@ class Merges:
                 tensor = tensor.to(start[name].dtype)
             moved[name] = tensor
         return moved
+
+
+def _sizes(method: Method, report: Mapping[str, Any]) -> dict[str, float]:
+    """How many numbers were "trained" (absent where a fit does not say it), and of a routed model
+    those "stored", those that one input's answer depends on ("active"), and its "bytes"."""
+    if isinstance(method, Routed):
+        said = report["parameters"]
+        return {name: float(said[name]) for name in ("trained", "stored", "active", "bytes")}
+    if not isinstance(method, Program):
+        return {"trained": 0.0}
+    fitted = report.get("fitted") or {}
+    return {"trained": float(fitted["trained"])} if "trained" in fitted else {}
 
 
 def _warm(method: Method, experts: int) -> None:

@@ -100,9 +100,10 @@ def _swept(
         pending = [g for g in work if not all(store.is_finished(job.key) for job in g)]
         with Stages(progress).stage("sweep", sum(map(len, pending))) as step:
             failed = execute(store, suites, pending, asked, jobs, step)
-        keys = list(dict.fromkeys(
-            job.key for group in work for job in group if store.is_finished(job.key)
-        ))  # fmt: skip
+        finished = {j.key: j for group in work for j in group if store.is_finished(j.key)}
+        for key, job in finished.items():
+            store.classify(key, job.requirement)
+        keys = list(finished)
         facts = _facts(suites, asked) | _by_layer(suites[0], folder) | {
             "left out": dict(left_out), "failed": failed, "seconds": perf_counter() - began,
         }  # fmt: skip

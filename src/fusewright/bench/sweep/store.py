@@ -74,6 +74,13 @@ class Store:
         fields["experts"] = tuple(said["experts"])
         return Cell(**fields)
 
+    def classify(self, key: str, requirement: str) -> None:
+        """Say of a finished cell what class it belongs to: what is measured stays as it is."""
+        path, _ = self._paths(key)
+        said = json.loads(path.read_text("utf-8"))
+        if said["requirement"] != requirement:
+            write_json(path, said | {"requirement": requirement})
+
     def trials(self, key: str) -> Any:
         """What tuning tried for a cell: [{"parameters": …, "value": …}], or None."""
         return json.loads(self._paths(key)[0].read_text("utf-8"))["trials"]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fusewright.methods.contract import Method
     from fusewright.tasks.adaptation import Adaptation
     from fusewright.tasks.outcomes import Outcomes
+    from fusewright.weights import TensorInfo
 
 Found = dict[str, dict[str, "Outcomes"]]
 Ensembles = dict[str, tuple[list[float] | None, Found]]
@@ -126,7 +127,8 @@ class Worker:
 
     def _model(self, job: Job) -> Cell:
         paths = {BASE: self.suite.base, **self.suite.experts, **self.suite.extras}
-        return self._as_cell(job, self._evaluated(self.suite.open(paths[job.what]), job), PLAIN)
+        found = self._evaluated(self.suite.open(paths[job.what]), job)
+        return self._as_cell(job, found, PLAIN | self._sizes)
 
     def _joint(self, job: Job) -> Cell:
         module, facts = trained(self.suite, job.what, job.training)
@@ -134,7 +136,8 @@ class Worker:
         count = len(facts["tasks"])
         items = recipe["batch"] // count * count  # the same number of each task
         note = f"{recipe['steps']} steps of {items} items, as all experts together"
-        costs = PLAIN | {"extra_parameters": 0} | facts["costs"]
+        trained_all = {"trained": sum(p.numel() for p in module.parameters())}
+        costs = PLAIN | self._sizes | trained_all | {"extra_parameters": 0} | facts["costs"]
         return self._as_cell(job, self._evaluated(module, job), costs, note=note)
 
     def _own(self, job: Job, experts: Mapping[str, Cell]) -> Cell:
@@ -142,7 +145,7 @@ class Worker:
                         for task in self._tasks(job) if task in experts}  # fmt: skip
         modules = {name: self.suite.open(self.suite.experts[name]) for name in job.pool.experts}
         base = self.suite.open(self.suite.base)
-        costs: dict[str, float] = {"extra_parameters": (len(modules) - 1) * self._stored}
+        costs = self._several(len(modules)) | {"active": self._sizes["active"]}
         if asked := self._questions(job):
             costs["slowdown"] = of_experts(asked, base, modules)
         note = "told the task of every input: what routing can reach"
@@ -153,7 +156,7 @@ class Worker:
                   for name in job.pool.experts}  # fmt: skip
         best = max(scores, key=lambda name: scores[name])
         found = {t: {**each} for t, each in experts[best].outcomes.items() if t in self._tasks(job)}
-        return self._as_cell(job, found, PLAIN, note=f"{best}, by validation")
+        return self._as_cell(job, found, PLAIN | self._sizes, note=f"{best}, by validation")
 
     def _ensemble(self, job: Job) -> Cell:
         names = job.pool.experts
@@ -162,10 +165,8 @@ class Worker:
             self._ensembles = {names: self._combined(job, experts)}
         weights, found = self._ensembles[names][job.what]
         base = self.suite.open(self.suite.base)
-        costs = {
-            "slowdown": of_ensemble(self._questions(job), base, experts, job.what, weights),
-            "extra_parameters": (len(experts) - 1) * self._stored,
-        }
+        slower = of_ensemble(self._questions(job), base, experts, job.what, weights)
+        costs = self._several(len(experts)) | {"slowdown": slower}
         shown = [round(w, 3) for w in weights] if weights else None
         note = f"weights by validation accuracy: {shown}" if shown else ""
         return self._as_cell(job, found, costs, note=note)
@@ -230,7 +231,8 @@ class Worker:
         module = self.exchange.filled(made.state) if made.routed is None else made.routed
         found = self._evaluated(module, job)
         merged = sum(t.numel() for t in made.state.values())
-        costs = PLAIN | made.costs | {"extra_parameters": merged - self._stored}
+        sizes = self._sizes | {"bytes": sum(t.nbytes for t in made.state.values())}
+        costs = PLAIN | sizes | made.costs | {"extra_parameters": merged - self._stored}
         if made.routed is not None and not method.card.task_id:  # told, it is as the base is
             base = self.suite.open(self.suite.base)
             costs["slowdown"] = of_model(self._questions(job), base, made.routed)
@@ -239,10 +241,28 @@ class Worker:
     @cached_property
     def _stored(self) -> int:
         """Numbers in the base's checkpoint."""
+        return sum(info.numel for info in self._headers)
+
+    @cached_property
+    def _sizes(self) -> dict[str, float]:
+        """Of one model with the base's architecture: an input's answer depends on all of it."""
+        floats = sum(info.numel for info in self._headers if info.dtype.is_float)
+        nbytes = sum(info.nbytes for info in self._headers)
+        return {"stored": floats, "active": floats, "bytes": nbytes}
+
+    def _several(self, models: int) -> dict[str, float]:
+        """Of so many models that are kept apart, all of them asked."""
+        return {
+            "extra_parameters": (models - 1) * self._stored,
+            **{name: models * size for name, size in self._sizes.items()},
+        }
+
+    @cached_property
+    def _headers(self) -> tuple[TensorInfo, ...]:
         from fusewright.weights import open_weights
 
         with open_weights(self.suite.base) as weights:
-            return sum(info.numel for info in weights.values())
+            return tuple(weights.values())
 
     def _as_cell(
         self, job: Job, outcomes: Found, costs: Mapping[str, float] | None = None,
