@@ -61,6 +61,10 @@ def test_it_solves_the_published_programs(tasks: int, seed: int, even: bool) -> 
     gradients = draw.normal(size=(tasks, 6)) + draw.normal(size=6)
     r = draw.dirichlet(np.ones(tasks)) * 0.9 + 0.1 / tasks
     losses = 1 / r if even else draw.uniform(0.1, 3, tasks)
+    solved_exactly(losses, gradients, r)
+
+
+def solved_exactly(losses: np.ndarray, gradients: np.ndarray, r: np.ndarray) -> None:
     gram = gradients @ gradients.T
     gram /= gram.diagonal().max()
     goal, rows, bounds = program_of(losses, gram, r)
@@ -127,3 +131,25 @@ def test_a_task_that_is_not_preferred_or_has_no_loss_leaves_it_finite() -> None:
     for losses, r in (([1.0, 2.0], [0.0, 1.0]), ([0.0, 2.0], [0.5, 0.5])):
         found = search.weights(torch.tensor(losses), torch.randn(2, 5), torch.tensor(r))
         assert bool(found.isfinite().all()) and float(found.sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("gradients", "losses"), [
+    ([[-1, 0], [3, 3], [-2, 1]], [4, 2, 1]),  # balance: nothing brings the losses nearer
+    ([[3, 3], [-3, -1], [1, -3]], [3, 5, 4]),  # what helps has no bound
+    ([[2, 3], [-3, -2], [-2, -2]], [2, 1, 5]),  # the largest weighted loss may not rise
+    ([[1, 0], [2, 0]], [1.001, 1]),  # descent: what leads away from the ray is bounded
+], ids=["stuck", "helping", "largest", "descent"])  # fmt: skip
+def test_each_bound_of_the_programs_counts(gradients, losses) -> None:
+    tasks = len(losses)
+    solved_exactly(np.array(losses, float), np.array(gradients, float), np.full(tasks, 1 / tasks))
+
+
+def test_the_size_of_gradients_does_not_matter_and_weights_always_sum_to_one() -> None:
+    draw = torch.Generator().manual_seed(0)
+    gradients = torch.randn(3, 5, generator=draw).double()
+    losses, r = torch.tensor([0.5, 2.0, 1.0]), torch.tensor([0.2, 0.3, 0.5])
+    alpha = Epo().weights(losses, gradients, r)
+    torch.testing.assert_close(Epo().weights(losses, 1e-7 * gradients, r), alpha)
+    assert float(Epo().weights(losses, gradients, 4 * r).sum()) == pytest.approx(1)
+    none = Epo().weights(-losses, gradients, 4 * r)
+    torch.testing.assert_close(none, r.double())

@@ -16,7 +16,7 @@ import fusewright as fw
 from fusewright.errors import FusewrightWarning, NumericError, PlanError, RecipeError
 from fusewright.methods.learned import AdaMerging, Concrete, objectives
 from fusewright.methods.learned._guard import collapsed
-from fusewright.methods.learned.scalarisers import mgda, shortest, tchebycheff
+from fusewright.methods.learned.scalarisers import combine, mgda, shortest, tchebycheff
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 0.0, 3.0]])
 METHODS = {
@@ -47,6 +47,17 @@ def test_objectives_are_their_formulas_in_float64() -> None:
     assert close(of["cross_entropy"](LOGITS, torch.tensor(labels)), nll)
     assert close(of["self_label"](LOGITS, torch.tensor(other)), -np.log(p[[0, 1], [1, 2]]).mean())
     assert close(of["matching"](LOGITS, torch.tensor(other)), ((logits - other) ** 2).mean())
+
+
+def test_sixteen_bits_are_compared_in_32_and_labels_may_have_any_form() -> None:
+    of = {name: found.loss for name, found in objectives.OBJECTIVES.items()}
+    half, other = (10 * LOGITS).bfloat16(), LOGITS.flip(0).bfloat16()
+    labels = torch.tensor([[1], [2]], dtype=torch.int32)
+    for name, rest in (("entropy", []), ("cross_entropy", [labels]), ("self_label", [other]),
+                       ("matching", [other])):  # fmt: skip
+        wide = [x.float() if x.is_floating_point() else torch.tensor([1, 2]) for x in rest]
+        found = of[name](half, *rest)
+        assert found.dtype == torch.float32 and found.equal(of[name](half.float(), *wide))
 
 
 @pytest.mark.parametrize("objective", ["self_label", "matching"])
@@ -89,6 +100,32 @@ def test_shortest_is_the_minimum_over_the_simplex() -> None:
         descends = gradients @ (weights @ gradients)
         assert float(descends.min()) >= best**2 - 1e-6
     assert shortest(torch.zeros(3, 3)).tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_the_shortest_of_two_is_found_at_once_at_any_size() -> None:
+    gram = torch.tensor([[4.0, -2.0], [-2.0, 1.0]]).double()
+    third = torch.tensor([1 / 3, 2 / 3]).double()
+    for size in (1.0, 1e-20, 1e20):
+        torch.testing.assert_close(shortest(size * gram, rounds=1), third)
+    assert shortest(torch.full((2, 2), float("nan"))).tolist() == [0.5, 0.5]
+
+
+def test_gradients_of_all_parameters_are_weighed_together() -> None:
+    parameters = [torch.zeros(2, 2), torch.zeros(3)]
+    gradients = [[torch.full((2, 2), float(t)), torch.arange(3.0) + t] for t in range(2)]
+    seen = []
+
+    def scalarise(losses: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+        seen.append((losses, flat))
+        return torch.tensor([0.25, 2.0]).double()
+
+    weights = combine(parameters, [torch.tensor(3.0), torch.tensor(4.0)], gradients, scalarise)
+    assert weights.tolist() == [0.25, 2.0]
+    ((losses, flat),) = seen
+    assert losses.tolist() == [3, 4] and losses.dtype == flat.dtype == torch.float64
+    assert flat.tolist() == [[0, 0, 0, 0, 0, 1, 2], [1, 1, 1, 1, 1, 2, 3]]
+    assert parameters[0].grad.tolist() == [[2, 2], [2, 2]]
+    assert parameters[1].grad.tolist() == [2, 4.25, 6.5]
 
 
 def test_opposite_gradients_cancel_and_the_worst_task_leads() -> None:

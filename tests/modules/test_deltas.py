@@ -60,3 +60,25 @@ def test_leading_triples_are_the_best_of_their_rank() -> None:
         torch.testing.assert_close(error, values[1:].square().sum())
     assert leading(Dense(whole), 9).up.shape == (7, 5)
     assert leading(rank_two(), 9).up.shape == (7, 2)
+
+
+def test_factors_are_of_any_shape() -> None:
+    delta = Factors(rank_two().up, rank_two().down, torch.Size((7, 5, 1, 1)))
+    whole = rank_two().dense()
+    assert delta.dense().equal(whole[..., None, None])
+    gradient = torch.randn(7, 5, 1, 1, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(delta.dot(gradient), (gradient[..., 0, 0] * whole).sum())
+
+
+def test_singular_values_go_up_and_sixteen_bits_are_decomposed_in_32() -> None:
+    for delta in (Dense(rank_two().dense()), rank_two(), Dense(rank_two().dense().bfloat16())):
+        found = leading(delta, 2)
+        torch.testing.assert_close(found.down @ found.down.T, torch.eye(2))
+        assert found.up.dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inputs_keep_their_dtype(form: str) -> None:
+    inputs = torch.randn(3, 5, generator=torch.Generator().manual_seed(3)).double()
+    found = FORMS[form].apply(inputs)
+    torch.testing.assert_close(found, inputs @ FORMS[form].dense().double().T)

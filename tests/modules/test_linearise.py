@@ -264,3 +264,50 @@ def test_what_does_not_fit_is_refused() -> None:
         linearise(tower(), start={"0.weight": torch.zeros(2, 2)})
     with pytest.raises(PlanError, match="no such tensor"):
         linearise(tower(), start={})
+
+
+def test_it_keeps_its_mode_and_its_start_is_no_part_of_its_state() -> None:
+    for training in (True, False):
+        tangent = linearise(tower().train(training))
+        assert tangent.training is training and tangent.module.training is training
+        assert set(tangent.state_dict()) == {f"module.{name}" for name in tower().state_dict()}
+    normed = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    linearise(normed)(INPUTS)
+    assert int(normed[1].num_batches_tracked) == 0
+
+
+def test_modules_inside_modules_are_linearised_around_the_same_start() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.middle = nn.Module()
+            self.middle.inner = tower()
+            self.middle.inner.requires_grad_()
+
+    model = Outer()
+    tangent, expected = linearise(model), linearise(model.middle.inner)
+    moved(model, 0.3)
+    found = tangent.middle.inner(INPUTS)
+    torch.testing.assert_close(found, expected(INPUTS))
+    assert not torch.allclose(found, model.middle.inner(INPUTS))
+
+
+def test_only_floating_tensors_are_expanded_and_caches_left_out() -> None:
+    class Answers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = tower()
+
+        def forward(self, x: Tensor) -> dict[str, object]:
+            found = self.body(x)
+            return {"logits": found, "class": found.argmax(-1), "size": 3, "name": "n",
+                    "cache": object()}  # fmt: skip
+
+    model = Answers()
+    tangent, before = linearise(model), model(INPUTS)
+    expected = linearise(model.body)
+    moved(model, 3.0)
+    found = tangent(INPUTS)
+    torch.testing.assert_close(found["logits"], expected(INPUTS))
+    assert found["class"].equal(before["class"]) and found["cache"] is None
+    assert (found["size"], found["name"]) == (3, "n")

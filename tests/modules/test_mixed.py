@@ -176,3 +176,65 @@ def test_a_router_is_a_mean_over_tokens_of_what_it_says_of_each() -> None:
     each = torch.stack([router(tokens[:, s : s + 1]) for s in range(TOKENS)])
     torch.testing.assert_close(router(tokens), each.mean(dim=0))
     assert router(tokens).var(dim=0).max() > 0
+
+
+def test_a_router_of_two_layers_is_its_formula_and_begins_without_hidden_biases() -> None:
+    router = Router(IN, EXPERTS, 2, start=0.2, seed=3)
+    assert not router.hidden.bias.any() and (router.bias == 0.2).all()
+    assert router.weight.equal(Router(IN, EXPERTS, 2, seed=3).weight)
+    wide = Router(300, 10, 1).weight.detach()
+    assert float(wide.std()) == pytest.approx(0.01, rel=0.1)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.copy_(draw(*parameter.shape).float())
+    tokens = draw(2, TOKENS, IN).float()
+    hidden = (tokens @ router.hidden.weight.T + router.hidden.bias).clamp(min=0)
+    expected = (hidden @ router.weight.T + router.bias).mean(dim=1)
+    torch.testing.assert_close(router(tokens), expected)
+    torch.testing.assert_close(router(tokens.bfloat16()), router(tokens.bfloat16().float()))
+
+
+def test_factors_of_other_ranks_are_padded_and_large_ones_made_whole() -> None:
+    for rank, kind in ((2, "factors"), (3, "factors"), (4, "dense")):  # of 7 x 6: below 42 / 13
+        low = [Factors(draw(OUT, k, seed=k), draw(k, IN, seed=9 + k), torch.Size((OUT, IN)))
+               for k in (1, rank)]  # fmt: skip
+        stack = stacked(low, 1.0, torch.float64)
+        assert stack.kind == kind
+        whole = torch.stack([delta.dense() for delta in low])
+        torch.testing.assert_close(stack.rows(0, OUT, torch.float64), whole)
+    mixed_forms = [low[0], Dense(whole[1])]
+    assert stacked(mixed_forms, 1.0, torch.float64).kind == "dense"
+    assert stacked(low[:1], 0.5, torch.float32).kind == "sparse"
+
+
+def test_a_combined_stack_leaves_the_base_alone() -> None:
+    for density in (1.0, 0.3):
+        stack = stacked([Dense(draw(OUT, IN))], density, torch.float64)
+        base = draw(OUT, IN, seed=1)
+        stack.combined(base, torch.ones(1).double())
+        assert base.equal(draw(OUT, IN, seed=1))
+
+
+def test_a_transposed_layer_is_mixed_and_merged_as_it_is_stored() -> None:
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(draw(IN, OUT)), nn.Parameter(draw(OUT))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight + self.bias
+
+    straight, deltas = layer("dense")
+    made = MixedLinear(Conv1D(), straight.stack, straight.shift, straight.mixture)
+    w, x = draw(2, EXPERTS, seed=2), draw(2, TOKENS, IN)
+    made.mixture.weights = w
+    torch.testing.assert_close(made(x), plain(made, deltas, x, w))
+    for at in range(2):
+        tensors = made.merged(w[at])
+        assert tensors["weight"].shape == (IN, OUT)
+        torch.testing.assert_close(made(x)[at], x[at] @ tensors["weight"] + tensors["bias"])
+    straight.mixture.weights = w
+    tensors = straight.merged(w[0])
+    torch.testing.assert_close(
+        straight(x)[0], nn.functional.linear(x[0], tensors["weight"], tensors["bias"])
+    )

@@ -127,14 +127,43 @@ def test_the_models_own_weights_are_left_alone() -> None:
 
 
 def test_weights_in_16_bits_are_summed_in_32() -> None:
-    tau = vectors(torch.bfloat16)
+    tau = vectors(torch.bfloat16).mapped(lambda delta: Dense(delta.dense().float()))
     merge = ParametrisedMerge(model().bfloat16(), tau, Each(tau.names, masked=False).float())
     name = "3.weight"
     weights = merge.coefficients.weights(name)
     exact = tau.base[name].float() + sum(
         w * d.dense() for w, d in zip(weights, tau.at(name), strict=True)
     )
-    assert merge.state()[name].equal(exact.bfloat16())
+    assert merge.state()[name].equal(exact.bfloat16()) and not exact.bfloat16().equal(exact)
+    assert merge.state(wide=True)[name].equal(exact)
+
+
+def test_gradients_in_16_bits_are_projected_in_32() -> None:
+    tau = vectors(torch.bfloat16).mapped(lambda delta: Dense(delta.dense().float()))
+    live = model().bfloat16().eval()
+    merge = ParametrisedMerge(live, tau, Each(tau.names, masked=False).float())
+    inputs = torch.randn(5, 4, generator=torch.Generator().manual_seed(3)).bfloat16()
+    leaves = {n: t.requires_grad_() for n, t in merge.state().items()}
+    loss = torch.func.functional_call(live, leaves, (inputs,)).square().mean()
+    found = torch.autograd.grad(loss, list(leaves.values()))
+    expected = torch.stack([
+        torch.stack([(g.float() * d.dense()).sum() for d in tau.at(n)])
+        for n, g in zip(leaves, found, strict=True)
+    ])  # fmt: skip
+    with merge.live() as at:
+        at.backward(at.model(inputs).square().mean())
+        at.collect()
+    torch.testing.assert_close(merge.coefficients.values.grad, expected)
+
+
+def test_tensors_that_a_loss_does_not_use_get_nothing() -> None:
+    live, tau = model().double().eval(), vectors()
+    merge = ParametrisedMerge(live, tau, Each(tau.names, masked=False))
+    with merge.live() as at:
+        at.backward(at.model[0](torch.ones(2, 4).double()).sum())
+        at.collect()
+    grad = merge.coefficients.values.grad
+    assert grad[:2].abs().min() > 0 and not grad[2:].any()
 
 
 def test_only_what_is_selected_is_merged() -> None:

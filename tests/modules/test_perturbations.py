@@ -53,3 +53,25 @@ def test_ascent_reaches_the_edge_where_a_linear_gain_is_largest(norm: str) -> No
     found = ascend(lambda delta, step: (delta * slope).sum(), torch.zeros(1, 1, 2, 2), ball, 60)
     best = {"linf": 0.2 * slope.sign(), "l2": 0.2 * slope / slope.square().mean().sqrt()}[norm]
     torch.testing.assert_close(found, best, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_step_is_a_share_of_the_radius_whatever_the_gradients_size(norm: str) -> None:
+    ball, zero = Ball(norm, 0.2), torch.zeros(2, 1, 2, 2)
+    one = torch.tensor([[[3.0, -4.0], [2.0, 1.0]]])
+    slope = torch.stack([1e-3 * one, 1e3 * one])
+    found = ball.ascended(zero, slope, 0.25)
+    torch.testing.assert_close(ball.size(found), torch.full((2,), 0.05))
+    torch.testing.assert_close(found[0], found[1])
+    assert float((found * slope).sum()) > 0
+
+
+def test_ascent_begins_in_the_ball_by_steps_that_fall_to_nothing() -> None:
+    ball, seen = Ball("linf", 0.4), []
+
+    def gain(delta: torch.Tensor, step: int) -> torch.Tensor:
+        seen.append(delta.detach().clone())
+        return delta.sum()
+
+    seen.append(ascend(gain, torch.full((1, 1, 1, 1), -9.0), ball, 4, rate=0.5))
+    assert [round(float(x), 6) for x in seen] == [-0.4, -0.2, -0.05, 0.05, 0.1]
