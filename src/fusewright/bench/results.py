@@ -10,6 +10,8 @@ from typing import Any
 from fusewright.tasks.outcomes import Outcomes
 
 CLEAN = "clean"
+MIXED = "mixed stream"
+"""The condition of rows that were asked one by one, all merged tasks mixed."""
 
 REQUIREMENTS = {
     "reference": "References",
@@ -19,8 +21,11 @@ REQUIREMENTS = {
     "labelled": "Merged, tuned or trained with labels",
     "task id": "Told the task of every input",
     "routed": "Routed by the input",
+    "transductive": "Adapted on the test inputs themselves; not ranked",
 }
 """What a cell asks for, in the order of tables; cells are ranked only inside one of these."""
+UNRANKED = ("reference", "expert", "transductive")
+"""Classes that nothing is ranked in."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Cell:
     "seconds" to merge (or train), "peak_memory" and "bytes_read" in bytes, "extra_parameters";
     "trained" numbers, those "stored" and those that one input's answer depends on ("active"), and
     the "bytes" of what is stored; "slowdown" of inference (1 = none); what was not measured is
-    absent. ``outcomes`` are by task, then by condition ("clean", or a corruption's name).
+    absent. ``outcomes`` are by task, then by condition ("clean", "mixed stream", or a corruption's
+    name).
     """
 
     row: str

@@ -27,6 +27,8 @@ def register(app: typer.Typer) -> None:
         app, bench, "fusewright bench digits -o results/digits",
         "fusewright bench digits --methods ties,iso_c,'drop >> elect' --tune 20 -o results/digits",
         "fusewright bench digits --joint all -o results/digits",
+        "fusewright bench digits --methods adamerging,wemoe --mixed-stream 100 --transductive "
+        "-o results/digits",
         "fusewright bench vision-mini --seeds 3 --jobs 2 --data data/ -o results/vision-mini",
     )  # fmt: skip
 
@@ -55,6 +57,14 @@ def bench(
     joint: Annotated[
         str, typer.Option(metavar="A,B|all|none", help=_JOINT)
     ] = "sum",
+    mixed_stream: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Also ask N test rows of each merged task in "
+                          "one stream, mixed, one at a time.")
+    ] = 0,
+    transductive: Annotated[
+        bool, typer.Option("--transductive", help="Also adapt on the test inputs, as papers do; "
+                           "these rows are not ranked.")
+    ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
     pool: Pool = None,
     data: Data = None,
@@ -78,7 +88,8 @@ def bench(
         limit=limit, pool=pool, data=data, subsets=_numbers(subsets), draws=draws, jobs=jobs,
         variants=None if variants is None else [None if v == "plain" else v
                                                 for v in _listed(variants)],
-        corruptions=corruptions, joint=joint, progress=not json,
+        corruptions=corruptions, joint=joint, mixed_stream=mixed_stream,
+        transductive=transductive, progress=not json,
     )  # fmt: skip
     written = write_results(results, out, against=against)
     if json:

@@ -17,6 +17,10 @@ from fusewright.bench.statistics import Interval
 from fusewright.tasks.units import unit_of
 
 SCHEMA = 1
+STREAM = (
+    " Mixed stream: the first test rows of each merged task in one stream, mixed, one row at a "
+    "time; in brackets the same rows, task by task."
+)
 SUBSETS = (
     "Normalised scores over the tasks that were merged, by their number; least, most, and how many "
     "draws and seeds:"
@@ -71,6 +75,9 @@ def _flat(section: Section, line: Line, against: Published | None) -> dict[str, 
                              **_bounds("mean", line.mean)}  # fmt: skip
     found["worst task"], found["worst"] = line.worst or (None, None)
     found |= _bounds("unseen", line.unseen)
+    if line.stream is not None:
+        found |= _bounds("mixed stream", line.stream)
+        found["mixed stream, same rows task by task"] = line.stream_clean
     for task, one in line.tasks.items():
         found |= _bounds(task, one)
         found |= {f"{task} {name}": rate for name, rate in line.rates.get(task, {}).items()}
@@ -204,7 +211,9 @@ def _table(
     known = rated(section)
     tasks = {task: known.get(task, []) for task in summary.metrics}
     scores = [text for task in tasks for text in (task, *(f"{task} {r}" for r in tasks[task]))]
-    names = ["model", *scores, "mean", "normalised", "worst", "unseen", "rank"]
+    streamed = any(line.stream for line in section.lines)
+    names = ["model", *scores, "mean", "normalised", "worst", "unseen",
+             *(["mixed stream"] if streamed else []), "rank"]  # fmt: skip
     if section.baseline:
         names += [f"above {section.baseline}", "p (Holm)"]
     names += ["published*"] if against else []
@@ -224,6 +233,8 @@ def _cells(
     yield from (_one(line.mean), _one(line.normalised, bounds=True))
     yield f"{line.worst[1]:.1f} ({line.worst[0]})" if line.worst else ""
     yield _one(line.unseen)
+    if any(other.stream for other in section.lines):
+        yield f"{line.stream.value:.1f} ({line.stream_clean:.1f})" if line.stream else ""
     yield f"{line.rank}{' =' if line.level_with else ''}" if line.rank else ""
     if section.baseline:
         yield _one(line.versus.value, "+", bounds=True) if line.versus else ""
@@ -255,7 +266,9 @@ def _preface(summary: Summary) -> str:
         f"Suite {summary.results.suite}; scores in {kinds}; normalised: percent of each task's own "
         f"expert; {100 * summary.level:g} % intervals over items; ranks inside a class, = where "
         "rows are not told apart."
-    ) + (f" {more[0].upper()}{more[1:]}." if (more := explained(summary.sections)) else "")
+    ) + (f" {more[0].upper()}{more[1:]}." if (more := explained(summary.sections)) else "") + (
+        STREAM if any(line.stream for one in summary.sections for line in one.lines) else ""
+    )
 
 
 def _cited(against: Published) -> str:

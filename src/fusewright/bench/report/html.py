@@ -22,7 +22,7 @@ from fusewright.bench.report.marks import (
 )
 from fusewright.bench.report.rates import RATES, rated
 from fusewright.bench.report.summary import Line, Section, Summary
-from fusewright.bench.results import REQUIREMENTS
+from fusewright.bench.results import REQUIREMENTS, UNRANKED
 from fusewright.bench.statistics import Interval
 from fusewright.extras import needs
 from fusewright.tasks.units import PERCENT, unit_of
@@ -117,6 +117,10 @@ class Shown:
     def unseen(self) -> list[str]:
         return [t for t in self.summary.results.unseen if t in self.summary.metrics]
 
+    @property
+    def streamed(self) -> bool:
+        return any(line.stream for line in self.section.lines)
+
     def merging(self) -> list[Line]:
         """Lines of plots: experts alone would hide what differs between merges."""
         return [line for lines in self.section.classes().values() for line in lines
@@ -135,7 +139,7 @@ class Shown:
         for name, lines in self.section.classes().items():
             best = next((line for line in lines if line.row != OWN), None)
             one = self.main(best) if best else None
-            if name not in ("reference", "expert") and best and one and best.row != "average":
+            if name not in UNRANKED and best and one and best.row != "average":
                 found.append((REQUIREMENTS[name].lower(), best.row, one.value))
         own = self.section.line(OWN)
         if own and (one := self.main(own)):

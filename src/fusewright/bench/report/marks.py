@@ -13,6 +13,7 @@ from html import escape
 COLOURS = {
     "reference": "#5f6670", "expert": "#8d939c", "none": "#0072b2", "unlabelled": "#00795a",
     "labelled": "#b84a00", "task id": "#a8467d", "routed": "#17191d",
+    "transductive": "#7a5c00",
 }  # fmt: skip
 """Of requirement classes: Okabe and Ito's, told apart by people who are colour-blind, darkened
 until text in them can be read on white."""

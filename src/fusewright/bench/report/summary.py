@@ -24,7 +24,7 @@ from fusewright.bench.comparison import (
     shares,
 )
 from fusewright.bench.report.rates import Rates, rates
-from fusewright.bench.results import CLEAN, REQUIREMENTS, Cell, Results
+from fusewright.bench.results import CLEAN, MIXED, REQUIREMENTS, UNRANKED, Cell, Results
 from fusewright.bench.statistics import (
     RESAMPLES,
     Array,
@@ -57,7 +57,9 @@ class Line:
 
     ``normalised`` is percent of each task's own expert, the mean over merged tasks; ``worst`` the
     merged task with the least of it; ``unseen`` the mean score over tasks left out of the merge;
-    ``corruptions`` mean scores over merged tasks; ``calibration`` the expected calibration error
+    ``stream`` the mean score over merged tasks whose rows came mixed, one by one, and
+    ``stream_clean`` that of the same rows in batches of one task; ``corruptions`` mean scores over
+    merged tasks; ``calibration`` the expected calibration error
     in points; ``versus`` the paired difference from the baseline. ``rank`` is 1 + the number of
     rows of its class that are told to be better; ``level_with`` are those it is not told apart
     from. ``bounded``: the mean is percent; otherwise smaller is better. ``rates``: by task, percent
@@ -84,6 +86,8 @@ class Line:
     versus: Difference | None = None
     bounded: bool = True
     rates: Rates = field(default_factory=dict)
+    stream: Interval | None = None
+    stream_clean: float | None = None
 
     @property
     def quality(self) -> float:
@@ -156,7 +160,8 @@ def summarise(
     first = {t: cell.outcomes[t][CLEAN] for cell in results.cells for t in cell.outcomes}
     order = [task for task in results.tasks if task in first]
     return Summary(
-        results, sections, tuple(_subsets(tools)), tuple(c for c in conditions if c != CLEAN),
+        results, sections, tuple(_subsets(tools)),
+        tuple(c for c in conditions if c not in (CLEAN, MIXED)),
         {t: first[t].metric for t in order}, {t: len(first[t]) for t in order}, level,
     )  # fmt: skip
 
@@ -203,7 +208,23 @@ def _line(tools: _Tools, cells: Sequence[Cell]) -> Line:
         pools=tuple(_pool_value(tools, cell, merged) for cell in cells),
         costs=_costs(cells), method=first.method, note=first.note,
         bounded=(unit := _unit(first, merged)) is None or unit.bounded, rates=rates(cells, tasks),
+        **_stream(tools, cells, merged),
     )  # fmt: skip
+
+
+def _stream(tools: _Tools, cells: Sequence[Cell], merged: Sequence[str]) -> dict[str, Any]:
+    """The score of the mixed stream, and of its rows (the first of each split) when they are asked
+    task by task; nothing where it was not measured."""
+    if not merged or not all(MIXED in cell.outcomes[task] for cell in cells for task in merged):
+        return {}
+    unit = _unit(cells[0], merged)
+    if unit is None:
+        return {}
+    pairs = [(cell.outcomes[task][CLEAN], len(cell.outcomes[task][MIXED]))
+             for cell in cells for task in merged]  # fmt: skip
+    clean = [np.average(o.score[:rows], weights=o.weight[:rows]) for o, rows in pairs]
+    return {"stream": _mean(tools, cells, merged, MIXED),
+            "stream_clean": unit.shown(float(np.mean(clean)))}  # fmt: skip
 
 
 def _mean(
@@ -258,7 +279,7 @@ def _corruptions(
     tools: _Tools, cells: Sequence[Cell], merged: Sequence[str]
 ) -> dict[str, Interval]:
     """Mean score of each condition over the merged tasks that were measured under it."""
-    names = dict.fromkeys(c for task in merged for c in cells[0].outcomes[task])
+    names = dict.fromkeys(c for task in merged for c in cells[0].outcomes[task] if c != MIXED)
     found = {}
     for name in names:
         tasks = [t for t in merged if all(name in cell.outcomes[t] for cell in cells)]
@@ -302,7 +323,8 @@ def _versus(
     """Lines with their difference from the baseline, corrected over all of them."""
     if baseline is None:
         return list(lines)
-    others = [line for line in lines if line.row != baseline and not line.row.startswith("expert ")]
+    others = [line for line in lines if line.row != baseline and line.requirement != "transductive"
+              and not line.row.startswith("expert ")]  # fmt: skip
     found = [_difference(tools, rows[line.row], rows[baseline]) for line in others]
     known = adjusted([one for one in found if one is not None])
     by_row = {one.ours: one for one in known}
@@ -332,7 +354,7 @@ def _ranked(
     found = {line.row: line for line in lines}
     for name in REQUIREMENTS:
         members = [line.row for line in lines if line.requirement == name]
-        if name in ("reference", "expert") or not members:
+        if name in UNRANKED or not members:
             continue
         pairs = [_difference(tools, rows[a], rows[b]) for a, b in combinations(members, 2)]
         tests = adjusted([one for one in pairs if one is not None])

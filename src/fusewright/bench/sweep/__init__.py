@@ -4,7 +4,7 @@
 gives groups of cells to ``worker``s, which merge in memory (``merges``), tune (``space``,
 ``tuning``), train on all tasks at once (``joint``), evaluate, and keep each finished cell, with
 what it cost (``costs``, ``slowdown``), in the ``store``. ``layers`` says how the task vectors
-differ. ``run.bench`` is the door.
+differ, ``stream`` asks all tasks mixed, row by row. ``run.bench`` is the door.
 """
 
 from __future__ import annotations

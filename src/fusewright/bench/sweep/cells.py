@@ -34,6 +34,7 @@ FORMAT = 1
 
 BASE, OWN, BEST = "base", "own expert", "best expert"
 TUNED = ", tuned"
+TEST_INPUTS = ", adapted on test inputs"
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class Pool:
 @dataclass(frozen=True)
 class Job:
     """One cell to make. ``how`` says what is evaluated: a "model" of the pool (``what``: its
-    name), "own expert", "best expert", an "ensemble" (``what``: which), a "merge" or a "tuned"
-    one (``what``: the method), or "joint" training (``what``: how losses are combined;
-    ``training``: the digest of what the trained model depends on)."""
+    name), "own expert", "best expert", an "ensemble" (``what``: which), a "merge", a "tuned" one or
+    a "transductive" one, adapted on the test inputs (``what``: the method), or "joint" training
+    (``what``: how losses are combined; ``training``: the digest of what the trained model depends
+    on)."""
 
     how: str
     row: str
@@ -71,7 +73,8 @@ Group = tuple[Job, ...]
 class Asked:
     """What a sweep is asked for, beyond its suite and methods. ``subsets`` are numbers of merged
     experts, each drawn ``draws`` times; all of them are merged anyway. ``conditions`` are
-    CLEAN and names of corruptions."""
+    CLEAN and names of corruptions. ``stream``: how many rows of each merged task to mix into one
+    stream, 0 for none. ``transductive``: adapt on the test inputs, too."""
 
     tune: int = 0
     limit: int | None = None
@@ -79,6 +82,8 @@ class Asked:
     draws: int = 3
     conditions: tuple[str, ...] = (CLEAN,)
     joint: tuple[str, ...] = ()
+    stream: int = 0
+    transductive: bool = False
 
 
 def groups(
@@ -95,6 +100,8 @@ def groups(
             if number == 0 and (recipe := recipes.get((suite.seed, suite.variant))):
                 parts += [(_joint(suite, pool, how, recipe, models),) for how in asked.joint]
             parts += [tuple(_merges(entry, pool, asked)) for entry in entries]
+            if asked.transductive:
+                parts += [(_transductive(entry, pool),) for entry in entries if adapts(entry)]
             found += [tuple(_keyed(j, suite, models, asked) for j in part) for part in parts]
     return found
 
@@ -151,6 +158,18 @@ def _merges(entry: Entry, pool: Pool, asked: Asked) -> Iterator[Job]:
         yield Job("tuned", row, entry.title + TUNED, "labelled", pool, entry.method, asked.tune)
 
 
+def adapts(entry: Entry) -> bool:
+    """Whether a method learns from inputs without labels."""
+    method = entry.method
+    return isinstance(method, Program | Routed) and method.card.data == "unlabelled"
+
+
+def _transductive(entry: Entry, pool: Pool) -> Job:
+    """The papers' protocol: a method adapts on the very inputs that it is then measured on."""
+    return Job("transductive", entry.key + TEST_INPUTS, entry.title + TEST_INPUTS, "transductive",
+               pool, entry.method)  # fmt: skip
+
+
 def requirement_of(method: Method) -> str:
     """The class of a method as it comes: what the most demanding of its stages asks for. To be told
     the task of every input is more than labels to learn from, and those more than to be routed."""
@@ -171,7 +190,9 @@ def _keyed(job: Job, suite: Suite, models: Mapping[str, str], asked: Asked) -> J
         "experts": job.pool.experts,
         "conditions": asked.conditions, "models": _used(job, models), "data": models["data"],
     }  # fmt: skip
-    if job.how in ("merge", "tuned"):
+    if asked.stream:  # absent otherwise, so that cells from before have their keys still
+        said["stream"] = asked.stream
+    if job.how in ("merge", "tuned", "transductive"):
         stages = job.what.chain if isinstance(job.what, Pipeline) else (job.what,)
         parts = [part for s in stages for part in (s, *getattr(s, "stages", tuple)())]
         said |= {"method": job.what.spec(), "code": code_digest([type(part) for part in parts])}

@@ -18,7 +18,7 @@ from fusewright.errors import FusewrightError
 if TYPE_CHECKING:
     from fusewright.bench.suite import Suite
 
-MADE = ("merge", "tuned", "joint")
+MADE = ("merge", "tuned", "transductive", "joint")
 """What may fail while the rest of a sweep goes on."""
 
 Failed = dict[str, str]

@@ -23,7 +23,7 @@ from fusewright.bench.results import CLEAN, Results
 from fusewright.bench.suite import Suite
 from fusewright.bench.suite import suite as open_suite
 from fusewright.bench.suite_file import SuiteError
-from fusewright.bench.sweep.cells import Asked, Group, groups
+from fusewright.bench.sweep.cells import TEST_INPUTS, Asked, Group, adapts, groups
 from fusewright.bench.sweep.ensembles import without_logits
 from fusewright.bench.sweep.execute import execute
 from fusewright.bench.sweep.joint import DEFAULT, recipes
@@ -52,6 +52,8 @@ def bench(
     draws: int = 3,
     corruptions: bool | Sequence[str] = False,
     joint: str | Sequence[str] = DEFAULT,
+    mixed_stream: int = 0,
+    transductive: bool = False,
     jobs: int = 1,
     progress: bool = True,
 ) -> Results:
@@ -67,14 +69,18 @@ def bench(
     ``corruptions``: measure on corrupted pictures too (all kinds, or those named). ``joint``: ways
     to train on all merged tasks together, with as many steps as their experts took ("sum",
     "pcgrad", …, "all", "none"); the plain sum by default, which costs what training the experts
-    did, and each other way as much again. ``jobs``: worker processes.
+    did, and each other way as much again.
+    ``mixed_stream``: also ask the first so many test rows of each merged task in one stream, mixed,
+    one row at a time (0: not). ``transductive``: methods that learn from unlabelled inputs also
+    adapt on the test inputs, as their papers do, in rows of their own that are not ranked.
+    ``jobs``: worker processes.
 
     Raises SuiteError, RecipeError, and OutputError if another sweep writes to ``out``; a method
     that fails is left out, and ``facts["failed"]`` says why.
     """
     first = suite if isinstance(suite, Suite) else open_suite(suite, pool=pool, data=data)
     asked = Asked(tune, limit, tuple(subsets), draws, _conditions(corruptions),
-                  chosen_joint(joint))  # fmt: skip
+                  chosen_joint(joint), mixed_stream, transductive)  # fmt: skip
     _check(asked, first)
     suites = _suites(first, seeds, variants)
     chosen, left_out = _entries(first, methods)
@@ -84,6 +90,8 @@ def bench(
         one.check()
     how, not_trained = recipes(suites, asked.joint)
     left_out |= not_trained | _not_combined(first)
+    if transductive and not any(map(adapts, chosen)):
+        left_out["rows" + TEST_INPUTS] = "no method here learns from unlabelled inputs"
     work = groups(suites, chosen, asked, how)
     with _folder(out) as folder:
         return _swept(folder, suites, work, asked, left_out, jobs, progress)
@@ -136,6 +144,10 @@ def _check(asked: Asked, suite: Suite) -> None:
     if asked.tune < 0 or (asked.limit is not None and asked.limit < 1):
         raise SuiteError("a number is too small", expected="tune >= 0, limit >= 1",
                          found=f"tune={asked.tune}, limit={asked.limit}")  # fmt: skip
+    if asked.stream < 0 or asked.stream == 1 or (asked.stream and asked.limit == 1):
+        raise SuiteError("a stream is of two rows of each task or more, for its interval",
+                         expected="mixed_stream >= 2, or 0 for none", found=asked.stream,
+                         fix="--mixed-stream 250")  # fmt: skip
     odd = [size for size in asked.subsets if not 2 <= size < count]
     if odd:
         raise SuiteError("a subset has at least two experts, and fewer than all",
@@ -213,6 +225,7 @@ def _facts(suites: Sequence[Suite], asked: Asked) -> dict[str, Any]:
         "suite digest": suites[0].spec.digest(),
         "seeds": [one.seed for one in suites], "variants": [one.variant for one in suites],
         "trials": asked.tune, "limit": asked.limit, "subsets": list(asked.subsets),
+        **({"mixed stream": f"{asked.stream} rows of each merged task"} if asked.stream else {}),
         "licence": suites[0].spec.licence, "items": _items(suites[0]),
         "versions": {"fusewright": fusewright.__version__, **packages,
                      "python": platform.python_version()},

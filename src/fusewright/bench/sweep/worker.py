@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fusewright.bench.exchange import Exchange
-from fusewright.bench.results import CLEAN, Cell
+from fusewright.bench.results import CLEAN, MIXED, Cell
 from fusewright.bench.sweep.cells import BASE, OWN, Asked, Group, Job
 from fusewright.bench.sweep.ensembles import accuracy_weights, ensembles, fitting
 from fusewright.bench.sweep.joint import trained
@@ -23,6 +23,7 @@ from fusewright.bench.sweep.slowdown import (
 )
 from fusewright.bench.sweep.space import current, space, with_values
 from fusewright.bench.sweep.store import Store
+from fusewright.bench.sweep.stream import mixed
 from fusewright.bench.sweep.tuning import tune
 from fusewright.tasks.units import unit_of
 
@@ -48,7 +49,7 @@ class Worker:
     store: Store
     asked: Asked = field(default_factory=Asked)
     threads: int | None = None
-    _merges: dict[tuple[str, ...], Merges] = field(default_factory=dict, repr=False)
+    _merges: dict[tuple[str, tuple[str, ...]], Merges] = field(default_factory=dict, repr=False)
     _ensembles: dict[tuple[str, ...], Ensembles] = field(default_factory=dict, repr=False)
     _own_scores: dict[str, float] = field(default_factory=dict, repr=False)
 
@@ -61,7 +62,7 @@ class Worker:
             step(job.row)
 
     def _cell(self, job: Job, group: Group) -> tuple[Cell, Any]:
-        if job.how == "merge":
+        if job.how in ("merge", "transductive"):
             return self._merged(job), None
         if job.how == "tuned":
             return self._tuned(job)
@@ -98,6 +99,11 @@ class Worker:
                 condition: self.suite.evaluate(module, task, "test", self.asked.limit, condition)
                 for condition in self._conditions(task)
             }
+        if self.asked.stream:
+            merged = [task for task in found if task in job.pool.experts]
+            streamed = mixed(self.suite, module, merged, self.asked.stream, self.asked.limit)
+            for task, outcomes in streamed.items():
+                found[task][MIXED] = outcomes
         return found
 
     def _conditions(self, task: str) -> list[str]:
@@ -190,22 +196,23 @@ class Worker:
         return questions(self.suite, job.pool.experts, self.asked.limit)
 
     def _of(self, job: Job) -> Merges:
-        names = job.pool.experts
-        if names not in self._merges:
+        names, part = job.pool.experts, "test" if job.how == "transductive" else "validation"
+        if (part, names) not in self._merges:
             experts = {name: self.suite.experts[name] for name in names}
-            self._merges[names] = Merges(
-                self.suite.base, experts, self.threads, self._learnt_from(names),
+            self._merges[part, names] = Merges(
+                self.suite.base, experts, self.threads, self._learnt_from(names, part),
                 tuple(self.suite.spec.optional),
             )
-        return self._merges[names]
+        return self._merges[part, names]
 
-    def _learnt_from(self, names: tuple[str, ...]) -> Callable[[str], Adaptation]:
-        """Rows of some experts' tasks: of validation without labels, or of training with them for
-        a method that asks for labels."""
+    def _learnt_from(self, names: tuple[str, ...], part: str) -> Callable[[str], Adaptation]:
+        """Rows of some experts' tasks: of a part without labels, or of training with them for a
+        method that asks for labels."""
 
         def data(asked: str) -> Adaptation:
-            source = self.suite.labelled if asked == "labelled" else self.suite.unlabelled
-            whole = source(limit=self.asked.limit)
+            limit = self.asked.limit
+            whole = (self.suite.labelled(limit=limit) if asked == "labelled"
+                     else self.suite.unlabelled(part=part, limit=limit))  # fmt: skip
             return replace(whole, questions={name: whole.questions[name] for name in names})
 
         return data
