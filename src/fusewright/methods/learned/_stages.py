@@ -75,7 +75,7 @@ class Staged:
             where = with_solved(place, solved).at(index)
             cut = [stage.apply(vector, t, where) for t, vector in enumerate(cut)]
         if isinstance(merger, Agree):
-            cut = merger.elected(cut, with_solved(place, solved).at(at))
+            cut = merger.kept(cut, with_solved(place, solved).at(at))
         return [vector.reshape(shape) for vector in cut]
 
     def _solve_model(self, step: Step) -> Any:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fusewright.methods.contract import At, Card, Merger, Round, Seen
-from fusewright.methods.partials import Partial
-from fusewright.methods.settings import PerExpert, PerTensor
-from fusewright.methods.static._elect import majority
-from fusewright.methods.static._fields import Number, Scope
+from fusewright.methods.contract import At, Card
+from fusewright.methods.static._elect import Election
 from fusewright.methods.static._weighted import times, weighted_sum
 
 
-class Agree(Merger):
+class Agree(Election):
     """Zero the entries of each task vector that disagree with the elected sign, then add the
     vectors by weights (the ++ of *AdaMerging*, arXiv 2310.02575).
 
@@ -36,29 +33,10 @@ class Agree(Merger):
         },
     )  # fmt: skip
 
-    weight: PerExpert[Number] = 1.0
-    zero_sign: Literal["majority", "positive", "zero"] = "majority"
-    scope: Scope = "model"
-    scale: PerTensor[Number] = 1.0
-
-    def rounds(self, dtype: torch.dtype) -> tuple[Round, ...]:
-        if self.zero_sign != "majority":
-            return ()
-        return (Round("majority", self.scope, _count, majority),)
-
     def merge(self, vectors: Sequence[Tensor], base: Tensor | None, at: At) -> Tensor:
-        kept = self.elected(vectors, at)
-        return times(weighted_sum(kept, at.params.weight), at.params.scale)
+        return times(weighted_sum(self.kept(vectors, at), at.params.weight), at.params.scale)
 
-    def elected(self, vectors: Sequence[Tensor], at: At) -> list[Tensor]:
+    def kept(self, vectors: Sequence[Tensor], at: At) -> list[Tensor]:
         """Each task vector without the entries that disagree."""
-        sign = torch.sign(weighted_sum(vectors, [1.0] * len(vectors)))
-        if self.zero_sign != "zero":
-            instead = 1.0 if self.zero_sign == "positive" else float(at.solved["majority"])
-            sign = torch.where(sign == 0, instead, sign)
+        sign = self.elected(vectors, at)
         return [torch.where(torch.sign(v) == sign, v, 0.0) for v in vectors]
-
-
-def _count(seen: Seen, at: At) -> Partial:
-    signs = torch.sign(weighted_sum(seen.vectors, [1.0] * len(seen.vectors)))
-    return Partial(counts={"net": signs.sum(dtype=torch.float64).to(torch.int64)})

@@ -16,7 +16,38 @@ from fusewright.methods.static._trim import TIES_PAPER
 from fusewright.methods.static._weighted import times, weighted_sum
 
 
-class Elect(Merger):
+class Election(Merger):
+    """A merger of what has the elected sign: that of the vectors' total, entry by entry."""
+
+    weight: PerExpert[Number] = 1.0
+    zero_sign: Literal["majority", "positive", "zero"] = "majority"
+    scope: Scope = "model"
+    scale: PerTensor[Number] = 1.0
+
+    def votes(self, seen: Seen, at: At) -> Sequence[float]:
+        """Each expert's weight in the election."""
+        return [1.0] * len(seen.vectors)
+
+    def rounds(self, dtype: torch.dtype) -> tuple[Round, ...]:
+        if self.zero_sign != "majority":
+            return ()
+        return (Round("majority", self.scope, self._count, _majority),)
+
+    def elected(self, voting: Sequence[Tensor], at: At) -> Tensor:
+        """The sign of Σ of vectors that have their votes' weights already; never 0, unless
+        ``zero_sign`` says so or the model has no majority."""
+        sign = torch.sign(weighted_sum(voting, [1.0] * len(voting)))
+        if self.zero_sign == "zero":
+            return sign
+        instead = 1.0 if self.zero_sign == "positive" else float(at.solved["majority"])
+        return torch.where(sign == 0, instead, sign)
+
+    def _count(self, seen: Seen, at: At) -> Partial:
+        signs = torch.sign(weighted_sum(seen.vectors, self.votes(seen, at)))
+        return Partial(counts={"net": signs.sum(dtype=torch.float64).to(torch.int64)})
+
+
+class Elect(Election):
     """Elect each entry's sign by the total, merge the entries that have it (*TIES-Merging*,
     arXiv 2306.01708).
 
@@ -38,24 +69,15 @@ class Elect(Merger):
         "sign for zeros",
     )  # fmt: skip
 
-    weight: PerExpert[Number] = 1.0
     normalize: bool = True
-    zero_sign: Literal["majority", "positive", "zero"] = "majority"
-    scope: Scope = "model"
-    scale: PerTensor[Number] = 1.0
 
-    def rounds(self, dtype: torch.dtype) -> tuple[Round, ...]:
-        if self.zero_sign != "majority":
-            return ()
-        return (Round("majority", self.scope, self._count, majority),)
-
-    def _count(self, seen: Seen, at: At) -> Partial:
-        signs = torch.sign(weighted_sum(seen.vectors, at.params.weight))
-        return Partial(counts={"net": signs.sum(dtype=torch.float64).to(torch.int64)})
+    def votes(self, seen: Seen, at: At) -> Sequence[float]:
+        weights: Sequence[float] = at.params.weight
+        return weights
 
     def merge(self, vectors: Sequence[Tensor], base: Tensor | None, at: At) -> Tensor:
         weighted = [times(v, w) for v, w in zip(vectors, at.params.weight, strict=True)]
-        sign = self._elected(weighted, at)
+        sign = self.elected(weighted, at)
         agree = [torch.sign(v) == sign for v in weighted]
         kept = [torch.where(a, v, 0.0) for a, v in zip(agree, weighted, strict=True)]
         total = weighted_sum(kept, [1.0] * len(kept))
@@ -63,15 +85,8 @@ class Elect(Merger):
             total = total / _shares(agree, at.params.weight, total)
         return times(total, at.params.scale)
 
-    def _elected(self, weighted: Sequence[Tensor], at: At) -> Tensor:
-        sign = torch.sign(weighted_sum(weighted, [1.0] * len(weighted)))
-        if self.zero_sign == "zero":
-            return sign
-        instead = 1.0 if self.zero_sign == "positive" else float(at.solved["majority"])
-        return torch.where(sign == 0, instead, sign)
 
-
-def majority(partial: Partial, at: At) -> int:
+def _majority(partial: Partial, at: At) -> int:
     """The sign that most elected entries have, 0 if as many have each."""
     return int(partial["net"] > 0) - int(partial["net"] < 0)
 
