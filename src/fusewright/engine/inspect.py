@@ -172,7 +172,8 @@ def inspect_models(
     every byte once, in chunks of at most 262,144 elements, with no more than ``memory`` bytes in
     all threads; ``progress`` hears of the bytes of all models. NaN and infinities are counted and
     left out of the sums. ``subspace`` also decomposes every matrix of the base, one after the other
-    (half a second of one core for 3072 x 768), and says in which of its singular directions the task vectors lie.
+    (half a second of one core for 3072 x 768), and says in which of its singular directions the
+    task vectors lie.
 
     Raises WeightsError, and PlanError if ``memory`` is too small or ``subspace`` has no expert.
     """
