@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fusewright.engine.front import Merged, merge
-from fusewright.engine.state import MergedWeights, class_of, read_state
+from fusewright.engine.hollow import fill, hollow, mapped, zero
+from fusewright.engine.state import MergedWeights, class_of
 from fusewright.errors import PlanError, WeightsError
 from fusewright.methods.contract import Context, Routed
 from fusewright.modules.batchnorm import call
 from fusewright.modules.features import FeatureRouting
-from fusewright.modules.layer import Layer, Replacement, Saved, put_in
+from fusewright.modules.layer import Layer, Replacement, Saved, listen, place, put_in
 from fusewright.modules.masked import MASKS, TaskMasks
 from fusewright.modules.mixed import Mixed, MixedLinear
 from fusewright.modules.mixed_rest import MixedAffine, MixedTable
@@ -214,24 +215,25 @@ def counted(module: nn.Module, layers: Collection[Layer]) -> dict[str, int]:
 
 
 def load_routed(path: Path, module: nn.Module | None = None) -> nn.Module:
-    """A saved routed model. Raises WeightsError if its description or tensors do not fit."""
+    """A saved routed model, whose tensors are read when they are used. Raises WeightsError if its
+    description or tensors do not fit."""
     said = json.loads((path / DESCRIPTION).read_text("utf-8"))
     if said.get("routed") != FORMAT:
         raise WeightsError("the routed model is of another format", where=path / DESCRIPTION,
                            expected=f"routed: {FORMAT}", found=f"routed: {said.get('routed')}",
                            fix="pip install --upgrade fusewright")  # fmt: skip
-    state = read_state(path)
+    state = mapped(path)
     model = _empty(path) if module is None else module
-    put_in(model, _restored(model, said["layers"], state, path))
-    parameters = dict(model.named_parameters())
-    for name in parameters.keys() & state.keys():
-        parameters[name].data = parameters[name].data.to(state[name].dtype)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    persistent = [n for n in missing if n in parameters and n not in said["left"]]
-    if persistent or unexpected:
+    layers = _restored(model, said["layers"], state, path)
+    place(model, layers)
+    absent, unexpected = fill(model, state)
+    missing = [name for name in absent if name not in said["left"]]
+    if missing or unexpected:
         raise WeightsError("the tensors are not those of the described model", where=path,
-                           expected=", ".join(persistent[:3]) or "no more",
-                           found=", ".join(list(unexpected)[:3]) or "without them")  # fmt: skip
+                           expected=", ".join(missing[:3]) or "no more",
+                           found=", ".join(unexpected[:3]) or "without them")  # fmt: skip
+    zero(model, absent)
+    listen(model, layers)
     return model.eval().requires_grad_(False)
 
 
@@ -257,7 +259,7 @@ def _restored(
 
 
 def _empty(path: Path) -> nn.Module:
-    """The architecture that the folder's config names, with any weights."""
+    """The architecture that the folder's config names, without weights."""
     from fusewright.extras import needs
 
     transformers: Any = needs("transformers", "transformers")
@@ -266,5 +268,6 @@ def _empty(path: Path) -> nn.Module:
         raise WeightsError("the config does not say what module the base is", where=path,
                            expected="architectures: [a class of transformers]",
                            fix="fw.load(path, module=...)")  # fmt: skip
-    model: nn.Module = cls(transformers.AutoConfig.from_pretrained(path))
+    with hollow():
+        model: nn.Module = cls(transformers.AutoConfig.from_pretrained(path))
     return model

@@ -116,8 +116,18 @@ def put_in(
     with torch.no_grad():
         for name, tensor in (tensors or {}).items():
             own[name].copy_(tensor)
+    place(model, layers)
+    listen(model, layers)
+
+
+def place(model: nn.Module, layers: Mapping[str, Layer]) -> None:
+    """Put layers at their paths, silent as yet."""
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
+
+
+def listen(model: nn.Module, layers: Mapping[str, Layer]) -> None:
+    """Have all layers hear of what the model is called with."""
     for layer in layers.values():
         layer.listen(model)
