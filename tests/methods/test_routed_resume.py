@@ -18,7 +18,7 @@ QUICK = {"steps": 8, "batch": 6, "every": 2, "rate": 1e-2}
 ADAMERGING = {"adamerging": {**QUICK, "guard": 0}}
 METHODS = {  # (method, the step it is killed after, the step it then goes on from)
     "wemoe": (WEMoE(**QUICK, guard=0), 5, 4),
-    "e_wemoe": (EWEMoE(**QUICK, guard=12, objective="matching"), 5, 4),
+    "e_wemoe": (EWEMoE(**QUICK, guard=0, objective="matching"), 5, 4),
     "pwe_moe": (ParetoSet(**QUICK, objective="entropy"), 5, 4),
     "twin": (fw.Twin(epochs=4, batch=20, rate=1e-2), 13, 10),  # five batches an epoch, dropout
     "surgery": (RepresentationSurgery(steps=80, rank=4, rate=1e-2), 60, 50),
