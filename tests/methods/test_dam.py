@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from learned_toys import experts, moved, network
@@ -12,6 +14,7 @@ import fusewright as fw
 from fusewright.errors import PlanError
 from fusewright.methods.learned import ANP, AWM, DAM, Concrete
 from fusewright.methods.learned._attack import UniversalAttack
+from fusewright.methods.learned._pruning import PlainMasks
 from fusewright.methods.learned.objectives import cross_entropy, entropy
 from fusewright.modules.masks import ConcreteMasks, ProductMasks
 from fusewright.modules.perturbations import Ball, added
@@ -38,8 +41,8 @@ def batches() -> dict[str, list[torch.Tensor]]:
 
 def merged(method):
     base = base_of()
-    return fw.merge(method, base=base, experts=experts(base),
-                    data=adaptation(batches(), pictures=WHERE))  # fmt: skip
+    given = {} if isinstance(method, str) else {"data": adaptation(batches(), pictures=WHERE)}
+    return fw.merge(method, base=base, experts=experts(base), **given)
 
 
 def same(one, two) -> bool:
@@ -164,15 +167,38 @@ def test_masks_are_learned_in_turn(monkeypatch) -> None:
     real = ProductMasks.share
     monkeypatch.setattr(ProductMasks, "share", lambda self: kept.update(masks=self) or real(self))
 
-    def moved(steps: int) -> tuple[bool, bool]:
+    def logits(steps: int) -> list[torch.Tensor]:
         merged(DAM(**{**QUICK, "steps": steps}, **MASKED))
         both = kept["masks"]
-        return tuple(any(bool(x.any()) for x in m.logits) for m in (both.first, both.second))
+        return [torch.cat([x.detach().flatten() for x in m.logits])
+                for m in (both.first, both.second)]  # fmt: skip
 
-    assert moved(1) == (True, False) and moved(2) == (True, True)
+    found = [logits(steps) for steps in range(4)]
+    changed = [[not one.equal(two) for one, two in zip(*pair, strict=True)]
+               for pair in pairwise(found)]  # fmt: skip
+    assert changed == [[True, False], [False, True], [True, False]]
+
+
+def test_every_class_is_attacked_in_turn(monkeypatch) -> None:
+    attack = kept_attack(monkeypatch, DAM(**{**QUICK, "steps": 8}, **MASKED, aim="toward"))
+    assert all(bool(attack.delta(task, round).any()) for task in "ab" for round in range(4))
+
+
+def test_what_is_said_under_a_perturbation_is_of_that_class() -> None:
+    base, given = base_of(), adaptation(batches(), pictures=WHERE).questions
+    attack = UniversalAttack(base, given, Ball("l2", 0.5), "toward", 0.2, 0)
+    batch = batches()["a"][0]
+    attack.ascend(base, "a", batch, base(batch), 6)
+    changed = WHERE.changed(batch, added(WHERE.raw(batch), attack.delta("a", 2)))
+    assert attack.logits(base, "a", batch, 2).equal(base(changed))
+    assert not attack.logits(base, "a", batch, 2).equal(base(batch))
+    torch.testing.assert_close(attack.logits(base, "a", batch, 1), base(batch))
 
 
 def test_two_masks_are_two_draws() -> None:
+    masks = DAM(**QUICK).new_masks({"w": torch.Size((50, 4))}, 3)
+    assert isinstance(masks, ProductMasks)
+    assert not masks.first.drawn("w", 0).equal(masks.second.drawn("w", 0))
     shapes = {"w": torch.Size((50, 4))}
     both = ProductMasks(ConcreteMasks(shapes, seed=3), ConcreteMasks(shapes, seed=-4))
     one, two = both.first.drawn("w", 0), both.second.drawn("w", 0)
@@ -248,3 +274,75 @@ def test_it_runs_on_models_of_the_library(family: str) -> None:
     models = {n: moved(base, seed, 0.02) for seed, n in enumerate("ab")}
     found = fw.merge(DAM(steps=3, batch=4, rate=0.05), base=base, experts=models, data=data)
     assert all(t.isfinite().all() for t in found.state_dict().values())
+
+
+def pruning(method) -> dict[str, torch.Tensor]:
+    """What ANP (before it cuts) and AWM make of the merge: whole tensors, plain autograd."""
+    base, models = base_of(), experts(base_of())
+    start = {n: t.detach() for n, t in base.named_parameters()}
+    tau = {n: sum(0.3 * (dict(e.named_parameters())[n].detach() - t) for e in models.values())
+           for n, t in start.items()}  # fmt: skip
+    rows = method.name == "anp"
+    masks = {n: torch.ones((len(t), *[1] * (t.dim() - 1)) if rows else t.shape).requires_grad_()
+             for n, t in start.items()}  # fmt: skip
+    delta = {t: torch.zeros(1, 1, 2, 3, dtype=HALF) for t in "ab"}
+    adam = torch.optim.Adam(masks.values(), lr=method.rate)
+
+    def loss(held, task: str, number: int, raised: bool) -> torch.Tensor:
+        x = batches()[task][number % 4]
+        tensors = {n: t + held[n] * tau[n] for n, t in start.items()}
+        answers = lambda x: functional_call(base, tensors, (x,))  # noqa: E731
+        found = cross_entropy(answers(x), models[task](x).argmax(-1))
+        if not raised:
+            return found
+        said = answers(x).argmax(-1).detach()
+        under = lambda d: cross_entropy(  # noqa: E731
+            answers(WHERE.changed(x, added(WHERE.raw(x), d))), said)
+        leaf = delta[task].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(under(leaf), leaf, retain_graph=True)
+        delta[task] = Ball(method.norm, method.radius).ascended(leaf.detach(), gradient,
+                                                                method.attack_rate)  # fmt: skip
+        return found + method.alpha * under(delta[task])
+
+    def slopes(held, number: int, raised: bool = False) -> list[torch.Tensor]:
+        total = sum(loss(held, task, number, raised) for task in "ab")
+        return list(torch.autograd.grad(total, list(masks.values())))
+
+    for step in range(method.steps):
+        if rows:
+            one = slopes(masks, 2 * step)
+            moved = {n: m + method.budget * g.sign()
+                     for (n, m), g in zip(masks.items(), one, strict=True)}  # fmt: skip
+            two = slopes(moved, 2 * step + 1)
+            share = method.tradeoff
+            found = [share * g + (1 - share) * h for g, h in zip(one, two, strict=True)]
+        else:
+            found = [g + method.gamma for g in slopes(masks, step, raised=True)]
+        for mask, gradient in zip(masks.values(), found, strict=True):
+            mask.grad = gradient
+        adam.step()
+        with torch.no_grad():
+            for mask in masks.values():
+                mask.clamp_(0, 1)
+    return {n: t + masks[n].detach() * tau[n] for n, t in start.items()}
+
+
+@pytest.mark.parametrize("method", [
+    ANP(steps=4, batch=8, rate=0.3, tradeoff=0.3), AWM(steps=4, batch=8, rate=0.3, gamma=0.02),
+], ids=["anp", "awm"])  # fmt: skip
+def test_a_defence_is_that_of_plain_autograd(method, monkeypatch) -> None:
+    monkeypatch.setattr(PlainMasks, "cut", lambda self, below: 0.0)
+    found, plain = merged(method).state_dict(), merged("task_arithmetic").state_dict()
+    for name, tensor in pruning(method).items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found["1.weight"], plain["1.weight"], atol=1e-2)
+
+
+def test_masks_are_cut_below_the_threshold_and_their_share_is_told() -> None:
+    masks = PlainMasks({"w": torch.Size((4, 2))}, "row")
+    with torch.no_grad():
+        masks.values[0].copy_(torch.tensor([[0.1], [0.2], [0.3], [1.0]]))
+    assert masks.cut(0.2) == pytest.approx(0.25)
+    assert masks.values[0].flatten().tolist() == [0, 1, 1, 1]
+    masks.shift = [torch.full((4, 1), 0.5)]
+    assert masks.mask("w").flatten().tolist() == [0.5, 1.5, 1.5, 1.5]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fusewright.errors import NumericError
+from fusewright.methods.learned import fitter as room
 from fusewright.methods.learned.fitter import Fitter
 
 
@@ -166,3 +167,20 @@ def test_a_resumed_fit_reports_as_a_whole_one(tmp_path) -> None:
     fit = scored(again, checkpoint=tmp_path / "fit").run(again, towards_zero(again))
     assert fit == scored(whole).run(whole, towards_zero(whole))
     assert [at for at, _ in fit.scores] == [0, 3, 6, 9, 12] and len(fit.tasks["a"]) == 12
+
+
+def test_long_steps_are_saved_between_scores(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "SAVED_EVERY", 0.0)
+    point, again, seen = Point(), Point(), []
+
+    def dies(number: int):
+        if number == 7:
+            raise KeyboardInterrupt
+        return towards_zero(point)(number)
+
+    fitter = Fitter(9, 0.1, every=100, checkpoint=tmp_path / "fit")
+    with pytest.raises(KeyboardInterrupt):
+        fitter.run(point, dies)
+    step = towards_zero(again)
+    fitter.run(again, lambda number: seen.append(number) or step(number))
+    assert seen == [7, 8]

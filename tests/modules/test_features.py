@@ -68,13 +68,16 @@ def test_a_router_begins_as_even_by_its_seed_and_leaves_other_draws_alone() -> N
 
 
 class Model(nn.Module):
-    """Notes how it is called."""
+    """Notes how it is called, and whether experts sleep then."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[dict] = []
+        self.asleep: list[bool] = []
+        self.mixture: list[SharedMixture] = []
 
     def forward(self, pixel_values, past_key_values=None, use_cache=True):
+        self.asleep += [mixture.asleep for mixture in self.mixture]
         self.calls.append({"past_key_values": past_key_values, "use_cache": use_cache})
         return pixel_values
 
@@ -85,6 +88,7 @@ def built() -> tuple[Model, SharedMixture]:
         router.layers[-1].weight.copy_(draw(4, 2 * WIDTH))
     routing = FeatureRouting(model, router)
     routing.listen(model)
+    model.mixture.append(routing.mixture)
     return model, routing.mixture
 
 
@@ -96,6 +100,7 @@ def test_w_is_a_distribution_of_each_samples_features_and_leaves_no_trace() -> N
     assert not mixture.weights.requires_grad and not mixture.asleep
     assert model.calls == [{"past_key_values": None, "use_cache": False},
                            {"past_key_values": "held", "use_cache": True}]  # fmt: skip
+    assert model.asleep == [True, False]
 
 
 def test_experts_sleep_inside_and_wake_as_they_were() -> None:

@@ -110,9 +110,11 @@ def test_a_sparse_stack_gives_any_rows_back(outputs, experts, inputs, seed, data
 
 
 def test_gaps_of_more_than_a_byte_are_bridged() -> None:
-    for places in ([0, 255, 256, 511], [255], [254, 764, 1019], [999], []):
+    for places, held in (([0, 255, 256, 511], 4), ([255], 1), ([256], 2), ([0, 256], 3),
+                         ([254, 764, 1019], 4), ([511], 3), ([999], 4), ([], 0)):  # fmt: skip
         values = draw(len(places))
         stack = SparseStack.of(values, torch.tensor(places, dtype=torch.int64), (1, 1, 1020))
+        assert len(stack.values) == held
         out = stack.rows(0, 1, torch.float64)
         expected = torch.zeros(1020).double()
         expected[places] = values
@@ -151,6 +153,9 @@ def test_other_samples_than_were_routed_are_refused() -> None:
     made.mixture.weights = draw(SAMPLES, EXPERTS)
     with pytest.raises(PlanError, match="other samples"):
         made(draw(2, TOKENS, IN))
+    made.mixture.weights = draw(2, EXPERTS)
+    with pytest.raises(PlanError, match="other samples"):
+        made(draw(SAMPLES, TOKENS, IN))
 
 
 def test_a_copy_has_a_mixture_of_its_own() -> None:
@@ -238,3 +243,42 @@ def test_a_transposed_layer_is_mixed_and_merged_as_it_is_stored() -> None:
     torch.testing.assert_close(
         straight(x)[0], nn.functional.linear(x[0], tensors["weight"], tensors["bias"])
     )
+
+
+@pytest.mark.parametrize("form", ["weights", "outputs"])
+@pytest.mark.parametrize("kind", ["sparse", "factors"])
+def test_rows_that_are_not_held_are_made_a_panel_at_a_time(kind, form, monkeypatch) -> None:
+    monkeypatch.setattr(mixed, "_PANEL", 3 * EXPERTS * IN * 8)
+    monkeypatch.setattr(mixed, "_BLOCK", 2 * SAMPLES * IN * 8)
+    monkeypatch.setattr(mixed, "cheapest", lambda *_: form)
+    made, deltas = layer(kind)
+    sizes, rows = [], made.stack.rows
+    monkeypatch.setattr(made.stack, "rows", lambda start, stop, dtype: (
+        sizes.append(stop - start), rows(start, stop, dtype))[1])  # fmt: skip
+    x, w = draw(SAMPLES, TOKENS, IN).requires_grad_(), draw(SAMPLES, EXPERTS).requires_grad_()
+    made.mixture.weights = w
+    found, expected = made(x), plain(made, deltas, x, w)
+    torch.testing.assert_close(found, expected)
+    up = draw(SAMPLES, TOKENS, OUT, seed=3)
+    for one, two in zip(torch.autograd.grad(found, (x, w), up),
+                        torch.autograd.grad(expected, (x, w), up), strict=True):  # fmt: skip
+        torch.testing.assert_close(one, two)
+    assert sizes == [3, 3, 1] * 2
+    assert DenseStack(torch.zeros(1, 2, 3).half()).holds(torch.float16)
+    assert not DenseStack(torch.zeros(1, 2, 3).half()).holds(torch.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_sixteen_bits_would_lose_is_there_when_weights_are_mixed(rows, monkeypatch) -> None:
+    """-512 + (1 + 2**-9) 512 is 1, of which a w in 16 bits leaves nothing."""
+    monkeypatch.setattr(mixed, "cheapest", lambda *_: "weights")
+    base = nn.Linear(2, 3).bfloat16()
+    nn.init.constant_(base.weight, -512)
+    nn.init.constant_(base.bias, -512)
+    mixture = Mixture(0, "here", Router(2, 1, 0), "sample", None)
+    mixture.weights = torch.full((rows, 1), 1 + 2**-9)
+    stack = DenseStack(torch.full((1, 3, 2), 512.0).bfloat16())
+    made = MixedLinear(base, stack, torch.full((1, 3), 512.0).bfloat16(), mixture)
+    assert (made(torch.ones(2, 1, 2).bfloat16()) == 3).all()
+    merged = made.merged(mixture.weights[0])
+    assert (merged["weight"] == 1).all() and (merged["bias"] == 1).all()

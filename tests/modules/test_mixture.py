@@ -66,6 +66,14 @@ def test_each_sample_is_routed_by_its_own_tokens_without_padding() -> None:
     torch.testing.assert_close(mixture.weights[1], both[1])
 
 
+def test_a_part_is_routed_once_a_call() -> None:
+    model, mixture = built()
+    calls = []
+    mixture.router.register_forward_hook(lambda *_: calls.append(1))
+    model(IDS)
+    assert len(calls) == 1
+
+
 def test_of_a_batch_it_is_the_mean_and_so_is_what_is_unloaded() -> None:
     each, whole = built(), built("batch")
     for model, _ in (each, whole):
