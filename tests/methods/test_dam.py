@@ -297,7 +297,8 @@ def pruning(method) -> dict[str, torch.Tensor]:
             return found
         said = answers(x).argmax(-1).detach()
         under = lambda d: cross_entropy(  # noqa: E731
-            answers(WHERE.changed(x, added(WHERE.raw(x), d))), said)
+            answers(WHERE.changed(x, added(WHERE.raw(x), d))), said
+        )
         leaf = delta[task].clone().requires_grad_()
         (gradient,) = torch.autograd.grad(under(leaf), leaf, retain_graph=True)
         delta[task] = Ball(method.norm, method.radius).ascended(leaf.detach(), gradient,

@@ -7,7 +7,8 @@ import torch
 
 from fusewright.modules.masks import ConcreteMasks, ProductMasks, divided, expectation
 
-SHAPES = {"matrix": torch.Size((5, 4)), "bias": torch.Size((5,)), "none": torch.Size((0,))}
+SHAPES = {"matrix": torch.Size((5, 4)), "bias": torch.Size((5,)), "none": torch.Size((0,)),
+          "scalar": torch.Size(())}  # fmt: skip
 
 
 def loud(masks: ConcreteMasks, size: float = 1.0) -> ConcreteMasks:
@@ -53,6 +54,7 @@ def test_masks_of_one_keep_a_mean_of_one_and_rows_have_one_number() -> None:
         for mask in (masks.drawn("matrix", 0), masks.expected("matrix"), masks.drawn("bias", 3)):
             assert float(mask.detach().mean()) == pytest.approx(1, abs=1e-5)
         assert masks.drawn("none", 0).shape == masks.expected("none").shape == (0,)
+        assert masks.drawn("scalar", 0).item() == pytest.approx(1)
     assert masks.drawn("matrix", 0).shape == (5, 1) and masks.drawn("bias", 0).shape == (5,)
 
 
