@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def hollow() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(emptied)
+    handle = register_module_parameter_registration_hook(emptied)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -71,7 +72,8 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[list[str], li
         new = nn.Parameter(given, False) if names[0] in parameters else given
         for name in names:
             owner = model.get_submodule(owner_of(name))
-            store = owner._parameters if leaf(name) in owner._parameters else owner._buffers
+            held = leaf(name) in owner._parameters
+            store: dict[str, Any] = owner._parameters if held else owner._buffers
             store[leaf(name)] = new
     return hollow, [name for name in tensors if name not in known]
 

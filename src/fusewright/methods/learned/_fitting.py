@@ -158,7 +158,7 @@ class Fitting:
         return {
             "losses": list(fit.losses), "agreement": [list(s) for s in fit.scores],
             "kept": fit.kept, "tasks": {t: list(losses) for t, losses in fit.tasks.items()},
-            "guard": guard,
+            "guard": guard, "trained": _learned(merge),
         }  # fmt: skip
 
     @cached_property
@@ -170,6 +170,12 @@ class Fitting:
                 first = next(question.stream(self.method.batch, self.context.seed))
                 found[task] = (first, question.logits(self.model, first))
         return digest(found)
+
+
+def _learned(merge: ParametrisedMerge | nn.Module) -> int:
+    """How many numbers a fit moved."""
+    learned = merge.coefficients if isinstance(merge, ParametrisedMerge) else merge
+    return sum(p.numel() for p in learned.parameters() if p.requires_grad)
 
 
 def asked(context: Context) -> Mapping[str, Question]:
