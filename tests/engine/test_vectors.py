@@ -1,0 +1,82 @@
+"""Task vectors of checkpoints: of which tensors, in which precision, under which names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fusewright.engine.inputs import open_inputs
+from fusewright.engine.recipe import make_recipe
+from fusewright.engine.vectors import task_vectors
+from fusewright.errors import PlanError
+
+Tensors = dict[str, torch.Tensor]
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    found = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return found.to(dtype)
+
+
+def model(seed: int, dtype: torch.dtype = torch.float32) -> Tensors:
+    return {"one.weight": draw(3, 4, seed=seed, dtype=dtype),
+            "two.weight": draw(4, 2, seed=seed + 50, dtype=dtype),
+            "steps": torch.tensor(seed)}  # fmt: skip
+
+
+def vectors(folder: Path, base: Tensors | None, names=None, **experts: Tensors):
+    """What they are of checkpoints, read while these are open."""
+    for name, tensors in {"base": base, **experts}.items():
+        if tensors is not None:
+            save_file(tensors, folder / f"{name}.safetensors")
+    recipe = make_recipe(
+        method="linear", experts={n: folder / f"{n}.safetensors" for n in experts},
+        base=None if base is None else folder / "base.safetensors",
+    )  # fmt: skip
+    with open_inputs(recipe) as inputs:
+        return task_vectors(inputs, names).kept()
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [
+    (torch.bfloat16, torch.float32), (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+])  # fmt: skip
+def test_differences_are_of_each_expert_in_float32_or_better(tmp_path, dtype, wide) -> None:
+    base, a, b = (model(seed, dtype) for seed in range(3))
+    found = vectors(tmp_path, base, a=a, b=b)
+    assert found.experts == ("a", "b") and set(found.names) == {"one.weight", "two.weight"}
+    for name in found.names:
+        assert found.base[name].equal(base[name])
+        for expert, own in (("a", a), ("b", b)):
+            values = found.read(expert, name).dense()
+            assert values.dtype == wide
+            assert values.equal(own[name].to(wide) - base[name].to(wide))
+
+
+def test_they_go_by_the_modules_names_where_these_are_given(tmp_path) -> None:
+    base, a = model(0), model(1)
+    found = vectors(tmp_path, base, {"first": "one.weight"}, a=a)
+    assert set(found.names) == {"first", "two.weight"}
+    assert found.read("a", "first").dense().equal(a["one.weight"] - base["one.weight"])
+
+
+def test_what_is_no_floating_tensor_of_all_is_left_out(tmp_path) -> None:
+    base, a, b = model(0), model(1), model(2)
+    b["two.weight"] = b["two.weight"].to(torch.int8)
+    assert vectors(tmp_path, base, a=a, b=b).names == ("one.weight",)
+
+
+def test_nothing_shared_and_no_base_are_said(tmp_path) -> None:
+    with pytest.raises(PlanError, match="need the base"):
+        vectors(tmp_path, None, a=model(1))
+    with pytest.raises(PlanError, match="share no floating-point tensor"):
+        vectors(tmp_path, {"steps": torch.tensor(0)}, a={"steps": torch.tensor(1)})
+
+
+def test_other_shapes_are_refused_by_name(tmp_path) -> None:
+    wrong = {**model(1), "two.weight": draw(4, 3, seed=1)}
+    with pytest.raises(PlanError, match=r"two\.weight"):
+        vectors(tmp_path, model(0), a=model(1), b=wrong)
