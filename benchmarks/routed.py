@@ -7,13 +7,15 @@ A vision tower of the shape of CLIP ViT-B/32 (width 768, 12 blocks, 50 tokens) w
 experts are the base with a little noise on every linear map. All models answer the same batch, in
 turns, and the least time of each counts; a ratio is to the dense model. "sample" mixes the weights
 of every input by itself, "batch" once for all. The fewer --layers, the sooner; ratios hardly
-change. --files saves WEMoE and E-WEMoE there, and compares what they take.
+change. --files saves WEMoE and E-WEMoE there, compares what they take, and what opening them takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -49,6 +51,10 @@ def main() -> None:
     if args.files is not None:
         one, two = (folder(args.files / n) for n in ("e_wemoe-sample", "wemoe-sample"))
         print(f"E-WEMoE's files are {one / two:.3f} of WEMoE's ({one:,} and {two:,} bytes)")
+        for name in ("wemoe-sample", "e_wemoe-sample"):
+            base.config.architectures = [type(base).__name__]
+            base.config.save_pretrained(args.files / name)
+            loaded(args.files / name, pixels[:1])
 
 
 def arguments() -> argparse.Namespace:
@@ -108,6 +114,35 @@ def report(seconds: dict[str, float], sizes: dict[str, dict[str, int]]) -> None:
             said += (f"   stored {size['stored']:,}, trained {size['trained']:,}, active "
                      f"{size['active']:,}, {size['bytes']:,} bytes")  # fmt: skip
         print(said, flush=True)
+
+
+def loaded(path: Path, pixels: torch.Tensor) -> None:
+    """Seconds and memory of its own (RssAnon) that opening a saved model takes, in a process that
+    has loaded the libraries, and that one answer adds."""
+    code = "import sys; from routed import opened; opened(sys.argv[1], sys.argv[2])"
+    torch.save(pixels, path.parent / "pixels.pt")
+    subprocess.run([sys.executable, "-c", code, path, path.parent / "pixels.pt"], check=True,
+                   cwd=Path(__file__).parent)  # fmt: skip
+
+
+def opened(path: str, pixels: str) -> None:
+    """What :func:`loaded` runs."""
+    inputs = torch.load(pixels)
+    tower(1)  # libraries import what they need when they are first used
+    before, began = anonymous(), time.perf_counter()
+    model = fw.load(path)
+    seconds, held = time.perf_counter() - began, anonymous() - before
+    with torch.no_grad():
+        model(pixel_values=inputs)
+    size = folder(Path(path)) / 2**20
+    print(f"{Path(path).name}: {size:.0f} MiB of files opened in {seconds:.2f} s and {held:.0f} "
+          f"MiB; with one answer {anonymous() - before:.0f} MiB")  # fmt: skip
+
+
+def anonymous() -> float:
+    """RssAnon of this process, MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("RssAnon"))) / 1024
 
 
 def folder(path: Path) -> int:
