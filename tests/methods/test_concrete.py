@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 import fusewright as fw
 from fusewright.methods.learned import Concrete
+from fusewright.methods.learned.coefficients import LinearCoefficients, MaskedCoefficients
 from fusewright.methods.learned.objectives import entropy
 from fusewright.modules.masks import ConcreteMasks, divided, expectation
 
@@ -166,3 +167,30 @@ def test_a_mask_has_mean_one_and_one_that_vanished_stays_a_number() -> None:
         masks.logits[1].fill_(-1000.0)
         for gone in (masks.drawn("s", 3), masks.expected("s"), divided(torch.zeros(4))):
             assert gone.isfinite().all() and float(gone.max()) <= 1
+
+
+@pytest.mark.parametrize("answer", ["expected", "drawn"])
+def test_fixed_masks_are_the_final_ones_and_learned_no_more(answer) -> None:
+    masks = ConcreteMasks({"w": torch.Size((6, 2))})
+    linear = LinearCoefficients(["w"], ["a", "b"], lambda name: name, 0.3)
+    both = MaskedCoefficients(linear, masks, answer)
+    final = both.mask("w")
+    for number in (0, 1):
+        both.draw = number
+        assert both.mask("w").equal(masks.drawn("w", number)) and not both.mask("w").equal(final)
+    both.fix(["w"])
+    assert both.mask("w").equal(final) and both.mask("w") is both.mask("w")
+    assert [p for p in both.parameters() if p.requires_grad] == [linear.values]
+
+
+def test_what_is_written_goes_by_the_checkpoints_names() -> None:
+    names = ["a.w", "b.w", "b"]
+    linear = LinearCoefficients(names, ["x", "y"], lambda name: name[0], 0.25)
+    assert linear.values.tolist() == [[0.25, 0.25], [0.25, 0.25]]
+    with torch.no_grad():
+        linear.values.copy_(torch.tensor([[0.0, 0.5], [1.0, 1.5]]))
+    assert linear.weights("b").tolist() == linear.weights("b.w").tolist() == [1.0, 1.5]
+    assert linear.written(lambda name: f"model.{name}")["y"] == [
+        {"filter": "model.a.w", "value": 0.5}, {"filter": "model.b.w", "value": 1.5},
+        {"filter": "model.b", "value": 1.5}, 0.0,
+    ]  # fmt: skip

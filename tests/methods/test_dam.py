@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -179,6 +180,17 @@ def test_masks_are_learned_in_turn(monkeypatch) -> None:
     assert changed == [[True, False], [False, True], [True, False]]
 
 
+def test_what_is_safe_is_safe_under_the_perturbation_that_has_just_moved(monkeypatch) -> None:
+    rounds: dict[str, list] = {"ascend": [], "logits": []}
+    for name, seen in rounds.items():
+        real = getattr(UniversalAttack, name)
+        monkeypatch.setattr(UniversalAttack, name, lambda self, *args, real=real, seen=seen: (
+            seen.append((args[1], args[-1])), real(self, *args))[1])  # fmt: skip
+    merged(DAM(**{**QUICK, "steps": 6}, **MASKED, aim="toward"))
+    expected = [(task, round) for round in range(3) for task in "ab"]
+    assert rounds == {"ascend": expected, "logits": expected}
+
+
 def test_every_class_is_attacked_in_turn(monkeypatch) -> None:
     attack = kept_attack(monkeypatch, DAM(**{**QUICK, "steps": 8}, **MASKED, aim="toward"))
     assert all(bool(attack.delta(task, round).any()) for task in "ab" for round in range(4))
@@ -206,8 +218,12 @@ def test_two_masks_are_two_draws() -> None:
     torch.testing.assert_close(both.expected("w"), torch.ones(50, 4))
 
 
-def test_a_killed_fit_goes_on_to_the_same_end(tmp_path) -> None:
-    method, base = DAM(**{**QUICK, "steps": 9, "every": 2}, **MASKED), base_of()
+@pytest.mark.parametrize("method", [
+    DAM(**{**QUICK, "steps": 9, "every": 2}, **MASKED),
+    AWM(**{**QUICK, "steps": 9, "every": 2}, radius=0.2),
+], ids=["dam", "awm"])  # fmt: skip
+def test_a_killed_fit_goes_on_to_the_same_end(method, tmp_path) -> None:
+    base = base_of()
     given = {"base": base, "experts": experts(base),
              "data": adaptation(batches(), pictures=WHERE)}  # fmt: skip
     whole = fw.merge(method, **given)
@@ -347,3 +363,13 @@ def test_masks_are_cut_below_the_threshold_and_their_share_is_told() -> None:
     assert masks.values[0].flatten().tolist() == [0, 1, 1, 1]
     masks.shift = [torch.full((4, 1), 0.5)]
     assert masks.mask("w").flatten().tolist() == [0.5, 1.5, 1.5, 1.5]
+
+
+def test_the_merger_may_be_a_method_and_no_guard_is_asked() -> None:
+    method = ANP(**{**QUICK, "steps": 0}, merger=fw.TaskArithmetic(scale=0.7), threshold=0.0)
+    assert "0.7" in json.dumps(method.spec())
+    base = base_of()
+    plain = fw.merge(fw.TaskArithmetic(scale=0.7), base=base, experts=experts(base)).state_dict()
+    for name, tensor in merged(method).state_dict().items():
+        torch.testing.assert_close(tensor, plain[name], rtol=1e-6, atol=1e-7)
+    assert DAM().guard == ANP().guard == AWM().guard == 0
