@@ -146,6 +146,23 @@ def test_tasks_are_combined_as_asked() -> None:
         weights(importance={"zebra": 1.0})
 
 
+@EACH
+def test_running_statistics_are_the_experts_mean_while_others_are_learned(method) -> None:
+    base = nn.Sequential(*network()[:2], nn.BatchNorm1d(8), *network()[2:]).eval()
+    models, seen = experts(base), []
+
+    def look(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        seen.append(model[2].running_mean.clone())
+        return model(batch)
+
+    found = merged(method, base, heads={"a": look}).state_dict()
+    for name in ("2.running_mean", "2.running_var"):
+        mean = sum(model.state_dict()[name] for model in models.values()) / 2
+        torch.testing.assert_close(found[name], mean)
+    mean = sum(model[2].running_mean for model in models.values()) / 2
+    assert any(torch.allclose(one, mean) for one in seen)
+
+
 # -- AdaMerging++ --------------------------------------------------------------------------------
 
 
