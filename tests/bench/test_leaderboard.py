@@ -10,7 +10,7 @@ import pytest
 
 from fusewright.bench.entries import entries, entry
 from fusewright.bench.leaderboard import Leaderboard, measured, without_repeats
-from fusewright.errors import FusewrightError, RecipeError
+from fusewright.errors import FusewrightError
 
 TASKS = {"odd <b>": "even or odd?", "large": "five or more?"}
 
@@ -143,8 +143,3 @@ def test_methods_that_are_asked_for_are_taken_as_written():
 def test_another_scale_keeps_every_other_parameter():
     tuned = entry({"ties": {"density": 0.3}}).scaled(0.7)
     assert (tuned.key, tuned.method.density, tuned.method.scale) == ("ties-tuned", 0.3, 0.7)
-
-
-def test_two_methods_of_one_row_are_refused():
-    with pytest.raises(RecipeError, match="share the row 'ties'"):
-        entries(7, ["ties", {"ties": {"density": 0.3}}])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,10 @@ from fusewright.methods.contract import (
     Routed,
     Transform,
 )
+from fusewright.methods.pipeline import Pipeline
 from fusewright.methods.registry import parse_method, registry
+from fusewright.methods.settings import plain
+from fusewright.methods.written import call
 
 STANDS_FOR = {
     "agree": "task_arithmetic of what agrees, for adamerging", "elect": "part of ties",
@@ -49,12 +53,26 @@ class Entry:
 def entry(spec: Any) -> Entry:
     """The entry of a method as it is written in recipes."""
     method = parse_method(spec)
-    stages = method.spec()
-    if isinstance(stages, Mapping):
-        return Entry(method.name, method.card.title, method)
-    names = [name for stage in stages for name in stage]
-    titles = [registry()[name].card.title for name in names]
-    return Entry("-".join(names), " >> ".join(titles), method)
+    parts = _parts(method)
+    return Entry("-".join(p.name for p in parts), " >> ".join(p.card.title for p in parts), method)
+
+
+def _in_full(one: Entry) -> Entry:
+    """The same under a name that says which parameters are not the defaults."""
+    changed = [(part, _changed(part)) for part in _parts(one.method)]
+    key = "-".join(call(part.name, said) for part, said in changed)
+    title = " >> ".join(call(part.card.title, said) for part, said in changed)
+    return Entry(key, title, one.method)
+
+
+def _parts(method: Method) -> tuple[Method, ...]:
+    return method.chain if isinstance(method, Pipeline) else (method,)
+
+
+def _changed(method: Method) -> dict[str, Any]:
+    default = {key: field.get_default(call_default_factory=True)
+               for key, field in type(method).model_fields.items()}  # fmt: skip
+    return {key: plain(value) for key, value in method if value != default[key]}
 
 
 def entries(
@@ -62,7 +80,7 @@ def entries(
 ) -> tuple[list[Entry], dict[str, str]]:
     """The methods to run (by default all that are registered), and {method: why it is not run}.
 
-    Raises RecipeError for a method that is not known, or two that would share a row.
+    Raises RecipeError for a method that is not known, or given twice.
     """
     if methods is not None:
         return _distinct(entry(spec) for spec in methods), {}
@@ -95,11 +113,12 @@ def _unfit(method: type[Method], experts: int) -> str | None:
 
 
 def _distinct(found: Iterable[Entry]) -> list[Entry]:
+    """Settings of one method that would share a row are told apart by their parameters."""
+    found = list(found)
+    often = Counter(one.key for one in found)
     kept: dict[str, Entry] = {}
-    for one in found:
+    for one in (one if often[one.key] == 1 else _in_full(one) for one in found):
         if one.key in kept:
-            raise RecipeError(f"two methods would share the row {one.key!r}",
-                              found=f"{kept[one.key].method!r} and {one.method!r}",
-                              fix="compare different parameters in separate runs")  # fmt: skip
+            raise RecipeError(f"{one.key!r} is given twice", fix="leave one of them out")
         kept[one.key] = one
     return list(kept.values())

@@ -10,6 +10,7 @@ import typer
 from fusewright.cli._print import print_json, print_tables
 from fusewright.cli._shared import Json, add
 from fusewright.cli.suite import Data, Name, Pool, Seeds
+from fusewright.methods.written import listed
 
 if TYPE_CHECKING:
     from fusewright.bench.results import Results
@@ -26,6 +27,8 @@ def register(app: typer.Typer) -> None:
     add(
         app, bench, "fusewright bench digits -o results/digits",
         "fusewright bench digits --methods ties,iso_c,'drop >> elect' --tune 20 -o results/digits",
+        "fusewright bench digits --methods 'ties,ties(density=0.1),trim(density=0.5) >> sum' "
+        "-o results/digits",
         "fusewright bench digits --joint all -o results/digits",
         "fusewright bench digits --methods adamerging,wemoe --mixed-stream 100 --transductive "
         "-o results/digits",
@@ -37,7 +40,8 @@ def bench(
     suite: Name,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where cells and report go.")],
     methods: Annotated[
-        str | None, typer.Option(help="Separated by commas; all that need no data, if not given.")
+        str | None, typer.Option(help="Separated by commas, with parameters as "
+                                 "ties(density=0.3); all that need no data, if not given.")
     ] = None,
     tune: Annotated[
         int, typer.Option(min=0, metavar="N", help="Trials on validation rows for each method.")
@@ -84,10 +88,10 @@ def bench(
     from fusewright.bench.sweep import bench as measure
 
     results = measure(
-        suite, None if methods is None else _listed(methods), out=out, tune=tune, seeds=seeds,
+        suite, None if methods is None else listed(methods), out=out, tune=tune, seeds=seeds,
         limit=limit, pool=pool, data=data, subsets=_numbers(subsets), draws=draws, jobs=jobs,
         variants=None if variants is None else [None if v == "plain" else v
-                                                for v in _listed(variants)],
+                                                for v in listed(variants)],
         corruptions=corruptions, joint=joint, mixed_stream=mixed_stream,
         transductive=transductive, progress=not json,
     )  # fmt: skip
@@ -100,12 +104,8 @@ def bench(
         raise typer.Exit(1)
 
 
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _numbers(text: str | None) -> list[int]:
-    parts = _listed(text or "")
+    parts = listed(text or "")
     if not all(part.isdigit() for part in parts):
         raise typer.BadParameter(f"numbers separated by commas are expected, found {text!r}",
                                  param_hint="--subsets")  # fmt: skip

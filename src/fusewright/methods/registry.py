@@ -15,6 +15,7 @@ from typing import Any
 from fusewright.errors import RecipeError, nearest
 from fusewright.methods.contract import Composite, Method, Stage
 from fusewright.methods.pipeline import Pipeline
+from fusewright.methods.written import called, listed
 
 GROUP = "fusewright.methods"
 
@@ -53,13 +54,13 @@ def method_class(name: str) -> type[Method]:
 def parse_method(spec: Any, params: dict[str, Any] | None = None) -> Method:
     """A method from its written form.
 
-    ``"ties"``; ``{"ties": {"density": 0.2}}``; a list of such (a pipeline); or the string form
-    ``"drop >> elect"``.
+    ``"ties"``; ``{"ties": {"density": 0.2}}``, or ``"ties(density=0.2)"``; a list of such (a
+    pipeline), or ``"drop >> elect"``.
     """
     if isinstance(spec, Method):
         return spec
-    if isinstance(spec, str) and ">>" in spec:
-        spec = [part.strip() for part in spec.split(">>")]
+    if isinstance(spec, str) and len(stages := listed(spec, ">>")) > 1:
+        spec = stages
     if isinstance(spec, list | tuple):
         if params:
             raise RecipeError(
@@ -72,7 +73,8 @@ def parse_method(spec: Any, params: dict[str, Any] | None = None) -> Method:
         (name, own), *_ = spec.items()
         return _build(str(name), {**(own or {}), **(params or {})})
     if isinstance(spec, str):
-        return _build(spec, params or {})
+        name, own = called(spec)
+        return _build(name, {**own, **(params or {})})
     raise RecipeError(
         "a method is written as a name, {name: parameters}, or a list of such", found=repr(spec)
     )
