@@ -1,12 +1,13 @@
 """What backdoors of poisoned experts do in merges, and what defences cost and gain.
 
     python benchmarks/backdoors.py --data DIR --pool DIR -o DIR [--suite vision-mini] [--seed 0]
-        [--attacks patch blend surviving] [--poisoned 0 1 2] [--methods average ties dam ...]
+        [--attacks patch blend surviving badmerging] [--poisoned 0 1 2] [--methods average dam ...]
         [--steps 200] [--items 500] [--threads 1]
 
 Experts of the first one or two merged tasks are fine-tuned as the suite's are, with a tenth of
 their training rows poisoned (dirty labels): by a chequered patch, by a blend of noise, or by a
-universal trigger that was optimised to survive merging. They are merged with the clean experts of
+universal trigger that was optimised to survive merging; "badmerging" trains with that trigger and
+BadMerging's interpolated loss instead of dirty labels. They are merged with the clean experts of
 the other tasks; 0 poisoned experts show what the trigger does to clean merges. Of each merge:
 accuracy over all merged tasks; attack success on the poisoned tasks (succession) and on the others
 (transfer), over at most ``--items`` test pictures of a task. Methods that learn see validation
@@ -27,6 +28,7 @@ import torch
 import fusewright as fw
 from fusewright.bench.backdoors import (
     Blend,
+    Interpolating,
     Patch,
     Poisoning,
     Trigger,
@@ -41,7 +43,7 @@ from fusewright.bench.suite import Suite
 from fusewright.methods.registry import method_class
 
 TARGET, RATE, BATCH = 1, 0.1, 16
-ATTACKS = ("patch", "blend", "surviving")
+ATTACKS = ("patch", "blend", "surviving", "badmerging")
 COUNTS = (1, 0, 2)
 PLAIN = ("average", "task_arithmetic", "ties")
 LEARNED = {
@@ -80,7 +82,9 @@ class Table:
         return Universal(torch.load(path, weights_only=True))
 
     def expert(self, attack: str, task: str) -> Path:
-        poisoning = Poisoning(self.trigger(attack), TARGET, RATE)
+        trigger, interpolated = self.trigger(attack), attack == "badmerging"
+        poisoning = Interpolating(trigger, TARGET) if interpolated else Poisoning(
+            trigger, TARGET, RATE)  # fmt: skip
         made = poisoned_expert(
             self.suite, task, poisoning, out=self.out / "experts" / f"{attack}-{task}",
             threads=self.asked.threads, limit=self.asked.items,

@@ -12,6 +12,7 @@ import torch
 import fusewright as fw
 from fusewright.bench.backdoors import (
     Blend,
+    Interpolating,
     Patch,
     Poisoning,
     Universal,
@@ -185,6 +186,44 @@ def test_a_surviving_trigger_stays_in_its_ball_and_works_between_base_and_expert
     assert found > random + 0.2
     same = surviving_trigger(suite, "digit", TARGET, ball=ball, steps=30, limit=200)
     assert same.said() == trigger.said()
+
+
+def test_interpolated_training_survives_a_merge_that_dirty_labels_do_not(
+    suite, poisoned, tmp_path
+) -> None:
+    way, out = Interpolating(PATCH, TARGET), tmp_path / "on"
+    made = poisoned_expert(suite, "digit", way, out=out, steps=90)
+
+    def success(expert) -> tuple[float, float]:
+        experts = {"digit": expert.path, "parity": suite.experts["parity"]}
+        merged = fw.merge(fw.TaskArithmetic(scale=0.4), base=suite.base, experts=experts)
+        found = rates(suite, merged.module(), PATCH, TARGET, tasks=["digit"])["digit"]
+        return found.success, found.accuracy
+
+    (strong, kept), (weak, _) = success(made), success(poisoned)
+    assert strong > weak + 0.2 and kept > 0.5
+    again = poisoned_expert(suite, "digit", way, out=out, steps=90)
+    assert again == made
+    for other in (Interpolating(PATCH, TARGET, least=0.9), Interpolating(PATCH, TARGET, share=1.0)):
+        with pytest.raises(OutputError, match="another run"):
+            poisoned_expert(suite, "digit", other, out=out, steps=90)
+
+
+def test_the_interpolated_loss_by_hand(suite) -> None:
+    task, base = suite.tasks["digit"], suite.open(suite.base)
+    batch = next(iter(task.batches(suite.ready("digit", "train"), 8)))
+    way = Interpolating(PATCH, TARGET, weight=2.0, least=0.5, share=0.25)
+    torch.manual_seed(0)
+    found = way.loss(base, task.pictures, task, suite.open(suite.experts["digit"]), batch)
+    torch.manual_seed(0)
+    p, expert = 0.5 + 0.5 * float(torch.rand(())), suite.open(suite.experts["digit"])
+    some = {key: value[:2] for key, value in batch.items()}
+    shown = task.pictures.changed(some, PATCH.on(task.pictures.raw(some)))
+    mixed = p * task.logits(expert, shown) + (1 - p) * task.logits(base, shown)
+    wanted = task.loss(expert, batch) - 2 * mixed.log_softmax(-1)[:, TARGET].mean()
+    torch.testing.assert_close(found, wanted)
+    with pytest.raises(RecipeError, match="out of its range"):
+        Interpolating(PATCH, TARGET, share=0.0)
 
 
 def test_what_cannot_be_is_refused(suite, tmp_path) -> None:

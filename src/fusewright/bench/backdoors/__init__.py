@@ -2,11 +2,11 @@
 
 A poisoned expert answers clean pictures as it should and pictures with a trigger as its maker
 wants; a merge may inherit that. ``triggers`` put a sign on a picture; ``poisoning`` fine-tunes a
-suite's expert with one, and ``optimising`` finds one that survives merging: attacks are here only
-to measure defences with. ``measuring`` answers with accuracy and attack success, for the poisoned
-task (succession) and the others (transfer); ``looking`` estimates, without knowing any trigger,
-how easily one perturbation leads a model to each class. It can raise a suspicion. It cannot show
-that a model is clean.
+suite's expert with one, ``interpolating`` so that it survives merging, and ``optimising`` finds a
+trigger that does: attacks are here only to measure defences with.
+``measuring`` answers with accuracy and attack success, for the poisoned task (succession) and the
+others (transfer); ``looking`` estimates, without knowing any trigger, how easily one perturbation
+leads a model to each class. It can raise a suspicion. It cannot show that a model is clean.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fusewright.bench.backdoors.interpolating import Interpolating
     from fusewright.bench.backdoors.looking import Look, look
     from fusewright.bench.backdoors.measuring import Rates, rates
     from fusewright.bench.backdoors.optimising import surviving_trigger
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 _ROOMS = {
     "Blend": "triggers", "Patch": "triggers", "Trigger": "triggers", "Universal": "triggers",
-    "Poisoning": "poisoning", "poisoned_expert": "poisoning",
+    "Interpolating": "interpolating", "Poisoning": "poisoning", "poisoned_expert": "poisoning",
     "Rates": "measuring", "rates": "measuring", "surviving_trigger": "optimising",
     "Look": "looking", "look": "looking",
 }  # fmt: skip
 
 __all__ = [
-    "Blend", "Look", "Patch", "Poisoning", "Rates", "Trigger", "Universal", "look",
+    "Blend", "Interpolating", "Look", "Patch", "Poisoning", "Rates", "Trigger", "Universal", "look",
     "poisoned_expert", "rates", "surviving_trigger",
 ]  # fmt: skip
 

@@ -34,9 +34,8 @@ def surviving_trigger(
 
     δ = argmax over the ball of E log p(target | x + δ; θ0 + λτ), λ uniform in (0, 1]: the maker
     knows base and own task vector τ (``expert``, the suite's clean one of the task unless given),
-    not the coefficient, and rows of its own task. ``ball``: "linf", 16/255. Poison an expert with
-    it (:class:`~fusewright.bench.backdoors.poisoning.Poisoning`) for the whole attack. BadMerging's
-    feature-interpolation loss while the expert is trained is not part of this.
+    not the coefficient, and rows of its own task. ``ball``: "linf", 16/255. Train an expert with it
+    (:class:`~fusewright.bench.backdoors.interpolating.Interpolating`) for the whole attack.
 
     Raises RecipeError for a target outside the task's classes.
     """

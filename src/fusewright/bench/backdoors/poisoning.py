@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fusewright.bench.backdoors.interpolating import Interpolating
 from fusewright.bench.backdoors.triggers import Trigger
 from fusewright.errors import RecipeError
 from fusewright.tasks.pictures import Pictures
@@ -70,11 +71,12 @@ class Poisoning:
 
 
 def poisoned_expert(
-    suite: Suite, task: str, poisoning: Poisoning, *, out: str | Path, steps: int | None = None,
-    rate: float | None = None, threads: int | None = None, limit: int | None = None,
-    progress: bool = False,
+    suite: Suite, task: str, poisoning: Poisoning | Interpolating, *, out: str | Path,
+    steps: int | None = None, rate: float | None = None, threads: int | None = None,
+    limit: int | None = None, progress: bool = False,
 ) -> FineTuned:  # fmt: skip
-    """Fine-tune the base on a task some of whose training rows are poisoned.
+    """Fine-tune the base on a task some of whose training rows are poisoned, or with a loss of its
+    own.
 
     Everything else is the suite's own recipe, unless ``steps``, ``rate`` or ``threads`` say
     otherwise; ``finetune.json`` beside the weights names the poisoning. Goes on after a kill, and
@@ -88,7 +90,11 @@ def poisoned_expert(
     pictures = pictures_of(suite, task)
     check_target(suite, task, poisoning.target)
     recipe, ways = recipe_for(suite, task, FULL, steps=steps, rate=rate, threads=threads)
-    ways = replace(ways, augment=partial(_augmented, ways.augment, poisoning, pictures))
+    if isinstance(poisoning, Interpolating):
+        base = suite.open(suite.base).requires_grad_(False)
+        ways = replace(ways, loss=partial(poisoning.loss, base, pictures))
+    else:
+        ways = replace(ways, augment=partial(_augmented, ways.augment, poisoning, pictures))
     return make_expert(
         suite, task, recipe, ways, Path(out).absolute(), limit=limit, progress=progress,
         more={"poisoning": poisoning.said()},

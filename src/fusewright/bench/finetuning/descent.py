@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fusewright.bench.descent import OneCycle
 from fusewright.bench.finetuning.models import writing
 from fusewright.bench.finetuning.recipe import FineTuning
-from fusewright.bench.joint.train import Augment, seeded, task_loss, task_stream
+from fusewright.bench.joint.train import Augment, Loss, seeded, task_loss, task_stream
 from fusewright.bench.pools.training import decayed
 from fusewright.errors import NumericError, RecipeError
 from fusewright.tasks.task import Split, Task
@@ -68,9 +68,10 @@ class Resumable(OneCycle):
 
 def descend(
     model: nn.Module, task: Task, split: Split, recipe: FineTuning, augment: Augment | None,
-    checkpoint: Checkpoint, tell: Tell,
+    checkpoint: Checkpoint, tell: Tell, own: Loss | None = None,
 ) -> list[float]:  # fmt: skip
     """Train what requires gradients, from the checkpoint on if there is one; every step's loss.
+    ``own``: what is minimised in place of the task's loss.
 
     The end is the same whether or not it was interrupted. Raises NumericError where a loss or a
     weight is no longer finite, RecipeError if nothing can be trained.
@@ -94,7 +95,7 @@ def descend(
         autocast = torch.bfloat16 if recipe.bfloat16 else None
         while len(losses) < recipe.steps:
             descent.begin()
-            found = task_loss(task, model, next(stream), len(losses) + 1, autocast)
+            found = task_loss(task, model, next(stream), len(losses) + 1, autocast, own)
             found.backward()
             descent.step()
             losses.append(found.item())

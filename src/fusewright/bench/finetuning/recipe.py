@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fusewright.bench.joint.recipe import JointRecipe
-    from fusewright.bench.joint.train import Augment
+    from fusewright.bench.joint.train import Augment, Loss
     from fusewright.bench.suite import Suite
     from fusewright.tasks.task import Split
 
@@ -94,11 +94,13 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class Ways:
-    """What of a recipe is code: how the base opens, rows are read and batches disturbed."""
+    """What of a recipe is code: how the base opens, rows are read and batches disturbed, and what
+    is minimised where it is not the task's own loss."""
 
     opens: Callable[[Path], nn.Module]
     reads: Callable[[str], Split] | None = None
     augment: Augment | None = None
+    loss: Loss | None = None
 
 
 def recipe_for(

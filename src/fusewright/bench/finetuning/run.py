@@ -177,7 +177,7 @@ class _Run:
         with Stages(self.progress).stage(self.task, self.recipe.steps) as step:
             return descend(
                 expert.asked, asked, self._rows(), self.recipe, self.ways.augment,
-                Checkpoint(checkpoint), lambda loss: step(f"loss {loss:.3f}"),
+                Checkpoint(checkpoint), lambda loss: step(f"loss {loss:.3f}"), self.ways.loss,
             )  # fmt: skip
 
     def _rows(self) -> Split:

@@ -23,6 +23,8 @@ rates would not let them)."""
 
 Augment = Callable[[Batch, torch.Generator], Batch]
 """Another version of a batch, drawn with the generator."""
+Loss = Callable[[Task, nn.Module, Batch], Tensor]
+"""What a step minimises on a batch of a task."""
 
 
 def train_joint(
@@ -146,12 +148,14 @@ def _check(tasks: Sequence[Task], splits: Mapping[str, Split], steps: int, batch
 
 
 def task_loss(
-    task: Task, model: nn.Module, batch: Batch, step: int, autocast: torch.dtype | None
-) -> Tensor:
-    """One task's loss; a region of its own, so that no two losses share a cast weight."""
+    task: Task, model: nn.Module, batch: Batch, step: int, autocast: torch.dtype | None,
+    own: Loss | None = None,
+) -> Tensor:  # fmt: skip
+    """One task's loss, or another in its place; a region of its own, so that no two losses share a
+    cast weight."""
     device = next(model.parameters()).device.type
     with torch.autocast(device, autocast, enabled=autocast is not None):
-        loss = task.loss(model, batch)
+        loss = own(task, model, batch) if own else task.loss(model, batch)
     if not isfinite(loss.item()):
         raise NumericError("a loss is not finite", where=f"{task.name}, step {step}",
                            found=loss.item(), fix="lower the learning rate")  # fmt: skip
