@@ -131,6 +131,9 @@ def test_families_merge_end_to_end_and_open(tmp_path: Path, kind: str) -> None:
         assert torch.allclose(p, b + 0.5 * ((x - b) + (y - b)), atol=1e-6), name
         assert bits_equal(p.detach(), q.detach()), name
     assert type(fw.load(out)) is type(origin)
+    unsaved = fw.merge(merge, base=tmp_path / "base", experts={n: tmp_path / n for n in experts})
+    found = unsaved.module()
+    assert type(found) is type(origin) and same(found.state_dict(), opened.state_dict())
 
 
 @pytest.mark.parametrize("method", ["ties", "iso_c", "lines", "model_stock", "slerp"])

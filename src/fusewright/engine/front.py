@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fusewright.engine.inputs import Inputs, open_inputs
@@ -59,7 +60,8 @@ class Merged:
 
     def module(self) -> nn.Module:
         """The model as a torch module: a copy of the base given as one, or what transformers
-        makes of the folder."""
+        makes of the folder (of folders merged in memory, by way of a temporary one: only loading
+        knows how an architecture renames its tensors)."""
         from torch import nn
 
         if isinstance(self.source, nn.Module):
@@ -70,6 +72,9 @@ class Merged:
             from fusewright.engine.state import load_module
 
             return load_module(self.path)
+        if isinstance(self.source, Path) and (self.source / "config.json").is_file():
+            with TemporaryDirectory() as folder:
+                return self.save(Path(folder) / "merged").module()
         raise PlanError("only tensors were merged, so there is no module",
                         fix="merge modules or folders, or use .state_dict()")  # fmt: skip
 
