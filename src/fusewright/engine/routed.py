@@ -15,26 +15,28 @@ from fusewright.engine.front import Merged, merge
 from fusewright.engine.hollow import fill, hollow, mapped, zero
 from fusewright.engine.state import MergedWeights, class_of
 from fusewright.errors import PlanError, WeightsError
+from fusewright.methods import registry
 from fusewright.methods.contract import Context, Routed
 from fusewright.modules.batchnorm import call
-from fusewright.modules.features import FeatureRouting
-from fusewright.modules.layer import Layer, Replacement, Saved, listen, place, put_in
+from fusewright.modules.layer import (
+    Layer,
+    Replacement,
+    Saved,
+    layer_kinds,
+    listen,
+    place,
+    put_in,
+    restorable,
+)
 from fusewright.modules.masked import MASKS, TaskMasks
-from fusewright.modules.mixed import Mixed, MixedLinear
-from fusewright.modules.mixed_rest import MixedAffine, MixedTable
+from fusewright.modules.mixed import Mixed
 from fusewright.modules.mixture import ROUTING, Routing, fixed, weights_of
 from fusewright.modules.preferences import PREFERENCES, Preferences
-from fusewright.modules.routed import RoutedLinear
-from fusewright.modules.surgery import SURGERY, Surgery
+from fusewright.modules.surgery import SURGERY
 from fusewright.weights import open_weights
 from fusewright.weights.names import canonical_names
 
 DESCRIPTION, FORMAT = "routed.json", 1
-_KINDS: dict[str, type[Layer]] = {
-    kind.kind: kind
-    for kind in (FeatureRouting, MixedAffine, MixedLinear, MixedTable, Preferences, RoutedLinear,
-                 Routing, Surgery, TaskMasks)
-}  # fmt: skip
 
 
 @dataclass
@@ -62,9 +64,9 @@ class RoutedModel(Merged):
 
     def save(self, out: str | Path, **options: Any) -> Merged:
         """Write it as a folder that :func:`fusewright.load` opens: the tensors of base and layers,
-        the base's config and tokenizer, and ``routed.json``."""
-        described = {path: {"kind": layer.kind, **layer.described()}
-                     for path, layer in self._layers()}  # fmt: skip
+        the base's config and tokenizer, and ``routed.json``. Raises PlanError for a layer without a
+        kind of its own, which nothing could open."""
+        described = {path: _described(path, layer) for path, layer in self._layers()}
         said = {
             "routed": FORMAT, "method": self.report["method"], "left": list(self.left),
             "layers": described,
@@ -224,8 +226,9 @@ def load_routed(path: Path, module: nn.Module | None = None) -> nn.Module:
                            fix="pip install --upgrade fusewright")  # fmt: skip
     state = mapped(path)
     model = _empty(path) if module is None else module
-    layers = _restored(model, said["layers"], state, path)
+    layers = _restored(model, said, state, path)
     place(model, layers)
+    _check_shapes(model, state, path)
     absent, unexpected = fill(model, state)
     missing = [name for name in absent if name not in said["left"]]
     if missing or unexpected:
@@ -237,25 +240,57 @@ def load_routed(path: Path, module: nn.Module | None = None) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def _described(path: str, layer: Layer) -> dict[str, Any]:
+    if not restorable(layer):
+        raise PlanError("a layer has no kind of its own, so nothing could open it again",
+                        where=f"{path}: {type(layer).__name__}",
+                        expected="a class that names its kind",
+                        fix='kind: ClassVar[str] = "a new name"')  # fmt: skip
+    return {"kind": layer.kind, **layer.described()}
+
+
 def _restored(
-    model: nn.Module, said: Mapping[str, Mapping[str, Any]], state: Mapping[str, Tensor], path: Path
+    model: nn.Module, said: Mapping[str, Any], state: Mapping[str, Tensor], path: Path
 ) -> dict[str, Layer]:
     layers: dict[str, Layer] = {}
-    for at in sorted(said, key=lambda at: at != ROUTING):  # others share its mixtures
-        kind = _KINDS.get(said[at].get("kind", ""))
-        if kind is None:
-            raise WeightsError("a routed layer is of a kind that is not known",
-                               where=f"{path / DESCRIPTION}: {at}", expected=", ".join(_KINDS),
-                               found=repr(said[at].get("kind")))  # fmt: skip
+    described: Mapping[str, Mapping[str, Any]] = said["layers"]
+    for at in sorted(described, key=lambda at: at != ROUTING):  # others share its mixtures
+        kind = _kind(str(described[at].get("kind")), f"{path / DESCRIPTION}: {at}", said)
         tensors = {n.removeprefix(f"{at}."): t for n, t in state.items() if n.startswith(f"{at}.")}
         routing = layers.get(ROUTING)
         assert routing is None or isinstance(routing, Routing)
         try:
-            layers[at] = kind.restored(Saved(model, at, said[at], tensors, routing))
+            layers[at] = kind.restored(Saved(model, at, described[at], tensors, routing))
         except (KeyError, AttributeError) as error:
             raise WeightsError("a routed layer is not complete", where=f"{path}: {at}",
                                expected=str(error)) from error  # fmt: skip
     return layers
+
+
+def _check_shapes(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    own = model.state_dict()
+    other = [n for n, tensor in state.items() if n in own and own[n].shape != tensor.shape]
+    if other:
+        raise WeightsError("the routed model is of a base of other shapes",
+                           where=f"{path}: {other[0]}", expected=tuple(own[other[0]].shape),
+                           found=tuple(state[other[0]].shape),
+                           fix="fw.load(path, module=the base's architecture)")  # fmt: skip
+
+
+def _kind(kind: str, where: str, said: Mapping[str, Any]) -> type[Layer]:
+    """The class of a kind. Only installed packages say what is imported, never a file: a layer is
+    known where its module was imported, as that of its method is, if a package offers it."""
+    if kind not in layer_kinds():
+        registry.registry()
+    known = layer_kinds()
+    if kind not in known:
+        method = ", ".join(said.get("method", {}))
+        raise WeightsError("a routed layer is of a kind that is not known", where=where,
+                           expected=", ".join(known),
+                           found=f"{kind!r}, written by the method {method!r}",
+                           fix=f"install the package that offers {method!r}, or import the module "
+                               "that defines the layer before fw.load")  # fmt: skip
+    return known[kind]
 
 
 def _empty(path: Path) -> nn.Module:

@@ -5,6 +5,10 @@ and BatchNorms are. :mod:`fusewright.layout` knows all that names, shapes and co
 room adds what only the modules know (``kinds.py``, as data). :func:`with_weights` and
 :func:`functional_call` evaluate a model with other weights without a copy of it;
 :func:`reestimate` mends BatchNorm's statistics after a merge.
+
+For methods that learn, :class:`TaskVectors` and :class:`ParametrisedMerge`, whose weights are a
+function of few numbers (:class:`Coefficients`). For those that route, :class:`Layer` and
+:class:`Replacement`, which models hold and files bring back (:class:`Saved`), and :func:`put_in`.
 """
 
 from __future__ import annotations
@@ -16,17 +20,23 @@ if TYPE_CHECKING:
     from fusewright.modules.batchnorm import Reestimated, reestimate
     from fusewright.modules.blocks import Block
     from fusewright.modules.functional import functional_call, with_weights
+    from fusewright.modules.layer import Layer, Replacement, Saved, put_in
     from fusewright.modules.linears import LinearMap
+    from fusewright.modules.parametrised import Coefficients, ParametrisedMerge
+    from fusewright.modules.vectors import TaskVectors
 
 _ROOMS = {
     "Architecture": "architecture", "Block": "blocks", "LinearMap": "linears",
     "describe_module": "architecture", "Reestimated": "batchnorm", "reestimate": "batchnorm",
     "functional_call": "functional", "with_weights": "functional",
+    "Layer": "layer", "Replacement": "layer", "Saved": "layer", "put_in": "layer",
+    "Coefficients": "parametrised", "ParametrisedMerge": "parametrised", "TaskVectors": "vectors",
 }  # fmt: skip
 
 __all__ = [
-    "Architecture", "Block", "LinearMap", "Reestimated", "describe_module", "functional_call",
-    "reestimate", "with_weights",
+    "Architecture", "Block", "Coefficients", "Layer", "LinearMap", "ParametrisedMerge",
+    "Reestimated", "Replacement", "Saved", "TaskVectors", "describe_module", "functional_call",
+    "put_in", "reestimate", "with_weights",
 ]  # fmt: skip
 
 

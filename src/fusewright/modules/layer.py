@@ -10,15 +10,31 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from fusewright.errors import PlanError
+
 if TYPE_CHECKING:
     from fusewright.modules.mixture import Routing
 
 
 class Layer(nn.Module, ABC):
-    """A child of a model that a merge put there: it can be described, saved and made again."""
+    """A child of a model that a merge put there: it can be described, saved and made again.
+
+    A class that names its ``kind`` is known from then on. Raises PlanError if another class has
+    that name already; the same one may be written again, as in notebooks.
+    """
 
     kind: ClassVar[str]
-    """What saved models call it."""
+    """What saved models call it: a name that no other class has."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "kind" in vars(cls):
+            other = _KINDS.setdefault(cls.kind, cls)
+            if _place(other) != _place(cls):
+                raise PlanError(f"two classes of layers have the kind {cls.kind!r}",
+                                found=f"{_place(other)} and {_place(cls)}",
+                                fix="give one of them another `kind`")  # fmt: skip
+            _KINDS[cls.kind] = cls
 
     @property
     @abstractmethod
@@ -50,6 +66,25 @@ class Layer(nn.Module, ABC):
     def remade(self, model: nn.Module) -> tuple[str, ...]:
         """The model's tensors that this layer makes anew, so that they need not be stored."""
         return ()
+
+
+_KINDS: dict[str, type[Layer]] = {}
+
+
+def layer_kinds() -> dict[str, type[Layer]]:
+    """The classes of layers that this process has met, by kind."""
+    return dict(sorted(_KINDS.items()))
+
+
+def restorable(layer: Layer) -> bool:
+    """Whether its kind is its own: a subclass without one would come back as what it derives
+    from."""
+    known = _KINDS.get(getattr(type(layer), "kind", ""))
+    return known is not None and _place(known) == _place(type(layer))
+
+
+def _place(cls: type[Layer]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 class Replacement(Layer):
