@@ -12,7 +12,7 @@ from learned_toys import moved
 from torch import nn
 
 import fusewright as fw
-from fusewright.methods.learned import AdaMerging, Concrete
+from fusewright.methods.learned import AdaMerging, Concrete, FWMerging
 from fusewright.methods.learned._fitting import Fitting
 
 hf = pytest.importorskip("transformers")
@@ -55,6 +55,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Any, Any]] = {
 LEARNERS = {
     "plus": partial(AdaMerging.profile, "plus"), "concrete": Concrete,
     "adapted": partial(Concrete, form="adamerging", mask="row", weight_steps=2),
+    "fw": lambda rate, **quick: FWMerging(objective="entropy", granularity="layer", rows=4, **quick),
 }  # fmt: skip
 
 

@@ -62,6 +62,21 @@ class ParametrisedMerge:
         with torch.no_grad():
             return {name: self.tensor(name, wide) for name in self.vectors.names}
 
+    def project(self, name: str, gradient: Tensor) -> None:
+        """Bring the gradient of one merged tensor to those of φ."""
+        weights, mask = self.coefficients.weights(name), self.coefficients.mask(name)
+        wide = gradient.to(wide_dtype(gradient))
+        seen = wide if mask is None else wide * mask.detach()
+        found: list[tuple[Tensor, Tensor]] = []
+        if weights.requires_grad:
+            found.append((weights, self.vectors.projected(name, seen).to(weights)))
+        if mask is not None and mask.requires_grad:
+            total = wide * self.vectors.combined(name, weights.detach())
+            found.append((mask, total.sum_to_size(mask.shape).to(mask)))
+        if found:
+            outputs, gradients = zip(*found, strict=True)
+            torch.autograd.backward(outputs, gradients)
+
     @contextmanager
     def live(self, mode: Mode = "projection") -> Iterator[Live]:
         """The model with the merged weights, to run and to go backward in; see :class:`Live`."""
@@ -90,24 +105,14 @@ class Live:
 
     def collect(self) -> None:
         """Bring what came backward so far to the gradients of φ."""
-        if not self._leaves:
-            return
+        if self._leaves:
+            for name, gradient in self.taken():
+                self._merge.project(name, gradient)
+
+    def taken(self) -> Iterator[tuple[str, Tensor]]:
+        """Instead: ∂L/∂θ of each merged tensor by its name, as it came backward so far; for
+        "projection" alone. What is taken is gone."""
         for name, leaf in self._tensors.items():
             if leaf.grad is not None:
-                self._project(name, leaf.grad)
-                leaf.grad = None
-
-    def _project(self, name: str, gradient: Tensor) -> None:
-        vectors, coefficients = self._merge.vectors, self._merge.coefficients
-        weights, mask = coefficients.weights(name), coefficients.mask(name)
-        wide = gradient.to(wide_dtype(gradient))
-        seen = wide if mask is None else wide * mask.detach()
-        found: list[tuple[Tensor, Tensor]] = []
-        if weights.requires_grad:
-            found.append((weights, vectors.projected(name, seen).to(weights)))
-        if mask is not None and mask.requires_grad:
-            total = wide * vectors.combined(name, weights.detach())
-            found.append((mask, total.sum_to_size(mask.shape).to(mask)))
-        if found:
-            outputs, gradients = zip(*found, strict=True)
-            torch.autograd.backward(outputs, gradients)
+                gradient, leaf.grad = leaf.grad, None
+                yield name, gradient
