@@ -1,13 +1,13 @@
 """What backdoors of poisoned experts do in merges, and what defences cost and gain.
 
     python benchmarks/backdoors.py --data DIR --pool DIR -o DIR [--suite vision-mini] [--seed 0]
-        [--attacks patch blend surviving badmerging] [--poisoned 0 1 2] [--methods average dam ...]
+        [--attacks patch blend interpolated ...] [--poisoned 0 1 2] [--methods average dam ...]
         [--steps 200] [--items 500] [--threads 1]
 
 Experts of the first one or two merged tasks are fine-tuned as the suite's are, with a tenth of
 their training rows poisoned (dirty labels): by a chequered patch, by a blend of noise, or by a
-universal trigger that was optimised to survive merging; "badmerging" trains with that trigger and
-BadMerging's interpolated loss instead of dirty labels. They are merged with the clean experts of
+universal trigger that was optimised to survive merging; "interpolated" and "badmerging" train with
+BadMerging's loss instead, on the patch and on the optimised trigger. They are merged with the clean experts of
 the other tasks; 0 poisoned experts show what the trigger does to clean merges. Of each merge:
 accuracy over all merged tasks; attack success on the poisoned tasks (succession) and on the others
 (transfer), over at most ``--items`` test pictures of a task. Methods that learn see validation
@@ -43,7 +43,8 @@ from fusewright.bench.suite import Suite
 from fusewright.methods.registry import method_class
 
 TARGET, RATE, BATCH = 1, 0.1, 16
-ATTACKS = ("patch", "blend", "surviving", "badmerging")
+ATTACKS = ("patch", "blend", "surviving", "interpolated", "badmerging")
+INTERPOLATED = ("interpolated", "badmerging")
 COUNTS = (1, 0, 2)
 PLAIN = ("average", "task_arithmetic", "ties")
 LEARNED = {
@@ -70,7 +71,7 @@ class Table:
         self.exchange = Exchange(suite.open(suite.base), suite.base, suite.spec.opens)
 
     def trigger(self, attack: str) -> Trigger:
-        if attack == "patch":
+        if attack in ("patch", "interpolated"):
             return Patch(size=4)
         if attack == "blend":
             return Blend()
@@ -82,9 +83,9 @@ class Table:
         return Universal(torch.load(path, weights_only=True))
 
     def expert(self, attack: str, task: str) -> Path:
-        trigger, interpolated = self.trigger(attack), attack == "badmerging"
-        poisoning = Interpolating(trigger, TARGET) if interpolated else Poisoning(
-            trigger, TARGET, RATE)  # fmt: skip
+        trigger = self.trigger(attack)
+        poisoning = (Interpolating(trigger, TARGET) if attack in INTERPOLATED
+                     else Poisoning(trigger, TARGET, RATE))  # fmt: skip
         made = poisoned_expert(
             self.suite, task, poisoning, out=self.out / "experts" / f"{attack}-{task}",
             threads=self.asked.threads, limit=self.asked.items,
