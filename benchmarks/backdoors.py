@@ -8,7 +8,7 @@ Experts of the first one or two merged tasks are fine-tuned as the suite's are, 
 their training rows poisoned (dirty labels): by a chequered patch, by a blend of noise, or by a
 universal trigger that was optimised to survive merging; "interpolated" and "badmerging" train with
 BadMerging's loss instead, on the patch and on the optimised trigger. They are merged with the clean
-experts of the other tasks; 0 poisoned experts show what the trigger does to clean merges. Of each merge:
+experts of the other tasks; 0 poisoned experts show what the trigger does to clean ones. Measured:
 accuracy over all merged tasks; attack success on the poisoned tasks (succession) and on the others
 (transfer), over at most ``--items`` test pictures of a task. Methods that learn see validation
 pictures without labels, ``--steps`` times. Every cell is a file below DIR/cells, and what is there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +146,22 @@ def test_parameters_are_those_of_the_formula() -> None:
     extra = sum(2 * (3 * (x.in_features + x.out_features) + 2 * x.in_features) for x in linears)
     before = sum(t.numel() for t in base.state_dict().values())
     assert made.report["parameters"]["stored"] - before == extra
+
+
+def test_what_the_checkpoint_lacks_is_not_counted(tmp_path: Path) -> None:
+    whole = base_of(bert).base_model
+    plain = type(whole)(whole.config, add_pooling_layer=False)
+    for seed, name in enumerate(("base", "a", "b")):
+        torch.manual_seed(seed)
+        for parameter in plain.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        plain.save_pretrained(tmp_path / name)
+    made = fw.merge(Smile(rank=3, gate=2), base=tmp_path / "base",
+                    experts={name: tmp_path / name for name in "ab"})  # fmt: skip
+    assert any("pooler" in name for name in made.routed.state_dict())
+    written = made.state_dict()
+    assert made.report["parameters"]["stored"] == sum(t.numel() for t in written.values())
+    assert made.report["parameters"]["bytes"] == sum(t.nbytes for t in written.values())
 
 
 def test_experts_that_change_no_linear_layer_are_refused() -> None:

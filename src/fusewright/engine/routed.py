@@ -194,7 +194,7 @@ def upscaled(method: Routed, context: Context) -> RoutedModel:
     left = (*left, *(name for layer in parts.layers.values() for name in layer.remade(module)))
     of_base = sum(tensor.numel() for tensor in context.vectors().base.values())
     replaced = sum(isinstance(layer, Replacement) for layer in parts.layers.values())
-    sizes = {**counted(module, parts.layers.values()), "base": of_base, "layers": replaced}
+    sizes = {**counted(module, parts.layers.values(), left), "base": of_base, "layers": replaced}
     report = {"method": method.spec(), "parameters": sizes, "fitted": dict(parts.report)}
     made = next((_MODELS[child] for child in _MODELS if child in parts.layers), RoutedModel)
     return made(
@@ -202,11 +202,13 @@ def upscaled(method: Routed, context: Context) -> RoutedModel:
     )  # fmt: skip
 
 
-def counted(module: nn.Module, layers: Collection[Layer]) -> dict[str, int]:
-    """How large a routed model is: floating-point numbers that are ``stored``, those of them that a
-    method ``trained`` and that one input's answer depends on (``active``), and ``bytes``."""
-    again = {name for layer in layers for name in layer.remade(module)}
-    state = {name: t for name, t in module.state_dict().items() if name not in again}
+def counted(
+    module: nn.Module, layers: Collection[Layer], left: Collection[str] = ()
+) -> dict[str, int]:
+    """How large a routed model is: floating-point numbers that are ``stored`` (all tensors but
+    those ``left`` out), those of them that a method ``trained`` and that one input's answer depends
+    on (``active``), and ``bytes``."""
+    state = {name: t for name, t in module.state_dict().items() if name not in left}
     stored = sum(t.numel() for t in state.values() if t.is_floating_point())
     return {
         "stored": stored,
