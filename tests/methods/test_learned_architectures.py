@@ -12,7 +12,7 @@ from learned_toys import moved
 from torch import nn
 
 import fusewright as fw
-from fusewright.methods.learned import AdaMerging, Concrete, FWMerging
+from fusewright.methods.learned import AdaMerging, AdaRank, Concrete, FWMerging
 from fusewright.methods.learned._fitting import Fitting
 
 hf = pytest.importorskip("transformers")
@@ -53,9 +53,10 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Any, Any]] = {
            num_layers=1, num_heads=2, vocab_size=50, decoder_start_token_id=0)), IDS, encoded),
 }  # fmt: skip
 LEARNERS = {
+    "ranks": partial(AdaRank, density=0.5),
     "plus": partial(AdaMerging.profile, "plus"), "concrete": Concrete,
     "adapted": partial(Concrete, form="adamerging", mask="row", weight_steps=2),
-    "fw": lambda rate, **quick: FWMerging(objective="entropy", granularity="layer", rows=4, **quick),
+    "fw": lambda rate, **kw: FWMerging(objective="entropy", granularity="layer", rows=4, **kw),
 }  # fmt: skip
 
 

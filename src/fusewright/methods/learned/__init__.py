@@ -10,6 +10,7 @@ shows how.
 """
 
 from fusewright.methods.contract import Method
+from fusewright.methods.learned._ada_rank import AdaRank
 from fusewright.methods.learned._adamerging import AdaMerging
 from fusewright.methods.learned._concrete import Concrete
 from fusewright.methods.learned._dam import DAM
@@ -18,7 +19,7 @@ from fusewright.methods.learned._fw_merging import FWMerging
 from fusewright.methods.learned._pruning import ANP, AWM
 from fusewright.methods.learned.coefficients import LinearCoefficients
 
-METHODS: tuple[type[Method], ...] = (AdaMerging, ANP, AWM, Concrete, DAM, FWMerging)
+METHODS: tuple[type[Method], ...] = (AdaMerging, AdaRank, ANP, AWM, Concrete, DAM, FWMerging)
 
 __all__ = [
     "ANP", "AWM", "DAM", "METHODS", "AdaMerging", "Concrete", "FWMerging", "Fitting", "Learner",
