@@ -64,6 +64,12 @@ class NumericError(FusewrightError):
     exit_code = 6
 
 
+class MemoryShortage(FusewrightError):
+    """The machine has not the memory that a step needs; what was done before it is kept."""
+
+    exit_code = 7
+
+
 class FusewrightWarning(UserWarning):
     """Evidence that a merge may not mean what its author thinks; nothing is refused."""
 

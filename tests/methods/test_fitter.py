@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusewright.errors import NumericError
+from fusewright.errors import MemoryShortage, NumericError
 from fusewright.methods.learned import fitter as room
 from fusewright.methods.learned.fitter import Fitter
 
@@ -184,3 +184,34 @@ def test_long_steps_are_saved_between_scores(tmp_path, monkeypatch: pytest.Monke
     step = towards_zero(again)
     fitter.run(again, lambda number: seen.append(number) or step(number))
     assert seen == [7, 8]
+
+
+@pytest.mark.parametrize("how", ["python", "torch"])
+def test_memory_that_runs_out_loses_nothing(how: str, tmp_path) -> None:
+    file = tmp_path / "fit.pt"
+
+    def short(number: int):
+        if number == 7:
+            if how == "python":
+                raise MemoryError
+            torch.empty(2**60, dtype=torch.uint8)
+        return towards_zero(point)(number)
+
+    point = Point()
+    with pytest.raises(MemoryShortage, match="goes on at step 7"):
+        Fitter(20, 0.1, checkpoint=file).run(point, short)
+    stopped, again = point.at.detach().clone(), Point()
+    fit = Fitter(20, 0.1, checkpoint=file).run(again, towards_zero(again))
+    whole = Point()
+    Fitter(20, 0.1).run(whole, towards_zero(whole))
+    assert len(fit.losses) == 20 and again.at.equal(whole.at) and not stopped.equal(whole.at)
+    with pytest.raises(MemoryShortage, match="smaller batch"):
+        Fitter(20, 0.1).run(Point(), short)
+
+
+def test_other_errors_of_a_step_are_not_taken_for_a_shortage() -> None:
+    def wrong(number: int):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        Fitter(2, 0.1).run(Point(), wrong)

@@ -13,6 +13,7 @@ code  meaning
 4     these inputs cannot be merged in this way
 5     the output cannot be written, or is in use
 6     NaN, infinity or overflow
+7     memory ran out; what was learned before is kept
 130   interrupted (143: terminated); what a merge finished is kept
 ====  ===================================================================
 """

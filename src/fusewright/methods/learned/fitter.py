@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fusewright.errors import NumericError
+from fusewright.errors import MemoryShortage, NumericError
 
 Step = Callable[[int], Mapping[str, float]]
 """Leaves gradients in the parameters and answers with the losses by task."""
@@ -43,7 +43,8 @@ class Fitter:
     ``checkpoint``: a file that is written at every score and every minute, and gone on from if it
     is there, with torch's own generator as it then was; the caller's draws are left alone.
 
-    Raises NumericError where a loss is no longer finite; the best state so far is then in place.
+    Raises NumericError where a loss is no longer finite, MemoryShortage where memory runs out; the
+    best state so far is then in place, and of the latter the checkpoint is of the step before.
     """
 
     steps: int
@@ -69,6 +70,11 @@ class Fitter:
                         run.measure()
                     self._move(run, step)
                 run.measure()
+            except (MemoryError, RuntimeError) as error:
+                if not is_shortage(error):
+                    raise
+                run.save()
+                raise self._shortage(run.done, error) from error
             finally:
                 run.restore()
         tasks = {task: tuple(losses) for task, losses in run.tasks.items()}
@@ -90,6 +96,12 @@ class Fitter:
         run.note(losses)
         if self.tell is not None:
             self.tell(run.done, self.steps, run.losses[-1])
+
+    def _shortage(self, done: int, error: Exception) -> MemoryShortage:
+        again = "" if self.checkpoint is None else f"; the same command goes on at step {done}"
+        return MemoryShortage("memory ran out", where=f"step {done}",
+                              found=(str(error) or type(error).__name__).splitlines()[0],
+                              fix=f"a smaller batch, or more memory{again}")  # fmt: skip
 
     def _rate(self, done: int) -> float:
         if self.schedule == "constant":
@@ -116,7 +128,7 @@ class _Run:
         for task, loss in losses.items():
             self.tasks.setdefault(task, []).append(loss)
         if monotonic() - self._saved > SAVED_EVERY:
-            self._save()
+            self.save()
 
     def measure(self) -> None:
         if self.scores and self.scores[-1][0] == self.done:
@@ -126,7 +138,7 @@ class _Run:
             if self._best is None or score > max(found for _, found in self.scores):
                 self.kept, self._best = self.done, _copied(self.trained)
             self.scores.append((self.done, score))
-        self._save()
+        self.save()
 
     def restore(self) -> None:
         if self._best is not None:
@@ -146,7 +158,7 @@ class _Run:
         self.tasks = held["tasks"]
         self.losses, self.scores = held["losses"], [(int(s), v) for s, v in held["scores"]]
 
-    def _save(self) -> None:
+    def save(self) -> None:
         path = self.fitter.checkpoint
         if path is None:
             return
@@ -159,6 +171,13 @@ class _Run:
         }, partial)  # fmt: skip
         partial.replace(path)
         self._saved = monotonic()
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether an error says that memory ran out; torch says so of the CPU by a RuntimeError."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in said for words in ("not enough memory", "can't allocate memory"))  # fmt: skip
 
 
 def _copied(module: nn.Module) -> dict[str, Any]:
