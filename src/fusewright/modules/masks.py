@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from hashlib import blake2b
 from typing import Literal
 
@@ -91,11 +92,15 @@ def expectation(logits: Tensor, temperature: float) -> Tensor:
     √(p(1 - p))); here it is a Gauss-Legendre sum over u, tabulated in x and read linearly.
     """
     edge = 16.0 * max(1.0, temperature)
-    grid = torch.linspace(-edge, edge, _POINTS, dtype=torch.float64)
-    table = _expected_at(grid, temperature)
+    table = _table(edge, temperature)
     place = ((logits.double() + edge) * ((_POINTS - 1) / (2 * edge))).clamp(0, _POINTS - 1)
     low = place.long().clamp_max(_POINTS - 2)
     return torch.lerp(table[low], table[low + 1], place - low).to(logits.dtype)
+
+
+@cache
+def _table(edge: float, temperature: float) -> Tensor:
+    return _expected_at(torch.linspace(-edge, edge, _POINTS, dtype=torch.float64), temperature)
 
 
 def _expected_at(x: Tensor, temperature: float) -> Tensor:

@@ -13,6 +13,10 @@ or, without pytest, ``check_method(MyMethod)``. A method that does not keep an i
 in ``card.exempt`` with the reason; the suite then demands a counterexample: it searches the
 method's variants for one that breaks the identity, and fails if all keep it.
 
+A :class:`~fusewright.methods.contract.Program` or :class:`~fusewright.methods.contract.Routed` is
+run on a small network, with inputs of its experts' tasks if its card asks for data; parameters
+called ``steps``, ``epochs``, ``batch`` or ``inputs`` are set small.
+
 A ``reference``, a slow float64 function in plain NumPy, may be given to :func:`check_method` and
 :func:`check_reference`: (method, base, experts, at) to the merged array.
 """

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fusewright.methods.contract import Method
+from fusewright.testing._network import quick
 from fusewright.testing._subject import is_map, neutral, variants
 
-Over = Literal["neutral", "variants", "class"]
+Over = Literal["neutral", "variants", "quick", "class"]
 
 
 class ContractViolation(AssertionError):
@@ -20,8 +21,9 @@ class ContractViolation(AssertionError):
 class Property:
     """A promise. ``check(method)`` raises AssertionError where it is broken.
 
-    ``over``: it is about the "neutral" method (density and scale 1), all its "variants", or the
-    "class". ``applies`` says of which classes it speaks. ``identity``: a card may exempt it.
+    ``over``: it is about the "neutral" method (density and scale 1), all its "variants", one that
+    is "quick" to fit, or the "class". ``applies`` says of which classes it speaks. ``identity``: a
+    card may exempt it.
     """
 
     name: str
@@ -33,7 +35,13 @@ class Property:
     def subjects(self, cls: type[Method]) -> list[Method]:
         if self.over == "class":
             return [cls()]
+        if self.over == "quick":
+            return [quick(cls)]
         return [neutral(cls)] if self.over == "neutral" else list(variants(cls))
+
+    def candidates(self, cls: type[Method]) -> list[Method]:
+        """Where a counterexample to an identity is looked for."""
+        return [quick(cls)] if self.over == "quick" else [neutral(cls), *variants(cls)]
 
     def broken_by(self, method: Method) -> str | None:
         """What is wrong, or None."""

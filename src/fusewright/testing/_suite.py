@@ -9,9 +9,8 @@ from unittest.mock import patch
 
 from fusewright.methods import registry
 from fusewright.methods.contract import Method
-from fusewright.testing import _identities, _robust  # noqa: F401  (their promises register here)
+from fusewright.testing import _identities, _models, _robust  # noqa: F401  (promises register here)
 from fusewright.testing._promise import PROPERTIES, ContractViolation, Property
-from fusewright.testing._subject import neutral, variants
 
 if TYPE_CHECKING:
     from fusewright.testing._reference import Reference
@@ -48,7 +47,7 @@ def _check_kept(cls: type[Method], found: Property) -> None:
 def _check_exemption(cls: type[Method], found: Property) -> None:
     if not found.identity:
         raise ContractViolation(f"{cls.name}: {found.name!r} is owed by every method")
-    if not any(map(found.broken_by, [neutral(cls), *variants(cls)])):
+    if not any(map(found.broken_by, found.candidates(cls))):
         raise ContractViolation(
             f"{cls.name} is exempt from {found.name!r} because "
             f"{cls.card.exempt[found.name]!r}, but every variant keeps it: remove the exemption"
