@@ -128,6 +128,7 @@ class SuiteSpec(_Part):
     axes: dict[str, str] = Field({}, description='what cells say of it: {size: "small"}')
     variants: dict[str, Variant] = {}
     build: Build | None = None
+    rows: str | None = Field(None, description="a manifest of its data's rows: its name, or YAML")
 
     def model_post_init(self, context: Any) -> None:
         if not self.merged:
@@ -140,7 +141,7 @@ class SuiteSpec(_Part):
     def digest(self) -> str:
         """Twelve hex digits of what the suite says and results can depend on; models count by
         their bytes, wherever they come from."""
-        whole = ("title", "about", "licence", "seeds", "variants", "build")
+        whole = ("title", "about", "licence", "seeds", "variants", "build", "rows")
         left: Any = {key: True for key in whole}
         left["tasks"] = {"__all__": {"question", "licence", "note"}}
         said = self.model_dump_json(exclude=left, exclude_defaults=True)

@@ -1,4 +1,4 @@
-"""``fusewright suite list|show|build|check``."""
+"""``fusewright suite list|show|gather|build|check``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from fusewright.cli._print import print_json, print_tables
 from fusewright.cli._shared import Json, add
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fusewright.bench.gathering.check import Gathered
     from fusewright.bench.suite import Suite
     from fusewright.engine.tables import Table
 
@@ -20,6 +23,9 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, help="Suites: models and tasks to measure with.")
     add(group, list_, "fusewright suite list", name="list")
     add(group, show, "fusewright suite show digits")
+    add(group, gather, "fusewright suite gather vision-mini --from sources/ -o data/",
+        "fusewright suite gather vision-mini --from mnist=ylecun/mnist -o data/",
+        "fusewright suite gather vision-mini -o data/ --check")  # fmt: skip
     add(group, build, "fusewright suite build digits --seeds 3",
         "fusewright suite build vision-mini --data data/ --pool pools/vision-mini",
         "fusewright suite build vision-mini --data data/ --variant lora")  # fmt: skip
@@ -113,6 +119,50 @@ def _facts(suite: Suite) -> Table:
     return Table("", ("", " "), rows)
 
 
+def gather(
+    name: Name,
+    out: Annotated[Path, typer.Option("-o", "--out", file_okay=False, help="The data folder.")],
+    sources: Annotated[list[str] | None, typer.Option(
+        "--from", metavar="WHERE", help="A folder with one for each data set, by name; or "
+        "NAME=FOLDER; or NAME=org/name of the Hub. May be repeated.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only look whether -o has them.")] = False,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Make a suite's data folder from public copies: exactly the rows our numbers are of.
+
+    The rows are published as hashes of pictures, with their labels and sources; pictures are not
+    shipped. Copies may be parquet files, idx files, images in folders named by class, also zipped;
+    a data set without a source is fetched from the Hub where it is there. What is complete stays;
+    the exit code is 1 where rows are missing or differ.
+    """
+    from fusewright.bench.gathering.check import check as compare
+    from fusewright.bench.gathering.gather import gather as make
+    from fusewright.bench.suite_file import find_suite, read_suite
+
+    spec = read_suite(find_suite(name))
+    shown = not json
+    found = compare(spec, out, shown) if check else make(spec, sources or (), out, shown)
+    _print_gathered(found, json)
+    if any(one.problem for one in found):
+        raise typer.Exit(1)
+
+
+def _print_gathered(found: Sequence[Gathered], json: bool) -> None:
+    from fusewright.cli._errors import error_object, report
+    from fusewright.engine.tables import Table
+
+    if json:
+        print_json([{"data": one.name, "rows": one.rows, "found": one.found, "read": one.read,
+                     "error": one.problem and error_object(one.problem)}
+                    for one in found])  # fmt: skip
+        return
+    for one in found:
+        if one.problem is not None:
+            report(one.problem, as_json=False)
+    rows = tuple((one.name, one.rows, one.found, one.said) for one in found)
+    print_tables([Table("Data", ("data set", "rows", "found", ""), rows)])
+
+
 def build(
     name: Name, pool: Pool = None, data: Data = None, seeds: Seeds = 1, variant: Variant = None,
     json: Json = False,
@@ -150,16 +200,21 @@ def check(
     """
     from dataclasses import asdict
 
+    from fusewright.bench.gathering.check import matches
     from fusewright.bench.regime import check_suite
     from fusewright.bench.suite import suite
 
     found = suite(name, pool=pool, data=data, variant=variant)
     found.check()
     regime = check_suite(found, limit=limit, progress=not json)
+    rows = matches(found.spec, found.data)
     if json:
         cosines = [{"a": a, "b": b, "cosine": c} for (a, b), c in regime.cosines.items()]
-        print_json({**asdict(regime), "cosines": cosines, "doubts": regime.doubts()})
+        print_json({**asdict(regime), "cosines": cosines, "doubts": regime.doubts(),
+                    **({"data": rows} if rows else {})})  # fmt: skip
     else:
         print(regime.table())
+        if rows:
+            print(f"\nThe data are {rows}.")
     if regime.doubts():
         raise typer.Exit(1)

@@ -18,6 +18,7 @@ from typing import Any
 import fusewright
 from fusewright.bench.benchmarks import KIND as LM_EVAL
 from fusewright.bench.entries import Entry, entries
+from fusewright.bench.gathering.check import matches
 from fusewright.bench.progress import Stages
 from fusewright.bench.results import CLEAN, Results
 from fusewright.bench.suite import Suite
@@ -212,6 +213,7 @@ def _items(suite: Suite) -> dict[str, str]:
 
 
 def _facts(suites: Sequence[Suite], asked: Asked) -> dict[str, Any]:
+    rows = matches(suites[0].spec, suites[0].data)
     packages = {}
     for package in ("torch", "transformers", "numpy", "optuna", "lm_eval"):
         try:
@@ -226,6 +228,7 @@ def _facts(suites: Sequence[Suite], asked: Asked) -> dict[str, Any]:
         "seeds": [one.seed for one in suites], "variants": [one.variant for one in suites],
         "trials": asked.tune, "limit": asked.limit, "subsets": list(asked.subsets),
         **({"mixed stream": f"{asked.stream} rows of each merged task"} if asked.stream else {}),
+        **({"data": rows} if rows else {}),
         "licence": suites[0].spec.licence, "items": _items(suites[0]),
         "versions": {"fusewright": fusewright.__version__, **packages,
                      "python": platform.python_version()},
