@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusewright.errors import FusewrightWarning
 from fusewright.methods.contract import Method
 from fusewright.tasks.adaptation import Adaptation, adaptation
 from fusewright.tasks.pictures import Pictures
@@ -123,7 +125,9 @@ def built(method: Method, given: Problem, **options: Any) -> Any:
     experts = given.experts
     scored: Callable[[Any], float] = lambda state: -_distance(state, experts)  # noqa: E731
     how = {"data": given.data(method), "evaluate": scored, "seed": SEED, **options}
-    return merge(method, base=given.base, experts=dict(experts), **how)
+    with warnings.catch_warnings():  # nobody trained these models
+        warnings.simplefilter("ignore", FusewrightWarning)
+        return merge(method, base=given.base, experts=dict(experts), **how)
 
 
 def _distance(state: Mapping[str, Tensor], experts: Mapping[str, nn.Module]) -> float:
