@@ -146,6 +146,7 @@ def show_plan(recipe: Any, options: Options, out: Path | None, as_json: bool) ->
 def execute(recipe: Any, options: Options, out: Path, *, quiet: bool, as_json: bool) -> None:
     """Merge, and say what was read, written and how fast."""
     from fusewright.engine import run
+    from fusewright.methods.learned.processes import Processes
 
     given = {}
     if recipe.data is not None:
@@ -153,6 +154,8 @@ def execute(recipe: Any, options: Options, out: Path, *, quiet: bool, as_json: b
         from fusewright.engine.planner import recipe_method
 
         given["data"] = data_of(recipe.data, recipe_method(recipe).card.data == "labelled")
+    if not Processes.started().first:  # the first of several speaks for all
+        quiet, as_json = True, False
     with resumable(out), shown(quiet) as progress:
         merged = run(recipe, out, options, progress, **given)
     if as_json:

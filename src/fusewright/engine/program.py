@@ -28,6 +28,7 @@ from fusewright.engine.state import MergedWeights, module_of, read_state, whole
 from fusewright.errors import PlanError
 from fusewright.layout import TensorLayout
 from fusewright.methods.contract import Context, Fold, Method, Program, Routed
+from fusewright.methods.learned.processes import Processes
 from fusewright.methods.static import Passthrough, Sum
 from fusewright.weights import Weights
 from fusewright.weights.target import check_absent, resolve_target
@@ -136,7 +137,8 @@ def run_program(
     fits: Path | None = None,
 ) -> Merged:
     """Fit a program and execute what it chose, build a routed model, or take a fold's experts one
-    by one. Fits keep checkpoints in ``fits``, or beside ``out`` until it is complete."""
+    by one. Fits keep checkpoints in ``fits``, or beside ``out`` until it is complete. Of several
+    processes that fit together the first writes."""
     if out is not None and not options.overwrite:
         check_absent(resolve_target(Path(out)))  # before the long work, and again at its end
     if isinstance(method, Fold):
@@ -144,9 +146,12 @@ def run_program(
     if not recipe.experts:
         raise PlanError("there is nothing to merge", expected="at least one expert", found="none")
     beside = fits if out is None else fits_folder(resolve_target(Path(out)))
+    processes = Processes.started()
+    progress = progress if processes.first else None
     with closing(Trials(recipe, options, data, evaluate, progress, beside)) as context:
-        merged = _run_fit(method, recipe, out, options, progress, context)
-    if out is not None and beside is not None:
+        merged = _run_fit(method, recipe, out, options, progress, context, processes.first)
+    processes.wait()
+    if out is not None and beside is not None and processes.first:
         shutil.rmtree(beside, ignore_errors=True)
     return merged
 
@@ -163,11 +168,14 @@ def _run_fit(
     options: Options,
     progress: Listener | None,
     context: Trials,
+    writes: bool,
 ) -> Merged:
     if isinstance(method, Routed) and method.routes:
         from fusewright.engine.routed import upscaled
 
         made = upscaled(method, context)
+        if out is not None and not writes:
+            return Merged(Path(out), made.report, made.plan)
         return made if out is None else made.save(out, overwrite=options.overwrite)
     assert isinstance(method, Program)
     fitted = method.fit(context)
@@ -175,6 +183,8 @@ def _run_fit(
         **fitted.report, "program": method.spec(),
         "experts": list(fitted.experts or recipe.experts),
     }  # fmt: skip
+    if out is not None and not writes:
+        return Merged(Path(out), {"fitted": report}, {})
     models: Mapping[str, Weights] = {}
     if fitted.method is not None:
         chosen = with_method(recipe, fitted.method, fitted.experts)

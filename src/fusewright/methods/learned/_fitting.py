@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cached_property
@@ -21,6 +21,7 @@ from fusewright.methods.learned._guard import Agreement, collapsed
 from fusewright.methods.learned._rest import is_statistic, summed
 from fusewright.methods.learned._resume import Numbered, digest
 from fusewright.methods.learned.fitter import Fit, Fitter, Step
+from fusewright.methods.learned.processes import Processes
 from fusewright.modules.functional import with_weights
 from fusewright.modules.layer import put_in
 from fusewright.modules.parametrised import ParametrisedMerge
@@ -54,7 +55,7 @@ class Fitting:
 
     def __init__(self, context: Context, method: Learner) -> None:
         self.context, self.method = context, method
-        self.questions = asked(context)
+        self.questions, self.processes = asked(context), Processes.started()
         self.model = context.module()
         self._experts = context.vectors()
         averaged = self._experts.select(lambda name: is_statistic(context, name))
@@ -67,8 +68,9 @@ class Fitting:
         self._agreement: Agreement | None = None
         if method.guard:
             self._agreement = Agreement(
-                self.model, self._experts, self.questions, method.batch, method.guard, context.seed
-            )
+                self.model, self._experts, self.questions, method.batch, method.guard, context.seed,
+                self.processes,
+            )  # fmt: skip
 
     def put_in(self, parts: Parts) -> None:
         """Put layers and tensors into the model; experts are asked in its plain form still, which
@@ -108,20 +110,46 @@ class Fitting:
         weights = weights or {}
         learned = [p for p in merge.coefficients.parameters() if p.requires_grad]
         losses: dict[str, float] = {}
-        each: list[list[Tensor]] = []
-        with merge.live() as live:
-            for task in self.questions:
+        each: dict[str, list[Tensor]] = {}
+        with merge.live() as live, self._shared(learned, summed=scalarise is None):
+            for task in self.processes.mine(self.questions):
                 loss = self.loss(live.model, task, number)
                 losses[task] = float(loss.detach())
                 live.backward(weights.get(task, 1.0) * loss)
                 if scalarise is not None:
                     live.collect()
-                    each.append([_taken(p) for p in learned])
+                    each[task] = [_taken(p) for p in learned]
             live.collect()
+        losses = self.processes.gathered(losses, self.questions)
         if scalarise is not None:
+            found = self.processes.gathered(each, self.questions)
             scaled = [torch.tensor(weights.get(t, 1.0) * loss) for t, loss in losses.items()]
-            scalarisers.combine(learned, scaled, each, scalarise)
+            scalarisers.combine(learned, scaled, list(found.values()), scalarise)
         return losses
+
+    def gradients_in(self, trained: nn.Module, number: int) -> dict[str, float]:
+        """Leave in ``trained``, a part of the model, the gradient of Σ L_t on every task's batch
+        ``number``; answers with the L_t."""
+        losses: dict[str, float] = {}
+        with self._shared(list(trained.parameters())):
+            for task in self.processes.mine(self.questions):
+                loss = self.loss(self.model, task, number)
+                loss.backward()
+                losses[task] = float(loss.detach())
+        return self.processes.gathered(losses, self.questions)
+
+    @contextmanager
+    def _shared(self, learned: Sequence[nn.Parameter], summed: bool = True) -> Iterator[None]:
+        """Gradients of all processes' tasks are summed, and added to what was there before."""
+        if self.processes.count == 1 or not summed:
+            yield
+            return
+        before = [_taken(p) for p in learned]
+        yield
+        self.processes.summed(learned)
+        for parameter, gradient in zip(learned, before, strict=True):
+            assert parameter.grad is not None
+            parameter.grad += gradient
 
     def descend(
         self, stage: str, trained: nn.Module, step: Step, score: Callable[[], float], *,

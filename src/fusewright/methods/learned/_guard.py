@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusewright.errors import FusewrightWarning
+from fusewright.methods.learned.processes import Processes
 from fusewright.modules.functional import with_weights
 from fusewright.modules.vectors import TaskVectors
 
@@ -30,11 +31,12 @@ class Agreement:
 
     def __init__(
         self, model: nn.Module, vectors: TaskVectors, questions: Mapping[str, Question],
-        size: int, rows: int, seed: int,
+        size: int, rows: int, seed: int, processes: Processes | None = None,
     ) -> None:  # fmt: skip
-        self.questions = questions
+        self.questions, self.processes = questions, processes or Processes()
         self.asked: dict[str, list[tuple[Any, Tensor]]] = {}
-        for task, question in questions.items():
+        for task in self.processes.mine(questions):
+            question = questions[task]
             batches = islice(question.stream(size, seed), -(-rows // size))
             with with_weights(model, vectors.expert(task)), torch.no_grad():
                 self.asked[task] = [(b, question.logits(model, b).argmax(-1)) for b in batches]
@@ -49,7 +51,8 @@ class Agreement:
         """By task, shares in [0, 1]: "agreement"; "most_predicted", of the class that the model
         names most often; "expert_most_predicted", the same of the task's own expert."""
         with torch.no_grad():
-            return {task: self._measured(model, task) for task in self.asked}
+            found = {task: self._measured(model, task) for task in self.asked}
+        return self.processes.gathered(found, self.questions)
 
     def _measured(self, model: nn.Module, task: str) -> dict[str, float]:
         logits, asked = self.questions[task].logits, self.asked[task]

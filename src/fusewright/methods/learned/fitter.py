@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fusewright.errors import MemoryShortage, NumericError
+from fusewright.methods.learned.processes import Processes
 
 Step = Callable[[int], Mapping[str, float]]
 """Leaves gradients in the parameters and answers with the losses by task."""
@@ -62,8 +63,10 @@ class Fitter:
         """Descend; ``trained`` is left in the state that is kept."""
         optimiser = torch.optim.Adam(trained.parameters(), lr=self.rate)
         run = _Run(self, trained, optimiser)
+        processes = Processes.started()
         with torch.random.fork_rng(devices=[]):
             run.resume()
+            processes.same_draws()  # after all have read the checkpoint, so that it may be replaced
             try:
                 while run.done < self.steps:
                     if run.done % self.every == 0:
@@ -160,7 +163,7 @@ class _Run:
 
     def save(self) -> None:
         path = self.fitter.checkpoint
-        if path is None:
+        if path is None or not Processes.started().first:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")

@@ -123,19 +123,10 @@ class WEMoE(Learner, Routed):
         return MixedLinear(base, stacked(deltas, density, dtype), shift, mixture)
 
     def _fitted(self, fitting: Fitting) -> dict[str, Any]:
-        model = fitting.model
-
-        def step(number: int) -> dict[str, float]:
-            losses = {}
-            for task in fitting.questions:
-                loss = fitting.loss(model, task, number)
-                loss.backward()
-                losses[task] = float(loss.detach())
-            return losses
-
+        model, routers = fitting.model, fitting.model.get_submodule(ROUTING)
         fit = fitting.descend(
-            "routers", model.get_submodule(ROUTING), step, lambda: fitting.score(model),
-            steps=self.steps, rate=self.rate, schedule=self.schedule,
+            "routers", routers, lambda number: fitting.gradients_in(routers, number),
+            lambda: fitting.score(model), steps=self.steps, rate=self.rate, schedule=self.schedule,
         )  # fmt: skip
         return fitting.report(model, fit)
 
