@@ -188,7 +188,7 @@ def fixed(routing: Routing) -> bool:
 def weights_of(mixture: Mixture) -> Tensor:
     """One w (experts,): that of a router without input, or the mean of what was routed last."""
     if mixture.router.depth == 0:
-        return mixture.router.bias.detach()
+        return mixture.router.chosen(mixture.router.bias.detach()[None])[0]
     if mixture.weights is None:
         raise PlanError("nothing was routed yet", where=mixture.entry,
                         fix="unload(inputs)")  # fmt: skip

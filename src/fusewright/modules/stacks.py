@@ -146,6 +146,10 @@ class FactorStack(Stack):
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         return self.up[:, start:stop].to(dtype) @ self.down.to(dtype)
 
+    def combined(self, base: Tensor, weights: Tensor) -> Tensor:
+        up = (self.up.to(weights) * weights[:, None, None]).transpose(0, 1).flatten(1)
+        return base.to(weights.dtype) + up @ self.down.flatten(0, 1).to(weights)
+
     def added(self, inputs: Tensor, weights: Tensor) -> Tensor:
         """Σ_t w_t Δ_t x for inputs (n, tokens, in) and weights (n, experts): no Δ is made whole."""
         seen = inputs @ self.down.flatten(0, 1).T.to(inputs)

@@ -8,16 +8,17 @@ saves and loads them.
 from fusewright.methods.contract import Method
 from fusewright.methods.routed._masked import EMR, Tall
 from fusewright.methods.routed._pareto import ParetoSet
+from fusewright.methods.routed._rank_one import RankOneMoE
 from fusewright.methods.routed._smile import Smile
 from fusewright.methods.routed._surgery import RepresentationSurgery
 from fusewright.methods.routed._twin import Twin
 from fusewright.methods.routed._wemoe import EWEMoE, WEMoE
 
 METHODS: tuple[type[Method], ...] = (
-    EMR, EWEMoE, ParetoSet, RepresentationSurgery, Smile, Tall, Twin, WEMoE,
+    EMR, EWEMoE, ParetoSet, RankOneMoE, RepresentationSurgery, Smile, Tall, Twin, WEMoE,
 )  # fmt: skip
 
 __all__ = [
-    "EMR", "METHODS", "EWEMoE", "ParetoSet", "RepresentationSurgery", "Smile", "Tall", "Twin",
-    "WEMoE",
+    "EMR", "METHODS", "EWEMoE", "ParetoSet", "RankOneMoE", "RepresentationSurgery", "Smile", "Tall",
+    "Twin", "WEMoE",
 ]  # fmt: skip

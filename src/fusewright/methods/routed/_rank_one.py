@@ -1,0 +1,91 @@
+"""Rank-one MoE: a pool of single directions of all experts, weighed anew for every input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from fusewright.methods.contract import Card, Context, Parts
+from fusewright.methods.learned._rest import summed
+from fusewright.methods.routed._linears import turned
+from fusewright.methods.routed._mixtures import Part, parts_of
+from fusewright.methods.routed._wemoe import WEMoE
+from fusewright.modules.deltas import leading
+from fusewright.modules.layer import put_in
+from fusewright.modules.linears import LinearMap
+from fusewright.modules.mixed import MixedLinear
+from fusewright.modules.mixture import Mixture, Routing
+from fusewright.modules.stacks import FactorStack
+from fusewright.modules.vectors import TaskVectors
+
+
+class RankOneMoE(WEMoE):
+    """Weigh single directions of the experts' feed-forward weights anew for every input (*Rank-one
+    mixture of experts for multi-task learning*, published in Chinese with the code
+    EnnengYang/RankOne-MoE; no arXiv id).
+
+    W = W_0 + Σ_t Σ_{i ≤ k} s_{t,i}(x) σ_{t,i} u_{t,i} v_{t,i}ᵀ in every linear map of a selected
+    module, with the k leading singular triples of each expert's change of it. Maps of one module
+    share s(x), the mean over x's tokens of a router with T k outputs
+    (:class:`~fusewright.modules.routers.Router`). All other tensors, biases too, are
+    θ_0 + 0.3 Σ_t τ_t. Routers alone are trained, as :class:`WEMoE` trains them.
+
+    ``rank``: k, 32. ``router``: its depth, 1: as many outputs say enough. ``top``: how many of the
+    T k directions count for an input (a soft threshold); None, the code's own setting, for all.
+    ``schedule``: constant. All from FusionBench's configuration. ``modules``, ``start``, ``per``,
+    ``steps``, ``rate``, ``batch``, ``objective``, ``guard``, ``every`` are WEMoE's.
+
+    It stores T k (in + out) numbers a map where WEMoE stores T in · out. Raises as WEMoE.
+    """
+
+    name: ClassVar[str] = "rank_one_moe"
+    card: ClassVar[Card] = Card(
+        "Rank-one MoE", "Rank-one mixture of experts for multi-task learning",
+        data="unlabelled", output="routed",
+        cost="an SVD of each expert's matrices; a forward and backward pass of each task a step",
+    )  # fmt: skip
+    profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "fusionbench": {"per": "batch", "guard": 0},
+    }
+
+    router: Literal[0, 1, 2] = 1
+    rank: int = Field(32, ge=1)
+    top: int | None = Field(None, ge=1)
+    schedule: Literal["constant", "cosine"] = "constant"
+
+    def _parts(self, context: Context, model: nn.Module, vectors: TaskVectors) -> Parts:
+        made = super()._parts(context, model, vectors)
+        mixed = parts_of(model, vectors, self.modules)
+        biases = {linear.bias for part in mixed for linear in part.linears}
+        fixed = summed(context, vectors.select(lambda name: name in biases), self.start)
+        put_in(model, {}, fixed)  # now: later their names are those inside mixed layers
+        return made
+
+    def _routing(
+        self, parts: Sequence[Part], experts: int, seed: int
+    ) -> tuple[Routing, list[int]]:
+        routing, places = super()._routing(parts, experts * self.rank, seed)
+        for router in routing.routers:
+            router.top = self.top or 0  # type: ignore[assignment]
+        return routing, places
+
+    def _layer(
+        self, linear: LinearMap, model: nn.Module, vectors: TaskVectors, mixture: Mixture
+    ) -> MixedLinear:
+        dtype = vectors.base[linear.weight].dtype
+        pools = [leading(turned(delta, linear.in_first), self.rank)
+                 for delta in vectors.at(linear.weight)]  # fmt: skip
+        up = torch.cat([_rows(pool.up.T, self.rank) for pool in pools]).to(dtype)
+        down = torch.cat([_rows(pool.down, self.rank) for pool in pools]).to(dtype)
+        stack = FactorStack(up[:, :, None], down[:, None].contiguous())
+        return MixedLinear(model.get_submodule(linear.module), stack, None, mixture)
+
+
+def _rows(directions: Tensor, count: int) -> Tensor:
+    """So many, zeros where there are fewer."""
+    return pad(directions, (0, 0, 0, count - len(directions))).contiguous()
