@@ -196,6 +196,12 @@ class _NeedsNoData(Shifted):
         return Fitted(Sum(weight=0.3 + 0.01 * len(getattr(context.data, "questions", {}))))
 
 
+class _LearnsFromSome(Shifted):
+    def fit(self, context: Context) -> Fitted:
+        some = getattr(context.data, "questions", None) or asked(context)
+        return Fitted(Sum(weight=0.3 + 0.01 * self.steps * self.mean(some)))
+
+
 class _DrawsAWeight(Shifted):
     def fit(self, context: Context) -> Fitted:
         asked(context)
@@ -245,6 +251,7 @@ def test_a_sound_method_passes(sound: type[Method]) -> None:
         (_WrongUnload, "unloaded"),
         (_LearnsAnyway, "no_steps"),
         (_NeedsNoData, "missing_data"),
+        (_LearnsFromSome, "missing_data"),
         (_DrawsAWeight, "repeated"),
         (_ReportsATensor, "repeated"),
         (_ChangesData, "models_unchanged"),

@@ -48,7 +48,7 @@ class Layer(nn.Module, ABC):
 
     @property
     def trained(self) -> int:
-        """Numbers that its method learned."""
+        """Numbers that its method learned: its parameters. What was not learned is a buffer."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @abstractmethod
