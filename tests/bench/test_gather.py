@@ -25,6 +25,7 @@ from fusewright.bench.gathering.pictures import repaired
 from fusewright.bench.gathering.writing import _png
 from fusewright.bench.suite_file import SuiteError, find_suite, read_suite
 from fusewright.cli.app import app
+from fusewright.tasks.errors import DataError
 from fusewright.tasks.parquet import ParquetSplit
 from fusewright.tasks.rows import Rows
 
@@ -105,7 +106,7 @@ def class_folders(root: Path, name: str, pairs, named: str = "names") -> None:
     for number, (image, label) in enumerate(pairs):
         folder = root / name / "somewhere" / (CLASSES[label] if named == "names" else f"0{label}")
         folder.mkdir(parents=True, exist_ok=True)
-        image.save(folder / f"{number}.png")
+        image.save(folder / f"{number}.png", dpi=(72, 72))
     image.save(root / name / "logo.png")  # no class's
 
 
@@ -148,7 +149,7 @@ def test_rows_come_back_in_order_from_a_shuffled_superset_of_any_form(tmp_path, 
 
 def test_the_folder_is_the_same_from_every_form(tmp_path, published):
     written = set()
-    for form in ("parquet", "idx", "zip"):
+    for form in ("parquet", "idx", "zip", "names"):
         sources, out = tmp_path / form, tmp_path / f"out-{form}"
         FORMS[form](sources, "ink", everything("ink"))
         gather(spec_of(published), [str(sources)], out)
@@ -327,6 +328,16 @@ def test_a_hub_data_set_is_read_where_no_folder_is_given(tmp_path, published, mo
     found = gather(spec_of(published), ["paint=org/paint@main"], tmp_path / "out")
     assert [one.problem for one in found] == [None, None]
     assert asked == [("org/ink", "test"), ("org/paint@main", "train")]
+
+
+def test_a_hub_that_cannot_be_reached_is_said_with_another_way(tmp_path, published, monkeypatch):
+    def unreachable(source, split):
+        raise DataError("org/ink cannot be fetched from the Hub", where=split, found="offline")
+
+    monkeypatch.setattr(gathering, "open_split", unreachable)
+    ink, _ = gather(spec_of(published), ["ink=org/ink"], tmp_path / "out")
+    for part in ("cannot be fetched", "git clone https://example.org/a/copies sources/ink/copies"):
+        assert part in str(ink.problem)
 
 
 @pytest.mark.parametrize(

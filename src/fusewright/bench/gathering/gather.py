@@ -69,7 +69,12 @@ def _labelled(one: DataSet, reader: Reader, place: Place) -> Iterator[Labelled]:
         yield from reader.folder(place)
         return
     for split in one.origin.hub_splits:
-        yield from reader.split(open_split(DataSource(hub=place), split))
+        try:
+            whole = open_split(DataSource(hub=place), split)
+        except DataError as error:
+            raise DataError(error.problem, where=error.where, found=error.found,
+                            fix=one.fix) from error  # fmt: skip
+        yield from reader.split(whole)
 
 
 def _given(source: str, wanted: Mapping[str, DataSet]) -> tuple[str, Place]:

@@ -85,6 +85,16 @@ class DataSet:
         """Its last name ("mnist")."""
         return self.name.rpartition("/")[2]
 
+    @property
+    def fix(self) -> str:
+        """Commands that fetch its repositories to where they are looked for."""
+        commands = []
+        for source in self.origin.source:
+            url, _, commit = source.partition("@")
+            folder = f"sources/{self.short}/{url.rpartition('/')[2]}"
+            commands.append(f"git clone {url} {folder} && git -C {folder} checkout -q {commit}")
+        return f"{' && '.join(commands)}, then --from sources"
+
     def __len__(self) -> int:
         return sum(map(len, self.splits.values()))
 
@@ -131,7 +141,8 @@ def read_manifest(name: str) -> dict[str, DataSet]:
     rows_at = path.with_suffix(".parquet")
     table = _table(rows_at)
     classes = json.loads((table.schema.metadata or {}).get(b"classes", b"{}"))
-    columns = {key: table.column(key).to_numpy() for key in ("data", "split", "hash", "label")}
+    columns = {key: table.column(key).to_numpy() for key in ("hash", "label")}
+    columns |= {key: table.column(key).to_numpy().astype(str) for key in ("data", "split")}
     found = {}
     for one, origin in origins.items():
         mine = columns["data"] == one

@@ -57,7 +57,7 @@ class Picks:
             f"{len(self.one) - self.found} of {len(self.one)} rows were not found",
             where=self.one.name, found="; ".join(about),
             expected="; ".join(f"{', '.join(files)} of {url}" for url, files in source.items()),
-            fix=" && ".join([*_clones(self.one), "fusewright suite gather ... --from sources"]),
+            fix=self.one.fix,
         )  # fmt: skip
 
     def _relabelled(self) -> list[str]:
@@ -76,13 +76,3 @@ class Picks:
 def _rows(one: DataSet) -> list[tuple[int, int]]:
     return [row for split in one.splits.values()
             for row in zip(split.hashes.tolist(), split.labels.tolist(), strict=True)]  # fmt: skip
-
-
-def _clones(one: DataSet) -> list[str]:
-    """Commands that fetch the repositories of a data set to where they are looked for."""
-    commands = []
-    for source in one.origin.source:
-        url, _, commit = source.partition("@")
-        folder = f"sources/{one.short}/{url.rpartition('/')[2]}"
-        commands.append(f"git clone {url} {folder} && git -C {folder} checkout -q {commit}")
-    return commands

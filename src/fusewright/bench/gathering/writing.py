@@ -39,8 +39,9 @@ def write(one: DataSet, pictures: Mapping[int, Image], folder: Path) -> None:
 
 
 def _png(picture: Image) -> bytes:
+    bare = needs("PIL.Image", "tasks").frombytes(picture.mode, picture.size, picture.tobytes())
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    bare.save(file, "PNG")  # without a copy's resolution, colour profile, …
     return file.getvalue()
 
 
