@@ -17,9 +17,12 @@ from fusewright.methods.learned._dam import DAM
 from fusewright.methods.learned._fitting import Fitting, Learner, asked
 from fusewright.methods.learned._fw_merging import FWMerging
 from fusewright.methods.learned._pruning import ANP, AWM
+from fusewright.methods.learned._sau import SAU
 from fusewright.methods.learned.coefficients import LinearCoefficients
 
-METHODS: tuple[type[Method], ...] = (AdaMerging, AdaRank, ANP, AWM, Concrete, DAM, FWMerging)
+METHODS: tuple[type[Method], ...] = (
+    AdaMerging, AdaRank, ANP, AWM, Concrete, DAM, FWMerging, SAU,
+)  # fmt: skip
 
 __all__ = [
     "ANP", "AWM", "DAM", "METHODS", "AdaMerging", "Concrete", "FWMerging", "Fitting", "Learner",

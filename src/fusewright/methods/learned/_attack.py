@@ -34,7 +34,7 @@ class UniversalAttack(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.ball, self.aim, self.rate = ball, aim, rate
-        self.pictures = {task: _pictures(task, q) for task, q in questions.items()}
+        self.pictures = {task: pictures_of(task, q) for task, q in questions.items()}
         self.questions = dict(questions)
         self._at = {task: f"delta{number}" for number, task in enumerate(questions)}
         for task, question in questions.items():
@@ -72,7 +72,8 @@ class UniversalAttack(nn.Module):
         return self.questions[task].logits(model, changed)
 
 
-def _pictures(task: str, question: Question) -> Any:
+def pictures_of(task: str, question: Question) -> Any:
+    """Where a task's batches hold pictures. Raises PlanError if nothing says so."""
     if question.pictures is None:
         raise PlanError(
             "the defence perturbs pictures, and none are known in this task's batches",
