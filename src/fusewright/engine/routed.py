@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fusewright.methods.routed  # noqa: F401  (the layers of this package are known by it)
 from fusewright.engine.front import Merged, merge
 from fusewright.engine.hollow import fill, hollow, mapped, zero
 from fusewright.engine.state import MergedWeights, class_of
