@@ -385,6 +385,19 @@ def test_the_shipped_manifest_has_every_row_of_its_suite_once(name):
             assert set(rows.labels.tolist()) == set(range(len(one.classes)))
 
 
+def test_a_sweep_says_whether_its_data_are_the_published_rows(tmp_path, published):
+    from fusewright.bench.suite import suite
+    from fusewright.bench.sweep.cells import Asked
+    from fusewright.bench.sweep.run import _facts
+
+    path, data = published
+    facts = _facts([suite(path, data=data)], Asked())
+    assert facts["data"] == "the published rows"
+    other = _facts([suite(path, data=tmp_path)], Asked())
+    assert other["data"] == "not the published rows: vision/ink, vision/paint"
+    assert "data" not in _facts([suite("digits", data=data)], Asked())
+
+
 def run(*words: object):
     return CliRunner().invoke(app, ["suite", "gather", *map(str, words)])
 
