@@ -12,13 +12,20 @@ from learned_toys import Killed, stop_at
 from routed_toys import base_of, experts_of, sides, vit
 
 import fusewright as fw
-from fusewright.methods.routed import EWEMoE, ParetoSet, RepresentationSurgery, WEMoE
+from fusewright.methods.routed import (
+    EWEMoE,
+    ParetoSet,
+    RankOneMoE,
+    RepresentationSurgery,
+    WEMoE,
+)
 
 QUICK = {"steps": 8, "batch": 6, "every": 2, "rate": 1e-2}
 ADAMERGING = {"adamerging": {**QUICK, "guard": 0}}
 METHODS = {  # (method, the step it is killed after, the step it then goes on from)
     "wemoe": (WEMoE(**QUICK, guard=0), 5, 4),
     "e_wemoe": (EWEMoE(**QUICK, guard=0, objective="matching"), 5, 4),
+    "rank_one_moe": (RankOneMoE(**QUICK, guard=0, rank=2, top=3), 5, 4),
     "pwe_moe": (ParetoSet(**QUICK, objective="entropy"), 5, 4),
     "twin": (fw.Twin(epochs=4, batch=20, rate=1e-2), 13, 10),  # five batches an epoch, dropout
     "surgery": (RepresentationSurgery(steps=80, rank=4, rate=1e-2), 60, 50),
