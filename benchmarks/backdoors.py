@@ -2,7 +2,7 @@
 
     python benchmarks/backdoors.py --data DIR --pool DIR -o DIR [--suite vision-mini] [--seed 0]
         [--attacks patch blend interpolated ...] [--poisoned 0 1 2] [--methods average dam ...]
-        [--steps 200] [--items 500] [--threads 1]
+        [--experts 8] [--steps 200] [--items 500] [--threads 1]
 
 Experts of the first one or two merged tasks are fine-tuned as the suite's are, with a tenth of
 their training rows poisoned (dirty labels): by a chequered patch, by a blend of noise, or by a
@@ -49,9 +49,9 @@ COUNTS = (1, 0, 2)
 PLAIN = ("average", "task_arithmetic", "ties")
 LEARNED = {
     "concrete": {}, "dam": {}, "dam_strong": {"alpha": 1.0}, "dam_toward": {"aim": "toward"},
-    "dam_one_mask": {"detection": False, "safe": "entropy"}, "anp": {}, "awm": {},
+    "dam_one_mask": {"detection": False, "safe": "entropy"}, "anp": {}, "awm": {}, "sau": {},
 }  # fmt: skip
-RATES = {"concrete": 1e-2, "dam": 1e-2, "anp": 1e-2, "awm": 1e-2}
+RATES = {"concrete": 1e-2, "dam": 1e-2, "anp": 1e-2, "awm": 1e-2, "sau": 1e-2}
 """Of masks' logits: ten times the papers', because steps are a tenth of theirs."""
 
 
@@ -67,7 +67,7 @@ class Table:
 
     def __init__(self, suite: Suite, asked: argparse.Namespace) -> None:
         self.suite, self.asked, self.out = suite, asked, asked.out
-        self.tasks = list(suite.spec.merged)
+        self.tasks = list(suite.spec.merged)[: asked.experts]
         self.exchange = Exchange(suite.open(suite.base), suite.base, suite.spec.opens)
 
     def trigger(self, attack: str) -> Trigger:
@@ -109,7 +109,8 @@ class Table:
             module = self.exchange.filled(merged.state_dict())
             method = method if isinstance(method, str) else method.spec()
         done = time.perf_counter()
-        found = rates(self.suite, module, self.trigger(attack), TARGET, limit=self.asked.items)
+        found = rates(self.suite, module, self.trigger(attack), TARGET, tasks=self.tasks,
+                      limit=self.asked.items)  # fmt: skip
         said = {
             "attack": attack, "poisoned": poisoned, "method": name, "spec": method,
             "target": TARGET, "rate": RATE, "trigger": self.trigger(attack).said(),
@@ -149,7 +150,9 @@ def main() -> None:
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=ATTACKS)
     parser.add_argument("--poisoned", nargs="+", type=int, choices=COUNTS, default=COUNTS)
     parser.add_argument("--methods", nargs="+", choices=("expert", *PLAIN, *LEARNED),
-                        default=("expert", *PLAIN, "concrete", "dam", "anp", "awm"))
+                        default=("expert", *PLAIN, "concrete", "dam", "anp", "awm",
+                                 "sau"))
+    parser.add_argument("--experts", type=int, help="merge the first so many tasks' alone")
     for name, default in (("seed", 0), ("steps", 200), ("items", 500), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
