@@ -10,7 +10,6 @@ import typer
 from fusewright.cli._print import print_json, print_tables
 from fusewright.cli._shared import Json, add
 from fusewright.cli.suite import Data, Name, Pool, Seeds
-from fusewright.methods.written import listed
 
 if TYPE_CHECKING:
     from fusewright.bench.results import Results
@@ -86,6 +85,7 @@ def bench(
     """
     from fusewright.bench.report import write_results
     from fusewright.bench.sweep import bench as measure
+    from fusewright.methods.written import listed
 
     results = measure(
         suite, None if methods is None else listed(methods), out=out, tune=tune, seeds=seeds,
@@ -105,7 +105,7 @@ def bench(
 
 
 def _numbers(text: str | None) -> list[int]:
-    parts = listed(text or "")
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
     if not all(part.isdigit() for part in parts):
         raise typer.BadParameter(f"numbers separated by commas are expected, found {text!r}",
                                  param_hint="--subsets")  # fmt: skip
