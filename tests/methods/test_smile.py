@@ -12,7 +12,7 @@ from routed_toys import TINY, base_of, elsewhere, gpt2, llama, t5
 from torch import nn
 
 import fusewright as fw
-from fusewright.errors import PlanError, WeightsError
+from fusewright.errors import FusewrightWarning, PlanError, WeightsError
 from fusewright.methods.routed import Smile
 from fusewright.modules.routed import RoutedLinear
 
@@ -146,6 +146,17 @@ def test_parameters_are_those_of_the_formula() -> None:
     extra = sum(2 * (3 * (x.in_features + x.out_features) + 2 * x.in_features) for x in linears)
     before = sum(t.numel() for t in base.state_dict().values())
     assert made.report["parameters"]["stored"] - before == extra
+
+
+def test_gates_that_cannot_tell_experts_apart_are_told_of(recwarn) -> None:
+    base = base_of(llama)
+    experts = {"a": expert_of(base, 1), "b": expert_of(base, 2)}
+    fw.merge(Smile(rank=2, gate=15), base=base, experts=experts)
+    assert not [w for w in recwarn if "gate" in str(w.message)]
+    with pytest.warns(FusewrightWarning, match="choose a gate below 16"):
+        fw.merge(Smile(rank=2, gate=16), base=base, experts=experts)
+    fw.merge(Smile(rank=2, gate=16), base=base, experts={"a": experts["a"]})
+    assert len([w for w in recwarn if "gate" in str(w.message)]) == 0
 
 
 def test_what_the_checkpoint_lacks_is_not_counted(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
+from warnings import warn
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from fusewright.errors import PlanError
+from fusewright.errors import FusewrightWarning, PlanError
 from fusewright.methods.contract import Card, Context, Parts, Routed
 from fusewright.methods.routed._linears import is_routable, turned
 from fusewright.modules.architecture import describe_module
@@ -63,6 +64,7 @@ class Smile(Routed):
             raise PlanError("no linear layer of a block is changed by an expert",
                             expected="nn.Linear or Conv1D inside blocks",
                             fix="`fusewright inspect` shows what the experts change")  # fmt: skip
+        _warn_of_blind(found)
         return Parts(found)
 
     def _layer(
@@ -80,6 +82,17 @@ class Smile(Routed):
         if linear.bias is not None and linear.bias in vectors.base:
             bias = torch.stack([d.dense() for d in vectors.at(linear.bias)]).to(dtype)
         return RoutedLinear(base, up, down, gate, bias, self.top)
+
+
+def _warn_of_blind(layers: Mapping[str, Layer]) -> None:
+    """A gate as wide as the input has the input's own norm for every expert."""
+    widths = {path: layer.gate.shape[1:] for path, layer in layers.items()
+              if isinstance(layer, RoutedLinear) and len(layer.gate) > 1}  # fmt: skip
+    blind = {path: inputs for path, (rank, inputs) in widths.items() if rank >= inputs}
+    if blind:
+        warn(f"the gates of {len(blind)} layers ({next(iter(blind))}) are as wide as their inputs "
+             f"and cannot tell experts apart: choose a gate below {min(blind.values())}",
+             FusewrightWarning, stacklevel=2)  # fmt: skip
 
 
 def _stacked(columns: list[torch.Tensor]) -> torch.Tensor:
