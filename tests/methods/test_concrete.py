@@ -115,6 +115,13 @@ def test_nothing_learned_is_task_arithmetic() -> None:
             torch.testing.assert_close(tensor, start[name], rtol=1e-6, atol=1e-7)
 
 
+def test_what_was_trained_are_the_masks_and_not_what_is_left_of_them() -> None:
+    elements = sum(p.numel() for p in network().parameters())
+    for form in ("task_arithmetic", "adamerging"):
+        report = merged(steps=1, weight_steps=1, form=form).report["fitted"]
+        assert report["trained"] == elements
+
+
 def test_row_masks_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     found, base = merged(mask="row", rate=0.1).state_dict(), network(HALF)
     name = "0.weight"

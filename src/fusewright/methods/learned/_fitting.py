@@ -65,6 +65,7 @@ class Fitting:
         self._batches = {task: Numbered(question.stream(method.batch, context.seed))
                          for task, question in self.questions.items()}  # fmt: skip
         self._plain: nn.Module | None = None
+        self._trained = 0  # numbers, in the largest stage
         self._agreement: Agreement | None = None
         if method.guard:
             self._agreement = Agreement(
@@ -157,6 +158,7 @@ class Fitting:
         schedule: Literal["constant", "cosine"] = "constant", floor: float = 0.0,
     ) -> Fit:  # fmt: skip
         """Adam on ``trained``; a killed stage goes on where the context keeps checkpoints."""
+        self._trained = max(self._trained, _learned(trained))
         fitter = Fitter(
             steps, rate, schedule=schedule, floor=floor, every=self.method.every,
             constrain=constrain, tell=self.context.tell,
@@ -186,7 +188,7 @@ class Fitting:
         return {
             "losses": list(fit.losses), "agreement": [list(s) for s in fit.scores],
             "kept": fit.kept, "tasks": {t: list(losses) for t, losses in fit.tasks.items()},
-            "guard": guard, "trained": _learned(merge),
+            "guard": guard, "trained": self._trained,
         }  # fmt: skip
 
     @cached_property
@@ -200,10 +202,8 @@ class Fitting:
         return digest(found)
 
 
-def _learned(merge: ParametrisedMerge | nn.Module) -> int:
-    """How many numbers a fit moved."""
-    learned = merge.coefficients if isinstance(merge, ParametrisedMerge) else merge
-    return sum(p.numel() for p in learned.parameters() if p.requires_grad)
+def _learned(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def asked(context: Context) -> Mapping[str, Question]:
