@@ -66,3 +66,11 @@ def test_settings_of_one_method_have_rows_of_their_own() -> None:
 def test_one_method_twice_is_refused(twice: list[str]) -> None:
     with pytest.raises(RecipeError, match="given twice"):
         entries(3, twice)
+
+
+def test_where_plain_models_are_wanted_routed_methods_are_left_out() -> None:
+    kept, left = entries(3, routed=False)
+    assert not {"smile", "emr"} & {one.key for one in kept} and "plain model" in left["smile"]
+    assert {"smile", "emr"} <= {one.key for one in entries(3)[0]}
+    with pytest.raises(RecipeError, match="bench digits --methods smile"):
+        entries(3, ["ties", "smile"], routed=False)

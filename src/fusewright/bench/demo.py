@@ -73,7 +73,8 @@ def run_demo(
 ) -> Leaderboard:
     """Train (or take from the cache), merge, evaluate, and write leaderboard.json, report.html.
 
-    ``methods`` are written as in recipes; None means every registered one. The first of ``seeds``
+    ``methods`` are written as in recipes; None means every registered one that needs no data and
+    gives a plain model. The first of ``seeds``
     is the one whose models stay in ``out``.
 
     Raises FusewrightError if the extra ``demo`` is not installed, or a merge is refused.
@@ -88,7 +89,7 @@ def run_demo(
     from fusewright.bench.report import write_report
 
     training, stages, out = training or Training(), Stages(progress), Path(out)
-    chosen, left_out = entries(len(TASKS), methods)
+    chosen, left_out = entries(len(TASKS), methods, routed=False)
     out.mkdir(parents=True, exist_ok=True)
     clock = [perf_counter()]
     suites = _trained(out, training, seeds, stages)

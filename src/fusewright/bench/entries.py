@@ -76,18 +76,27 @@ def _changed(method: Method) -> dict[str, Any]:
 
 
 def entries(
-    experts: int, methods: Sequence[Any] | None = None
+    experts: int, methods: Sequence[Any] | None = None, routed: bool = True
 ) -> tuple[list[Entry], dict[str, str]]:
     """The methods to run (by default all that are registered), and {method: why it is not run}.
+    ``routed``: also those whose result is no plain model.
 
-    Raises RecipeError for a method that is not known, or given twice.
+    Raises RecipeError for a method that is not known, or given twice, or routed where none is
+    wanted.
     """
     if methods is not None:
-        return _distinct(entry(spec) for spec in methods), {}
+        given = _distinct(entry(spec) for spec in methods)
+        odd = [one.key for one in given if isinstance(one.method, Routed)]
+        if odd and not routed:
+            raise RecipeError("the result is no plain model", found=", ".join(odd),
+                              fix=f"fusewright bench digits --methods {','.join(odd)}")  # fmt: skip
+        return given, {}
     kept, left_out = [], {}
     for name, method in registry().items():
         spec: Any = ["task_arithmetic", name] if issubclass(method, Finish) else name
         reason = STANDS_FOR.get(name) or _unfit(method, experts)
+        if not (reason or routed) and issubclass(method, Routed):
+            reason = "its result is no plain model: fusewright bench digits"
         if reason:
             left_out[name] = reason
         else:

@@ -26,7 +26,7 @@ def demo(
     ),
     json: Json = False,
 ) -> None:
-    """Train small models, merge them with every method, compare.
+    """Train small models, merge them with every method that gives a plain model, compare.
 
     A base and experts are trained on real images of digits, and merged on disk. Needs the
     extra: pip install 'fusewright\\[demo]'.
