@@ -21,7 +21,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
 from itertools import combinations, product
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
@@ -193,10 +195,27 @@ class Study:
         return least["unloaded"] / least["base"]
 
 
-def memory(layers: int, images: int = 16) -> dict[str, float]:
-    """MiB by which the process's own pages (RssAnon) grow over two training steps, on a vision
-    tower of CLIP ViT-B/32's shape, two tasks whose vectors are made when they are read."""
+def memory(layers: int) -> dict[str, float]:
+    """MiB by which a fresh process's own pages (RssAnon) grow over two training steps, on a vision
+    tower of CLIP ViT-B/32's shape, two tasks whose vectors are made when they are read. A process
+    each, since one that has freed pages grows less."""
+    context = get_context("spawn")
+    found = {}
+    for what in ("mlp", "all", "trained whole", "model"):
+        with ProcessPoolExecutor(1, mp_context=context) as fresh:
+            found[what] = fresh.submit(memory_of, what, layers).result() / 2**20
+    return found
+
+
+def memory_of(what: str, layers: int, images: int = 16) -> int:
+    """Bytes that training of the routers of some modules, or of the whole model, takes beyond the
+    model; or the "model" itself."""
+    torch.set_num_threads(1)
     model = vision(layers)
+    if what == "model":
+        return sum(p.nbytes for p in model.parameters())
+    whole = what == "trained whole"
+    model.requires_grad_(whole)
     vectors = task_vectors(model, 2)
     head = torch.randn(768, 100, generator=torch.Generator().manual_seed(0))
     batches = [torch.randn(images, 3, 224, 224) for _ in vectors.experts]
@@ -214,8 +233,8 @@ def memory(layers: int, images: int = 16) -> dict[str, float]:
                 loss.backward()
             adam.step()
 
-    def learn(modules: str) -> None:
-        places = selected(describe_module(model).layout, vectors.names, modules)
+    def learn() -> None:
+        places = selected(describe_module(model).layout, vectors.names, what)
         routers = PreferenceRouters(max(places.values()) + 1, 2, 2)
         own = PreferenceCoefficients(routers, places, torch.tensor([0.5, 0.5]))
         merge = ParametrisedMerge(model, vectors.select(lambda name: name in places), own)
@@ -228,11 +247,7 @@ def memory(layers: int, images: int = 16) -> dict[str, float]:
                 live.collect()
             adam.step()
 
-    model.requires_grad_(False)
-    found = {modules: peak(lambda m=modules: learn(m)) / 2**20 for modules in ("mlp", "all")}
-    model.requires_grad_(True)
-    found["trained whole"] = peak(tune) / 2**20
-    return found | {"model": sum(p.nbytes for p in model.parameters()) / 2**20}
+    return peak(tune if whole else learn)
 
 
 class Report:
