@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from fusewright.tasks import DataError, ImagePreparation
+from fusewright.tasks.images import RESAMPLING
 
 transformers = pytest.importorskip("transformers")
+Image = pytest.importorskip("PIL.Image")
 
 
 def processor(kind: str, **options):
@@ -77,3 +79,17 @@ def test_a_config_that_gives_pictures_of_different_sizes_is_refused() -> None:
     config = {"size": {"shortest_edge": 16}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     with pytest.raises(DataError, match="no batch"):
         ImagePreparation.read(config)
+
+
+@pytest.mark.parametrize("fit", ["stretch", "crop"])
+@pytest.mark.parametrize("resample", RESAMPLING)
+@pytest.mark.parametrize("shape", [(28, 28), (13, 40), (90, 31)])
+def test_a_grey_picture_is_prepared_as_if_it_were_coloured_first(shape, resample, fit) -> None:
+    values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    grey = Image.fromarray(values)
+    preparation = ImagePreparation(size=24, resample=resample, fit=fit)
+    found = preparation.pixels(grey)
+    assert np.array_equal(found, preparation.pixels(grey.convert("RGB")))
+    assert found.shape == (3, 24, 24) and found.flags["C_CONTIGUOUS"]
+    found[0] = 0  # its own memory
+    assert found[1].any() or not values.any()

@@ -76,15 +76,15 @@ class ImagePreparation:
 
     def pixels(self, picture: Any) -> Pixels:
         """A PIL image -> (channels, size, size) uint8."""
-        picture = picture.convert("RGB" if self.channels == 3 else "L")
+        if picture.mode != "L":  # one band is resized faster than three that are the same
+            picture = picture.convert("RGB" if self.channels == 3 else "L")
         if picture.size != (self.size, self.size) or self.resize not in (None, self.size):
             picture = self._cropped(picture) if self.fit == "crop" else self._resized(
                 picture, (self.size, self.size)
             )  # fmt: skip
         values = np.asarray(picture)
-        return np.ascontiguousarray(
-            values.transpose(2, 0, 1) if values.ndim == 3 else values[None]
-        )
+        bands = values.transpose(2, 0, 1) if values.ndim == 3 else values[None]
+        return np.ascontiguousarray(np.broadcast_to(bands, (self.channels, *bands.shape[1:])))
 
     def values(self, pixels: Sequence[Pixels]) -> Tensor:
         """(x - 255 mean) / (255 std): pictures of :meth:`pixels` -> (n, channels, size, size)."""
