@@ -11,8 +11,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fusewright.engine.recipe import StrictYAML
 from fusewright.errors import FusewrightError, nearest
+from fusewright.strict_yaml import StrictYAML
 
 VERSION = 1
 SHIPPED = Path(__file__).parent / "suites"

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fusewright.errors import RecipeError, nearest
+from fusewright.strict_yaml import StrictYAML
 
 VERSION = 1
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -225,29 +226,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RecipeError("a recipe is a mapping", where=path, found=type(found).__name__)
     return {str(k): v for k, v in found.items()}
-
-
-class StrictYAML(yaml.SafeLoader):
-    """YAML without anchors, aliases, tags and repeated keys."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.composer.ComposerError(None, None, "anchors and aliases are not allowed",
-                                              event.start_mark)  # fmt: skip
-        if getattr(event, "tag", None):
-            raise yaml.composer.ComposerError(None, None, f"tags are not allowed: {event.tag}",
-                                              event.start_mark)  # fmt: skip
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        for k, (at, _) in zip(keys, node.value, strict=True):
-            if keys.count(k) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {k!r} is given twice", at.start_mark
-                )
-        return super().construct_mapping(node, deep)
 
 
 def _override(fields: dict[str, Any], override: str) -> None:

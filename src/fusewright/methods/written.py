@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 
 from fusewright.errors import RecipeError
+from fusewright.strict_yaml import StrictYAML
 
 _CALL = re.compile(r"(?P<name>[^()]*)(?:\((?P<inside>.*)\))?", re.DOTALL)
 _TOKEN = re.compile(r"'[^']*'|\"[^\"]*\"|>>|.", re.DOTALL)
@@ -49,7 +50,7 @@ def called(text: str) -> tuple[str, dict[str, Any]]:
             raise RecipeError(f"a parameter of {found['name']!r} is written key=value, once",
                               found=repr(part))  # fmt: skip
         try:
-            parameters[key] = yaml.safe_load(value)
+            parameters[key] = yaml.load(value, Loader=StrictYAML)
         except yaml.YAMLError as error:
             raise RecipeError(f"{key}: the value is not plain YAML", found=repr(value)) from error
     return found["name"].strip(), parameters
