@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,13 +13,14 @@ from torch.nn.functional import pad
 from fusewright.methods.contract import Card, Context, Parts
 from fusewright.methods.learned._rest import summed
 from fusewright.methods.routed._linears import turned
-from fusewright.methods.routed._mixtures import Part, parts_of
+from fusewright.methods.routed._mixtures import parts_of
 from fusewright.methods.routed._wemoe import WEMoE
 from fusewright.modules.deltas import leading
 from fusewright.modules.layer import put_in
 from fusewright.modules.linears import LinearMap
 from fusewright.modules.mixed import MixedLinear
-from fusewright.modules.mixture import Mixture, Routing
+from fusewright.modules.mixture import Mixture
+from fusewright.modules.routers import Router
 from fusewright.modules.stacks import FactorStack
 from fusewright.modules.vectors import TaskVectors
 
@@ -66,13 +67,9 @@ class RankOneMoE(WEMoE):
         put_in(model, {}, fixed)  # now: later their names are those inside mixed layers
         return made
 
-    def _routing(
-        self, parts: Sequence[Part], experts: int, seed: int
-    ) -> tuple[Routing, list[int]]:
-        routing, places = super()._routing(parts, experts * self.rank, seed)
-        for router in routing.routers:
-            router.top = self.top or 0  # type: ignore[assignment]
-        return routing, places
+    def _router(self, inputs: int, experts: int, seed: int) -> Router:
+        count = experts * self.rank
+        return Router(inputs, count, self.router, self.start, seed, self.top or 0)
 
     def _layer(
         self, linear: LinearMap, model: nn.Module, vectors: TaskVectors, mixture: Mixture

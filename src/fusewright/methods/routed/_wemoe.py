@@ -105,10 +105,13 @@ class WEMoE(Learner, Routed):
         keys = [part.inputs if self.shared else at for at, part in enumerate(parts)]
         first = {key: keys.index(key) for key in keys}
         routers = [
-            Router(parts[at].inputs, experts, self.router, self.start, seed + number)
+            self._router(parts[at].inputs, experts, seed + number)
             for number, at in enumerate(first.values())
         ]
         return Routing(routers), [list(first).index(key) for key in keys]
+
+    def _router(self, inputs: int, experts: int, seed: int) -> Router:
+        return Router(inputs, experts, self.router, self.start, seed)
 
     def _layer(
         self, linear: LinearMap, model: nn.Module, vectors: TaskVectors, mixture: Mixture
