@@ -112,7 +112,7 @@ class Fitting:
         learned = [p for p in merge.coefficients.parameters() if p.requires_grad]
         losses: dict[str, float] = {}
         each: dict[str, list[Tensor]] = {}
-        with merge.live() as live, self._shared(learned, summed=scalarise is None):
+        with merge.live() as live, self._shared([] if scalarise else learned):
             for task in self.processes.mine(self.questions):
                 loss = self.loss(live.model, task, number)
                 losses[task] = float(loss.detach())
@@ -140,9 +140,9 @@ class Fitting:
         return self.processes.gathered(losses, self.questions)
 
     @contextmanager
-    def _shared(self, learned: Sequence[nn.Parameter], summed: bool = True) -> Iterator[None]:
+    def _shared(self, learned: Sequence[nn.Parameter]) -> Iterator[None]:
         """Gradients of all processes' tasks are summed, and added to what was there before."""
-        if self.processes.count == 1 or not summed:
+        if self.processes.count == 1:
             yield
             return
         before = [_taken(p) for p in learned]

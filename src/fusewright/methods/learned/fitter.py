@@ -66,7 +66,8 @@ class Fitter:
         processes = Processes.started()
         with torch.random.fork_rng(devices=[]):
             run.resume()
-            processes.same_draws()  # after all have read the checkpoint, so that it may be replaced
+            processes.wait()  # until all have read the checkpoint: it may be replaced then
+            processes.same_draws()
             try:
                 while run.done < self.steps:
                     if run.done % self.every == 0:
