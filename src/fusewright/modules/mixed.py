@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from fusewright.errors import PlanError
 from fusewright.modules.layer import Replacement, Saved
@@ -22,10 +23,12 @@ Form = Literal["weights", "outputs", "factors"]
 
 _BLOCK = 3 << 19
 """Bytes of merged rows that are used at once: they stay in a second-level cache."""
+_ROWS = 16
+"""Rows that are used at once, at least: products of fewer take twice as long."""
 _SAMPLES = 16
 """Samples whose rows are merged at once."""
-_PANEL = 1 << 25
-"""Bytes of all experts' rows that are made at once, where they are not held as they are needed."""
+_PANEL = 7 << 22
+"""Bytes of the base's and all experts' rows that are brought together at once."""
 _BYTE = 4
 """Multiplications that a processor does while one byte comes from memory."""
 
@@ -148,7 +151,8 @@ class _Mix(torch.autograd.Function):
     """(n, tokens, in), (n, experts), (out, in) -> (n, tokens, out), for gradients of the first two.
 
     ∂L/∂x = ∂L/∂y W_b and ∂L/∂w_t = ⟨∂L/∂W_b, Δ_t⟩, W_b = W_0 + Σ_t w_t Δ_t, are found block by
-    block of W's rows as the values are: no more than one block of merged weights is ever held.
+    block of W's rows as the values are: no more than one block of merged weights is ever held. For
+    "weights" the base counts as one more expert, of weight 1: a single product merges a block.
     """
 
     @staticmethod
@@ -157,25 +161,24 @@ class _Mix(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weights, base)
         ctx.stack, ctx.form = stack, form
-        shares = weights.to(wide_dtype(base))
         if form == "weights" and len(x) == 1:  # one merged matrix: one product
-            return x @ stack.combined(base, shares[0]).to(x.dtype).T
+            return x @ stack.combined(base, weights[0].to(wide_dtype(base))).to(x.dtype).T
+        shares = _with_base(weights, base)
         found = x.new_empty(*x.shape[:2], len(base))
         if form == "outputs":
             for rows, deltas in _panels(stack, shares.dtype):
-                mixed = torch.einsum("nstr,nt->nsr", _said(x, deltas), shares.to(x))
+                mixed = torch.einsum("nstr,nt->nsr", _said(x, deltas), shares[:, :-1].to(x))
                 found[..., rows] = x @ base[rows].T + mixed
             return found
-        for some, rows, deltas in _blocks(len(x), stack, shares.dtype):
-            merged = _merged(base[rows], shares[some], deltas).to(x.dtype)
-            found[some, :, rows] = torch.bmm(x[some], merged.mT)
+        for some, rows, block in _blocks(len(x), stack, base, shares.dtype):
+            found[some, :, rows] = torch.bmm(x[some], _merged(shares[some], block).to(x.dtype).mT)
         return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, base = ctx.saved_tensors
-        shares = weights.to(wide_dtype(base))
+        shares = _with_base(weights, base)
         to_x = torch.zeros_like(x, dtype=shares.dtype) if ctx.needs_input_grad[0] else None
         to_shares = torch.zeros_like(shares)
         if ctx.form == "outputs":
@@ -183,19 +186,24 @@ class _Mix(torch.autograd.Function):
                 part = gradient[..., rows]
                 if to_x is not None:
                     to_x += part @ base[rows].to(part)
-                    mixed = torch.einsum("nsr,nt->nstr", part, shares.to(part))
+                    mixed = torch.einsum("nsr,nt->nstr", part, shares[:, :-1].to(part))
                     to_x += mixed.flatten(2) @ deltas.flatten(0, 1).to(part)
-                to_shares += torch.einsum("nsr,nstr->nt", part, _said(x, deltas)).to(to_shares)
+                said = torch.einsum("nsr,nstr->nt", part, _said(x, deltas))
+                to_shares[:, :-1] += said.to(to_shares)
         else:
-            for some, rows, deltas in _blocks(len(x), ctx.stack, shares.dtype):
+            for some, rows, block in _blocks(len(x), ctx.stack, base, shares.dtype):
                 part = gradient[some, :, rows]
                 if to_x is not None:
-                    merged = _merged(base[rows], shares[some], deltas).to(part.dtype)
-                    to_x[some] += torch.bmm(part, merged)
-                of_weight = torch.bmm(part.mT, x[some]).to(deltas.dtype)
-                to_shares[some] += of_weight.flatten(1) @ deltas.flatten(1).T
+                    to_x[some] += torch.bmm(part, _merged(shares[some], block).to(part.dtype))
+                of_weight = torch.bmm(part.mT, x[some]).to(block.dtype)
+                to_shares[some] += of_weight.flatten(1) @ block.flatten(1).T
         found = None if to_x is None else to_x.to(x.dtype)
-        return found, to_shares.to(weights.dtype), None, None, None
+        return found, to_shares[:, :-1].to(weights.dtype), None, None, None
+
+
+def _with_base(weights: Tensor, base: Tensor) -> Tensor:
+    """w and a last 1, for the base: (n, experts + 1)."""
+    return pad(weights.to(wide_dtype(base)), (0, 1), value=1.0)
 
 
 def _said(x: Tensor, deltas: Tensor) -> Tensor:
@@ -203,34 +211,48 @@ def _said(x: Tensor, deltas: Tensor) -> Tensor:
     return (x @ deltas.flatten(0, 1).T.to(x)).unflatten(2, deltas.shape[:2])
 
 
-def _merged(base: Tensor, shares: Tensor, deltas: Tensor) -> Tensor:
+def _merged(shares: Tensor, block: Tensor) -> Tensor:
     """Some rows of W_b for some samples: (samples, rows, in)."""
-    start = base.to(shares.dtype).reshape(1, -1)
-    return torch.addmm(start, shares, deltas.flatten(1)).view(-1, *base.shape)
+    return (shares @ block.flatten(1)).view(-1, *block.shape[1:])
 
 
-def _panels(stack: Stack, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of all experts' Δ, (experts, rows, in): all, or as many as are to be made at once."""
+def _panels(
+    stack: Stack, dtype: torch.dtype, base: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of all experts' Δ, and last of the base if one is given: (experts [+ 1], rows, in).
+
+    What is not held so is written, some rows after the others, in the same place: fresh memory
+    costs more than what is written there.
+    """
     experts, outputs, inputs = stack.shape
-    size = outputs
-    if not stack.holds(dtype):
-        size = _even(_PANEL // (experts * inputs * dtype.itemsize))
+    if base is None and stack.holds(dtype):
+        yield slice(0, outputs), stack.whole(dtype)
+        return
+    parts = experts + (base is not None)
+    size = min(outputs, _even(_PANEL // (parts * inputs * dtype.itemsize)))
+    held = torch.empty(parts * size * inputs, dtype=dtype, device=stack.device)
     for start in range(0, outputs, size):
-        stop = min(start + size, outputs)
-        yield slice(start, stop), stack.rows(start, stop, dtype)
+        rows = slice(start, min(start + size, outputs))
+        count = rows.stop - start
+        panel = held[: parts * count * inputs].view(parts, count, inputs)
+        stack.write(panel[:experts], start)
+        if base is not None:
+            panel[experts] = base[rows]
+        yield rows, panel
 
 
 def _blocks(
-    count: int, stack: Stack, dtype: torch.dtype
+    count: int, stack: Stack, base: Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Samples, and rows of Δ, few enough of both for what is merged of them to stay in a cache."""
+    """Samples, and rows of panels, few enough of both for what is merged of them to stay in a
+    cache."""
     samples = min(count, _SAMPLES)
-    size = _even(_BLOCK // (samples * stack.shape[2] * dtype.itemsize))
-    for panel, deltas in _panels(stack, dtype):
+    size = max(_ROWS, _even(_BLOCK // (samples * stack.shape[2] * dtype.itemsize)))
+    for rows, panel in _panels(stack, dtype, base):
         for first in range(0, count, samples):
-            for start in range(0, deltas.shape[1], size):
-                part = deltas[:, start : start + size]
-                begin = panel.start + start
+            for start in range(0, panel.shape[1], size):
+                part = panel[:, start : start + size]
+                begin = rows.start + start
                 yield slice(first, first + samples), slice(begin, begin + part.shape[1]), part
 
 

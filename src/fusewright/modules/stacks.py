@@ -22,19 +22,28 @@ class Stack(nn.Module, ABC):
     shape: tuple[int, int, int]
 
     @abstractmethod
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """All experts' rows of that range: (experts, rows, inputs)."""
+    def write(self, out: Tensor, start: int) -> None:
+        """All experts' rows from ``start`` on, as many as ``out`` (experts, rows, inputs) has."""
 
     def holds(self, dtype: torch.dtype) -> bool:
-        """Whether rows are there already, so that asking for all of them costs nothing."""
+        """Whether :meth:`whole` is there already, so that asking for it costs nothing."""
         return False
 
     def combined(self, base: Tensor, weights: Tensor) -> Tensor:
         """W_0 + Σ_t w_t Δ_t for one w (experts,), in its dtype; ``base`` is (outputs, inputs)."""
-        _, outputs, _ = self.shape
-        whole = self.rows(0, outputs, weights.dtype).flatten(1)
+        whole = self.whole(weights.dtype).flatten(1)
         start = base.to(weights.dtype).reshape(-1)
         return torch.addmv(start, whole.T, weights).view(base.shape)
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """All experts' Δ: ``shape``."""
+        found = torch.empty(self.shape, dtype=dtype, device=self.device)
+        self.write(found, 0)
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.buffers()).device
 
     @property
     def experts(self) -> int:
@@ -57,8 +66,11 @@ class DenseStack(Stack):
         experts, outputs, inputs = values.shape
         self.shape = experts, outputs, inputs
 
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        return self.values[:, start:stop].to(dtype)
+    def write(self, out: Tensor, start: int) -> None:
+        out.copy_(self.values[:, start : start + out.shape[1]])
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        return self.values.to(dtype)
 
     def holds(self, dtype: torch.dtype) -> bool:
         return self.values.dtype == dtype
@@ -93,14 +105,13 @@ class SparseStack(Stack):
         kept[ends], steps[ends] = values, gaps - fillers * _WIDEST_GAP
         return cls(kept, steps.to(torch.uint8), shape)
 
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        experts, outputs, inputs = self.shape
-        found = self.values.new_zeros(experts, stop - start, inputs, dtype=dtype)
-        for at, expert in enumerate(found):
-            places, values = self._between(at, start, stop)
+    def write(self, out: Tensor, start: int) -> None:
+        _, outputs, inputs = self.shape
+        out.zero_()
+        for at, expert in enumerate(out):
+            places, values = self._between(at, start, start + out.shape[1])
             offset = (at * outputs + start) * inputs
-            expert.view(-1).index_copy_(0, places - offset, values.to(dtype))
-        return found
+            expert.view(-1).index_copy_(0, places - offset, values.to(out.dtype))
 
     def combined(self, base: Tensor, weights: Tensor) -> Tensor:
         _, outputs, inputs = self.shape
@@ -143,8 +154,9 @@ class FactorStack(Stack):
         self.shape = up.shape[0], up.shape[1], down.shape[2]
         self.rank = up.shape[2]
 
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        return self.up[:, start:stop].to(dtype) @ self.down.to(dtype)
+    def write(self, out: Tensor, start: int) -> None:
+        up, down = self.up[:, start : start + out.shape[1]], self.down
+        torch.matmul(up.to(out.dtype), down.to(out.dtype), out=out)
 
     def combined(self, base: Tensor, weights: Tensor) -> Tensor:
         up = (self.up.to(weights) * weights[:, None, None]).transpose(0, 1).flatten(1)
