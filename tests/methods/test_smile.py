@@ -193,3 +193,17 @@ def test_a_folder_of_another_format_is_refused(tmp_path) -> None:
     (tmp_path / "out" / "routed.json").write_text(json.dumps({**said, "routed": 2}))
     with pytest.raises(WeightsError, match="another format"):
         fw.load(tmp_path / "out")
+
+
+def test_transformers_refuses_a_folder_whose_layers_it_would_leave_out(tmp_path) -> None:
+    base = base_of(gpt2)
+    base.save_pretrained(tmp_path / "base")
+    expert_of(base, 1).save_pretrained(tmp_path / "a")
+    made = fw.merge(Smile(), base=tmp_path / "base", experts={"a": tmp_path / "a"})
+    for name, options in {"one": {}, "many": {"shard_size": "8KiB"}}.items():
+        made.save(tmp_path / name, **options)
+        assert list((tmp_path / name).glob("routed*.safetensors"))
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+            type(base).from_pretrained(tmp_path / name)
+        again = fw.load(tmp_path / name)
+        assert all(again.state_dict()[n].equal(t) for n, t in made.state_dict().items())

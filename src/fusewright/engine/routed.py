@@ -35,6 +35,7 @@ from fusewright.modules.mixture import ROUTING, Routing, fixed, weights_of
 from fusewright.modules.preferences import PREFERENCES, Preferences
 from fusewright.modules.surgery import SURGERY
 from fusewright.weights import open_weights
+from fusewright.weights.locate import ROUTED_STEM
 from fusewright.weights.names import canonical_names
 
 DESCRIPTION, FORMAT = "routed.json", 1
@@ -65,7 +66,8 @@ class RoutedModel(Merged):
 
     def save(self, out: str | Path, **options: Any) -> Merged:
         """Write it as a folder that :func:`fusewright.load` opens: the tensors of base and layers,
-        the base's config and tokenizer, and ``routed.json``. Raises PlanError for a layer without a
+        the base's config and tokenizer, and ``routed.json``. Other libraries find no weights in it:
+        they would leave the layers out, and say so at most. Raises PlanError for a layer without a
         kind of its own, which nothing could open."""
         described = {path: _described(path, layer) for path, layer in self._layers()}
         said = {
@@ -73,7 +75,7 @@ class RoutedModel(Merged):
             "layers": described,
         }  # fmt: skip
         files = {DESCRIPTION: json.dumps(said, indent=1).encode()}
-        source = MergedWeights(self.state_dict(), self.source, files)
+        source = MergedWeights(self.state_dict(), self.source, files, ROUTED_STEM)
         return merge("passthrough", experts={"merged": source}, out=out, **options)
 
     def unload(self, inputs: Any = None) -> Merged:

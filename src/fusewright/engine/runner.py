@@ -25,6 +25,7 @@ from fusewright.engine.schedule import Schedule
 from fusewright.engine.work import Unit, Worker
 from fusewright.weights.digest import block_digests
 from fusewright.weights.journal import Record
+from fusewright.weights.locate import MODEL_STEMS
 from fusewright.weights.shards import plan_shards
 from fusewright.weights.sink import MemorySink, Sink
 from fusewright.weights.staging import Staging
@@ -59,7 +60,8 @@ def run_to_folder(
     count from ``started`` (time.perf_counter(); by default now) to the rename. ``fitted`` is what
     the plan was made by."""
     started = time.perf_counter() if started is None else started
-    shards = plan_shards(plan.outputs(), plan.options.shard_size, {"format": "pt"})
+    stem = getattr(inputs.reference, "stem", MODEL_STEMS[0])
+    shards = plan_shards(plan.outputs(), plan.options.shard_size, {"format": "pt"}, stem)
     with Staging.open(
         out, bound_digest(plan, inputs), shards, overwrite=plan.options.overwrite,
         inputs=inputs.paths(), durable=plan.options.durable,

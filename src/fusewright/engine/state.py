@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fusewright.errors import PlanError
 from fusewright.weights import open_weights
+from fusewright.weights.locate import MODEL_STEMS
 from fusewright.weights.memory import MemoryWeights
 from fusewright.weights.names import canonical_names
 from fusewright.weights.spec import Weights
@@ -22,11 +23,14 @@ class MergedWeights(MemoryWeights):
     """Tensors in memory that know the folder (or module) whose architecture they fill."""
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], source: Any, files: Mapping[str, bytes] | None = None
-    ) -> None:
+        self, tensors: Mapping[str, Tensor], source: Any,
+        files: Mapping[str, bytes] | None = None, stem: str = MODEL_STEMS[0],
+    ) -> None:  # fmt: skip
         super().__init__(tensors, label="merged in memory")
         self.files = dict(files or {})
         """More small files that belong to the model, by name."""
+        self.stem = stem
+        """What files of its weights are called."""
         if isinstance(source, str | Path) and Path(source).is_dir():
             self.root = Path(source)
             path = self.root / "config.json"

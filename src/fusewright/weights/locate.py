@@ -14,6 +14,8 @@ from .json_text import read_object
 MODEL_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 OPEN_CLIP_STEMS = ("open_clip_model", "open_clip_pytorch_model")
 """OpenCLIP's, whose folders often hold the same model for transformers too: read if alone."""
+ROUTED_STEM = "routed"
+"""Of models with layers that other libraries would leave out, and that they shall not find."""
 ADAPTER_STEMS = ("adapter_model",)
 _SUFFIXES = (".safetensors", ".bin")  # the earlier is preferred
 _WEIGHT_LIKE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack)$")
@@ -37,7 +39,7 @@ def locate(root: Path, stems: tuple[str, ...] = MODEL_STEMS) -> Located:
     answer (a single file and an index; two stems; several variants), or only part of one.
     """
     present = {entry.name for entry in root.iterdir() if not entry.is_dir()}
-    groups = (stems, OPEN_CLIP_STEMS) if stems == MODEL_STEMS else (stems,)
+    groups = (stems, OPEN_CLIP_STEMS, (ROUTED_STEM,)) if stems == MODEL_STEMS else (stems,)
     for group, suffix in product(groups, _SUFFIXES):
         found = _candidates(present, group, suffix)
         if len(found) > 1:
