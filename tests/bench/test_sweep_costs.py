@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from fusewright.bench.sweep import layers as by_layer  # noqa: E402
 from fusewright.bench.sweep import slowdown as inference  # noqa: E402
+from fusewright.bench.sweep.costs import measured  # noqa: E402
 from fusewright.bench.sweep.run import bench  # noqa: E402
 from fusewright.errors import FusewrightError  # noqa: E402
 from fusewright.weights.files import COUNT  # noqa: E402
@@ -133,3 +136,20 @@ def test_a_sweep_is_not_lost_for_want_of_its_layers(suite, tmp_path, monkeypatch
     results = sweep(suite, tmp_path)
     assert "layers" not in results.facts and "nobody can compare" in results.facts["layers of"]
     assert "average" in results.rows()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
+def test_memory_that_the_process_kept_from_before_counts_again() -> None:
+    def act(pins: list[bytearray]) -> None:
+        held = []
+        for _ in range(500):
+            held.append(bytearray(100_000))
+            pins.append(bytearray(600))
+        time.sleep(0.1)  # for the watcher to look
+
+    pins: list[bytearray] = []
+    act(pins)  # between these, malloc keeps what is freed
+    with measured() as cost:
+        act([])
+    assert cost.peak_memory > 40e6
+    assert len(pins) == 500
