@@ -385,17 +385,23 @@ def test_the_shipped_manifest_has_every_row_of_its_suite_once(name):
             assert set(rows.labels.tolist()) == set(range(len(one.classes)))
 
 
-def test_a_sweep_says_whether_its_data_are_the_published_rows(tmp_path, published):
+def test_a_sweep_says_whether_its_data_are_the_published_rows(tmp_path, published, monkeypatch):
     from fusewright.bench.suite import suite
-    from fusewright.bench.sweep.cells import Asked
-    from fusewright.bench.sweep.run import _facts
+    from fusewright.bench.sweep import run
 
     path, data = published
-    facts = _facts([suite(path, data=data)], Asked())
-    assert facts["data"] == "the published rows"
-    other = _facts([suite(path, data=tmp_path)], Asked())
-    assert other["data"] == "not the published rows: vision/ink, vision/paint"
-    assert "data" not in _facts([suite("digits", data=data)], Asked())
+    assert run._published(suite(path, data=data), tmp_path) == {"data": "the published rows"}
+    asked = []
+    monkeypatch.setattr(run, "matches", lambda *given: asked.append(given) or "looked again")
+    assert run._published(suite(path, data=data), tmp_path) == {"data": "the published rows"}
+    assert not asked  # the files are the same
+    empty = tmp_path / "empty"
+    (tmp_path / "sweep").mkdir()
+    assert run._published(suite(path, data=empty), tmp_path) == {"data": "looked again"}
+    monkeypatch.undo()
+    found = run._published(suite(path, data=empty), empty.parent / "sweep")
+    assert found == {"data": "not the published rows: vision/ink, vision/paint"}
+    assert run._published(suite("digits", data=data), tmp_path) == {}
 
 
 def run(*words: object):

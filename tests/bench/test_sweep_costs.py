@@ -123,7 +123,7 @@ def test_models_are_read_for_their_layers_once(suite, swept, monkeypatch):
     results, out = swept
     monkeypatch.setattr(by_layer, "_measured", None)
     assert sweep(suite, out).facts["layers"] == results.facts["layers"]
-    (out / "layers.json").write_text(json.dumps({"key": "of other models", "rows": []}))
+    (out / "layers.json").write_text(json.dumps({"key": "of other models", "found": []}))
     monkeypatch.setattr(by_layer, "_measured", lambda base, experts: [{"layer": "anew"}])
     assert sweep(suite, out).facts["layers"] == [{"layer": "anew"}]
 

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fusewright.bench.gathering.manifest import SPLITS, DataSet, RowList, manifest_of
+from fusewright.bench.gathering.manifest import (
+    SPLITS,
+    DataSet,
+    RowList,
+    manifest_files,
+    manifest_of,
+)
 from fusewright.bench.progress import Stages
 from fusewright.bench.suite_file import SuiteSpec
 from fusewright.errors import FusewrightError
@@ -58,15 +64,28 @@ def matches(spec: SuiteSpec, data: Path | None) -> str | None:
     return f"not {SAME}: {', '.join(other)}" if other else SAME
 
 
+def compared_files(spec: SuiteSpec, data: Path) -> list[Path]:
+    """What :func:`matches` depends on; some may not be there."""
+    if spec.rows is None:
+        return []
+    names = sorted({task.data for task in spec.tasks.values() if task.data})
+    parts = [_file(data, name, split) for name in names for split in SPLITS]
+    return [*manifest_files(spec.rows), *parts]
+
+
 def compared(one: DataSet, data: Path) -> Gathered:
     """Whether a data set's folder holds its rows, all of them and in order."""
     same, problem = 0, None
     for split in SPLITS:
         try:
-            same += _checked(one, split, data / one.name / f"{split}.parquet")
+            same += _checked(one, split, _file(data, one.name, split))
         except FusewrightError as error:
             problem = problem or error
     return Gathered(one.name, len(one), same, problem=problem)
+
+
+def _file(data: Path, name: str, split: str) -> Path:
+    return data / name / f"{split}.parquet"
 
 
 def _checked(one: DataSet, split: str, path: Path) -> int:

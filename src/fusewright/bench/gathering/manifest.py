@@ -130,15 +130,20 @@ def manifest_of(spec: SuiteSpec) -> dict[str, DataSet]:
     return {name: found[name] for name in wanted if name}
 
 
+def manifest_files(name: str) -> tuple[Path, Path]:
+    """Where a manifest's origins and rows are, whether they are there or not."""
+    path = FOLDER / f"{name}.yaml"
+    path = path if path.is_file() else Path(name)
+    return path, path.with_suffix(".parquet")
+
+
 def read_manifest(name: str) -> dict[str, DataSet]:
     """The data sets of a manifest: one that comes with fusewright, or the path of its YAML.
 
     Raises SuiteError if there is none or it is not understood, DataError if its rows are damaged.
     """
-    path = FOLDER / f"{name}.yaml"
-    path = path if path.is_file() else Path(name)
+    path, rows_at = manifest_files(name)
     origins = read_origins(path)
-    rows_at = path.with_suffix(".parquet")
     table = _table(rows_at)
     classes = json.loads((table.schema.metadata or {}).get(b"classes", b"{}"))
     columns = {key: table.column(key).to_numpy() for key in ("hash", "label")}

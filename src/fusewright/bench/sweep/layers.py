@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
@@ -10,7 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from fusewright.bench.sweep.identity import digest, files_digest
-from fusewright.bench.sweep.store import write_json
+from fusewright.bench.sweep.store import remembered
 
 if TYPE_CHECKING:
     from fusewright.bench.suite import Suite
@@ -31,16 +30,8 @@ def layers(suite: Suite, folder: Path) -> Rows:
     """
     paths = {name: suite.experts[name] for name in suite.spec.merged}
     key = digest([files_digest(suite.base), *map(files_digest, paths.values()), list(paths)])
-    kept = folder / FILE
-    try:
-        said = json.loads(kept.read_text("utf-8"))
-        if said["key"] == key:
-            return list(said["rows"])
-    except (OSError, ValueError, KeyError):
-        pass
-    rows = _measured(suite.base, paths)
-    write_json(kept, {"key": key, "rows": rows})
-    return rows
+    found: Rows = remembered(folder / FILE, key, lambda: _measured(suite.base, paths))
+    return found
 
 
 def _measured(base: Path, experts: Mapping[str, Path]) -> Rows:

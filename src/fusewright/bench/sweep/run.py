@@ -18,7 +18,7 @@ from typing import Any
 import fusewright
 from fusewright.bench.benchmarks import KIND as LM_EVAL
 from fusewright.bench.entries import Entry, entries
-from fusewright.bench.gathering.check import matches
+from fusewright.bench.gathering.check import compared_files, matches
 from fusewright.bench.progress import Stages
 from fusewright.bench.results import CLEAN, Results
 from fusewright.bench.suite import Suite
@@ -27,15 +27,18 @@ from fusewright.bench.suite_file import SuiteError
 from fusewright.bench.sweep.cells import TEST_INPUTS, Asked, Group, adapts, groups
 from fusewright.bench.sweep.ensembles import without_logits
 from fusewright.bench.sweep.execute import execute
+from fusewright.bench.sweep.identity import digest, files_digest
 from fusewright.bench.sweep.joint import DEFAULT, recipes
 from fusewright.bench.sweep.joint import chosen as chosen_joint
 from fusewright.bench.sweep.layers import layers
-from fusewright.bench.sweep.store import Store, save_results
+from fusewright.bench.sweep.store import Store, remembered, save_results
 from fusewright.errors import FusewrightError
 from fusewright.methods.registry import parse_method
 
 ALWAYS = ("average", "task_arithmetic")
 """Merges that every sweep holds: what others are compared with."""
+ROWS = "rows.json"
+"""Keeps whether the data are the published rows."""
 
 
 def bench(
@@ -113,7 +116,7 @@ def _swept(
         for key, job in finished.items():
             store.classify(key, job.requirement)
         keys = list(finished)
-        facts = _facts(suites, asked) | _by_layer(suites[0], folder) | {
+        facts = _facts(suites, asked) | _published(suites[0], folder) | _by_layer(suites[0], folder) | {
             "left out": dict(left_out), "failed": failed, "seconds": perf_counter() - began,
         }  # fmt: skip
         results = _results(suites[0], tuple(store.load(key) for key in keys), facts)
@@ -212,8 +215,18 @@ def _items(suite: Suite) -> dict[str, str]:
     return found
 
 
+def _published(suite: Suite, folder: Path) -> dict[str, Any]:
+    """Whether the data are the rows that others can have too: looked at once, while files stay as
+    they are."""
+    if suite.spec.rows is None or suite.data is None:
+        return {}
+    files = compared_files(suite.spec, suite.data)
+    key = digest([files_digest(file) if file.is_file() else None for file in files])
+    said = remembered(folder / ROWS, key, lambda: matches(suite.spec, suite.data))
+    return {"data": said}
+
+
 def _facts(suites: Sequence[Suite], asked: Asked) -> dict[str, Any]:
-    rows = matches(suites[0].spec, suites[0].data)
     packages = {}
     for package in ("torch", "transformers", "numpy", "optuna", "lm_eval"):
         try:
@@ -228,7 +241,6 @@ def _facts(suites: Sequence[Suite], asked: Asked) -> dict[str, Any]:
         "seeds": [one.seed for one in suites], "variants": [one.variant for one in suites],
         "trials": asked.tune, "limit": asked.limit, "subsets": list(asked.subsets),
         **({"mixed stream": f"{asked.stream} rows of each merged task"} if asked.stream else {}),
-        **({"data": rows} if rows else {}),
         "licence": suites[0].spec.licence, "items": _items(suites[0]),
         "versions": {"fusewright": fusewright.__version__, **packages,
                      "python": platform.python_version()},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,20 @@ def write_json(path: Path, value: Any) -> None:
     partial.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", "utf-8")
     _sync(partial)
     partial.replace(path)
+
+
+def remembered(path: Path, key: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` answers with, in JSON's types; kept in a file for as long as ``key`` is the
+    same."""
+    try:
+        said = json.loads(path.read_text("utf-8"))
+        if said["key"] == key:
+            return said["found"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    found = make()
+    write_json(path, {"key": key, "found": found})
+    return found
 
 
 def save_results(folder: Path, results: Results, keys: list[str]) -> None:
