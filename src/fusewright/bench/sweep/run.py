@@ -116,7 +116,9 @@ def _swept(
         for key, job in finished.items():
             store.classify(key, job.requirement)
         keys = list(finished)
-        facts = _facts(suites, asked) | _published(suites[0], folder) | _by_layer(suites[0], folder) | {
+        facts = {
+            **_facts(suites, asked), **_published(suites[0], folder),
+            **_by_layer(suites[0], folder),
             "left out": dict(left_out), "failed": failed, "seconds": perf_counter() - began,
         }  # fmt: skip
         results = _results(suites[0], tuple(store.load(key) for key in keys), facts)
