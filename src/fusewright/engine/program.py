@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -13,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fusewright.engine.front import Merged, run, source_of
@@ -25,7 +27,7 @@ from fusewright.engine.recipe import ExpertEntry, Recipe
 from fusewright.engine.renames import renames
 from fusewright.engine.runner import bound_digest
 from fusewright.engine.state import MergedWeights, module_of, read_state, whole
-from fusewright.errors import PlanError
+from fusewright.errors import FusewrightWarning, PlanError
 from fusewright.layout import TensorLayout
 from fusewright.methods.contract import Context, Fold, Method, Program, Routed
 from fusewright.methods.learned.processes import Processes
@@ -146,6 +148,9 @@ def run_program(
     if not recipe.experts:
         raise PlanError("there is nothing to merge", expected="at least one expert", found="none")
     beside = fits if out is None else fits_folder(resolve_target(Path(out)))
+    if torch.device(options.device).type != "cpu":
+        warnings.warn(f"{method.name} is fitted on the CPU: {options.device} computes merges only",
+                      FusewrightWarning, stacklevel=4)  # fmt: skip
     processes = Processes.started()
     progress = progress if processes.first else None
     with closing(Trials(recipe, options, data, evaluate, progress, beside)) as context:
