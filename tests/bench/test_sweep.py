@@ -205,6 +205,15 @@ def test_other_parameters_and_limits_are_other_cells(suite, swept, made):
     assert set(made) == {*ALWAYS, "ties"}
 
 
+def test_another_setting_of_a_method_makes_only_itself(suite, swept, made):
+    half, tenth = ({"ties": {"density": density}} for density in (0.5, 0.1))
+    assert "ties" in sweep(suite, swept[1], methods=[half]).rows()
+    made.clear()
+    both = sweep(suite, swept[1], methods=[half, tenth])
+    assert made == ["ties(density=0.1)"]
+    assert {"ties(density=0.5)", "ties(density=0.1)"} <= set(both.rows())
+
+
 def test_a_method_whose_code_changed_makes_only_itself(suite, swept, made, monkeypatch):
     source = identity.inspect.getsource
     changed = "fusewright.methods.static._elect"

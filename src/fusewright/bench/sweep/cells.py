@@ -193,6 +193,7 @@ def _keyed(job: Job, suite: Suite, models: Mapping[str, str], asked: Asked) -> J
     if asked.stream:  # absent otherwise, so that cells from before have their keys still
         said["stream"] = asked.stream
     if job.how in ("merge", "tuned", "transductive"):
+        said.pop("row")  # which may change with what else is measured
         stages = job.what.chain if isinstance(job.what, Pipeline) else (job.what,)
         parts = [part for s in stages for part in (s, *getattr(s, "stages", tuple)())]
         said |= {"method": job.what.spec(), "code": code_digest([type(part) for part in parts])}

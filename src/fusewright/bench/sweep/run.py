@@ -114,7 +114,7 @@ def _swept(
             failed = execute(store, suites, pending, asked, jobs, step)
         finished = {j.key: j for group in work for j in group if store.is_finished(j.key)}
         for key, job in finished.items():
-            store.classify(key, job.requirement)
+            store.classify(key, row=job.row, title=job.title, requirement=job.requirement)
         keys = list(finished)
         facts = {
             **_facts(suites, asked), **_published(suites[0], folder),

@@ -74,12 +74,13 @@ class Store:
         fields["experts"] = tuple(said["experts"])
         return Cell(**fields)
 
-    def classify(self, key: str, requirement: str) -> None:
-        """Say of a finished cell what class it belongs to: what is measured stays as it is."""
+    def classify(self, key: str, **told: str) -> None:
+        """Say of a finished cell what it is called (``row``, ``title``) and what class it belongs
+        to (``requirement``): what is measured stays as it is."""
         path, _ = self._paths(key)
         said = json.loads(path.read_text("utf-8"))
-        if said["requirement"] != requirement:
-            write_json(path, said | {"requirement": requirement})
+        if any(said[name] != value for name, value in told.items()):
+            write_json(path, said | told)
 
     def trials(self, key: str) -> Any:
         """What tuning tried for a cell: [{"parameters": …, "value": …}], or None."""
