@@ -395,11 +395,11 @@ def test_a_sweep_says_whether_its_data_are_the_published_rows(tmp_path, publishe
     monkeypatch.setattr(run, "matches", lambda *given: asked.append(given) or "looked again")
     assert run._published(suite(path, data=data), tmp_path) == {"data": "the published rows"}
     assert not asked  # the files are the same
-    empty = tmp_path / "empty"
-    (tmp_path / "sweep").mkdir()
+    empty, other = tmp_path / "empty", tmp_path / "other"
+    other.mkdir()
     assert run._published(suite(path, data=empty), tmp_path) == {"data": "looked again"}
     monkeypatch.undo()
-    found = run._published(suite(path, data=empty), empty.parent / "sweep")
+    found = run._published(suite(path, data=empty), other)
     assert found == {"data": "not the published rows: vision/ink, vision/paint"}
     assert run._published(suite("digits", data=data), tmp_path) == {}
 

@@ -64,9 +64,10 @@ def matches(spec: SuiteSpec, data: Path | None) -> str | None:
     return f"not {SAME}: {', '.join(other)}" if other else SAME
 
 
-def compared_files(spec: SuiteSpec, data: Path) -> list[Path]:
-    """What :func:`matches` depends on; some may not be there."""
-    if spec.rows is None:
+def compared_files(spec: SuiteSpec, data: Path | None) -> list[Path]:
+    """What the answer of :func:`matches` depends on; none where that is None. Some may not be
+    there."""
+    if spec.rows is None or data is None:
         return []
     names = sorted({task.data for task in spec.tasks.values() if task.data})
     parts = [_file(data, name, split) for name in names for split in SPLITS]
