@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
@@ -27,6 +28,8 @@ _ROWS = 16
 """Rows that are used at once, at least: products of fewer take twice as long."""
 _SAMPLES = 16
 """Samples whose rows are merged at once."""
+_ADDED = 4
+"""Samples whose rows are merged at once by a loop: it gains nothing from more."""
 _PANEL = 7 << 22
 """Bytes of the base's and all experts' rows that are brought together at once."""
 _BYTE = 4
@@ -170,8 +173,8 @@ class _Mix(torch.autograd.Function):
                 mixed = torch.einsum("nstr,nt->nsr", _said(x, deltas), shares[:, :-1].to(x))
                 found[..., rows] = x @ base[rows].T + mixed
             return found
-        for some, rows, block in _blocks(len(x), stack, base, shares.dtype):
-            found[some, :, rows] = torch.bmm(x[some], _merged(shares[some], block).to(x.dtype).mT)
+        for some, rows, merged in _merged_blocks(shares, stack, base):
+            found[some, :, rows] = torch.bmm(x[some], merged.to(x.dtype).mT)
         return found
 
     @staticmethod
@@ -209,6 +212,29 @@ def _with_base(weights: Tensor, base: Tensor) -> Tensor:
 def _said(x: Tensor, deltas: Tensor) -> Tensor:
     """Every expert's Δ_t x: (n, tokens, experts, rows)."""
     return (x @ deltas.flatten(0, 1).T.to(x)).unflatten(2, deltas.shape[:2])
+
+
+def _merged_blocks(
+    shares: Tensor, stack: Stack, base: Tensor
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """All of W_b, of some samples and rows at a time: (samples, rows, in)."""
+    if not stack.adds_rows(shares):
+        for some, rows, block in _blocks(len(shares), stack, base, shares.dtype):
+            yield some, rows, _merged(shares[some], block)
+        return
+    samples, (_, outputs, inputs) = min(len(shares), _ADDED), stack.shape
+    size = max(_ROWS, _even(_BLOCK // (samples * inputs * shares.itemsize)))
+    held = shares.new_empty(samples * min(size, outputs) * inputs)
+    mixing = shares[:, :-1].contiguous()
+    for start in range(0, outputs, size):
+        rows = slice(start, min(start + size, outputs))
+        part = base[rows].to(shares.dtype).contiguous()
+        for first in range(0, len(shares), samples):
+            some = slice(first, min(first + samples, len(shares)))
+            shape = some.stop - first, *part.shape
+            merged = held[: prod(shape)].view(shape)
+            stack.add_rows(merged, part, mixing[some], start)
+            yield some, rows, merged
 
 
 def _merged(shares: Tensor, block: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from fusewright.modules import scatter
 from fusewright.modules.deltas import Delta, Factors, Sparse
 
 _WIDEST_GAP = 255
@@ -28,6 +29,15 @@ class Stack(nn.Module, ABC):
     def holds(self, dtype: torch.dtype) -> bool:
         """Whether :meth:`whole` is there already, so that asking for it costs nothing."""
         return False
+
+    def adds_rows(self, weights: Tensor) -> bool:
+        """Whether :meth:`add_rows` is there for such weights, and faster than products."""
+        return False
+
+    def add_rows(self, out: Tensor, base: Tensor, weights: Tensor, start: int) -> None:
+        """W_0 + Σ_t w_bt Δ_t for several w (samples, experts), in their dtype: rows from ``start``
+        on, as many as ``out`` (samples, rows, inputs) and ``base`` (rows, inputs) have."""
+        raise NotImplementedError
 
     def combined(self, base: Tensor, weights: Tensor) -> Tensor:
         """W_0 + Σ_t w_t Δ_t for one w (experts,), in its dtype; ``base`` is (outputs, inputs)."""
@@ -80,7 +90,7 @@ class SparseStack(Stack):
     """The elements that are not zero: ``values`` (k,), and how far each lies behind the one before
     it, ``gaps`` (k,) uint8, in the flattened (experts, outputs, inputs); a gap of more than 255 is
     filled up with zeros. One byte a place: four would outweigh values of two. Places are counted
-    when they are first needed."""
+    when they are first needed; the compiled loop needs those of rows alone."""
 
     kind: ClassVar[str] = "sparse"
     values: Tensor
@@ -92,7 +102,8 @@ class SparseStack(Stack):
         self.register_buffer("gaps", gaps)
         experts, outputs, inputs = shape
         self.shape = experts, outputs, inputs
-        self._found: tuple[Tensor, list[list[int]]] | None = None
+        self._places: Tensor | None = None
+        self._begins: scatter.Rows | None = None
 
     @classmethod
     def of(cls, values: Tensor, places: Tensor, shape: Sequence[int]) -> SparseStack:
@@ -113,8 +124,18 @@ class SparseStack(Stack):
             offset = (at * outputs + start) * inputs
             expert.view(-1).index_copy_(0, places - offset, values.to(out.dtype))
 
+    def adds_rows(self, weights: Tensor) -> bool:
+        return scatter.compiled(self.values, weights)
+
+    def add_rows(self, out: Tensor, base: Tensor, weights: Tensor, start: int) -> None:
+        scatter.add_rows(out, base, weights, self.values, self.gaps, self._rows(), start)
+
     def combined(self, base: Tensor, weights: Tensor) -> Tensor:
         _, outputs, inputs = self.shape
+        if self.adds_rows(weights):
+            made = torch.empty(1, outputs, inputs)
+            self.add_rows(made, base.to(weights.dtype).contiguous(), weights[None], 0)
+            return made[0]
         found = base.to(weights.dtype, copy=True).reshape(-1)
         for at, weight in enumerate(weights):
             places, values = self._between(at, 0, outputs)
@@ -122,22 +143,23 @@ class SparseStack(Stack):
         return found.view(base.shape)
 
     def _between(self, expert: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """One expert's places and values in a range of rows."""
-        places, starts = self._places()
-        some = slice(starts[expert][start], starts[expert][stop])
-        return places[some], self.values[some]
+        """One expert's places (int64: what writes them wants that) and values in some rows."""
+        if self._places is None or self._places.device != self.gaps.device:
+            self._places = self.gaps.cumsum(0, dtype=torch.int64)
+        starts = self._rows().starts[expert]
+        some = slice(int(starts[start]), int(starts[stop]))
+        return self._places[some], self.values[some]
 
-    def _places(self) -> tuple[Tensor, list[list[int]]]:
-        """Where the values are (int64: what writes them wants that), and with which of them each
-        row of each expert begins."""
-        if self._found is None or self._found[0].device != self.gaps.device:
+    def _rows(self) -> scatter.Rows:
+        if self._begins is None or self._begins.starts.device != self.gaps.device:
             experts, outputs, inputs = self.shape
             places = self.gaps.cumsum(0, dtype=torch.int64)
             ends = torch.arange(experts * outputs + 1, device=places.device) * inputs
-            at = torch.searchsorted(places, ends).tolist()
-            rows = [at[e * outputs : (e + 1) * outputs + 1] for e in range(experts)]
-            self._found = places, rows
-        return self._found
+            at = torch.searchsorted(places, ends)
+            first = places[at[:-1].clamp(max=len(places) - 1)] if len(places) else at[:-1]
+            starts = torch.stack([at[e * outputs : (e + 1) * outputs + 1] for e in range(experts)])
+            self._begins = scatter.Rows(starts, (first - ends[:-1]).view(experts, outputs))
+        return self._begins
 
 
 class FactorStack(Stack):
