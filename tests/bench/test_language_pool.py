@@ -32,7 +32,7 @@ from fusewright.bench.suite_file import (  # noqa: E402
 )
 from fusewright.bench.sweep import bench  # noqa: E402
 from fusewright.bench.sweep.cells import _digests  # noqa: E402
-from fusewright.errors import OutputError  # noqa: E402
+from fusewright.errors import OutputError, RecipeError  # noqa: E402
 from fusewright.tasks.batching import Prepared  # noqa: E402
 from fusewright.tasks.errors import DataError  # noqa: E402
 
@@ -80,6 +80,11 @@ def pool(data, tmp_path_factory):
     root = tmp_path_factory.mktemp("pool")
     build(suite(), root / "seed-0", data, seed=0, progress=False)
     return root
+
+
+def test_running_text_has_no_corruptions(pool, data):
+    with pytest.raises(RecipeError, match="cannot be corrupted"):
+        bench(Suite("tiny", suite(), pool, data), ["average"], corruptions=True)
 
 
 def texts_of(split):

@@ -194,7 +194,7 @@ def test_what_a_sweep_says_cannot_become_markup(tmp_path: Path) -> None:
 
 def test_corruptions_are_a_table_of_their_own(summary: Summary) -> None:
     for text in (to_markdown(summary), to_latex(summary)):
-        main, corrupted = text.split("pictures corrupted")
+        main, corrupted = text.split("inputs corrupted")
         assert "jpeg" in corrupted and "jpeg" not in main and "own expert" in corrupted
     clean = results({}, more=[cell("base", 0.4, corrupted=False)])
     assert "corrupted" not in to_markdown(summarise(clean, resamples=100))

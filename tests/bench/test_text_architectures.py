@@ -18,6 +18,8 @@ from fusewright.bench.joint.recipe import joint_recipe  # noqa: E402
 from fusewright.bench.pools import architectures, build, text, texts  # noqa: E402
 from fusewright.bench.pools.text_to_text import text_task  # noqa: E402
 from fusewright.bench.pools.texts import encoded, load_corpora  # noqa: E402
+from fusewright.bench.report.files import to_markdown  # noqa: E402
+from fusewright.bench.report.summary import summarise  # noqa: E402
 from fusewright.bench.suite import Suite  # noqa: E402
 from fusewright.bench.suite_file import (  # noqa: E402
     SuiteError,
@@ -26,6 +28,7 @@ from fusewright.bench.suite_file import (  # noqa: E402
     read_suite,
     shipped,
 )
+from fusewright.tasks import TEXT_CORRUPTIONS  # noqa: E402
 from fusewright.tasks.heads import linear  # noqa: E402
 
 SMALL = {
@@ -192,6 +195,23 @@ def test_a_sweep_merges_them(opened, variant, tmp_path):
     for task in WORDS:
         expected = models.evaluate(module, task, limit=16).columns["loss"]
         assert found.outcomes[task]["clean"].columns["loss"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_corrupted_texts_are_conditions_of_their_own(opened):
+    results = fw.bench(opened, ["average"], joint="none", limit=12, corruptions=True,
+                       progress=False)  # fmt: skip
+    for cell in results.cells:
+        for each in cell.outcomes.values():
+            assert list(each) == ["clean", *TEXT_CORRUPTIONS]
+    (found,) = results.of("average")
+    for task in WORDS:
+        losses = {name: tuple(o.columns["loss"]) for name, o in found.outcomes[task].items()}
+        assert losses["lost_letters"] != losses["clean"] != losses["lost_words"]
+    assert "inputs corrupted" in to_markdown(summarise(results, resamples=50))
+    with pytest.raises(fw.FusewrightError, match="write lost_words"):
+        fw.bench(opened, ["average"], corruptions=["lost_word"], progress=False)
+    with pytest.raises(fw.FusewrightError, match="corrupted so"):
+        fw.bench(opened, ["average"], corruptions=["contrast"], progress=False)
 
 
 def test_joint_training_of_them_takes_the_experts_steps(opened):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,17 +185,10 @@ class Suite:
         return found
 
     def asked(self, task: str, condition: str = CLEAN) -> Task:
-        """A task, of clean inputs or under a corruption by name, as strong as the benchmarks of
-        its model's picture size have it (CIFAR-10-C up to 64 pixels, ImageNet-C above)."""
+        """A task, of clean inputs or under one of its ``conditions``."""
         self.task_spec(task)
-        if condition == CLEAN:
-            return self.tasks[task]
-        from fusewright.tasks.corruptions import Corruption
-
-        clean: Any = self.tasks[task]
-        pictures: Any = "small" if clean.preparation.size <= 64 else "large"
-        corrupted: Task = replace(clean, corruption=Corruption(condition, pictures=pictures))
-        return corrupted
+        clean = self.tasks[task]
+        return clean if condition == CLEAN else clean.under(condition)
 
     def ready(
         self, task: str, part: str = "test", limit: int | None = None, condition: str = CLEAN

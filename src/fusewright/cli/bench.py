@@ -55,7 +55,8 @@ def bench(
     ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Subsets of each number, drawn.")] = 3,
     corruptions: Annotated[
-        bool, typer.Option("--corruptions", help="Also on corrupted pictures (seven kinds).")
+        bool,
+        typer.Option("--corruptions", help="Also on corrupted pictures (in 7 ways) or texts (5)."),
     ] = False,
     joint: Annotated[
         str, typer.Option(metavar="A,B|all|none", help=_JOINT)

@@ -32,12 +32,14 @@ from fusewright.tasks.outcomes import Outcomes
 from fusewright.tasks.rows import DataSplit, Rows
 from fusewright.tasks.task import Batch, Progress, Split, Task
 from fusewright.tasks.text_classification import DecoderClassification, EncoderClassification
+from fusewright.tasks.text_corruptions import TEXT_CORRUPTIONS, TextCorruption
 from fusewright.tasks.verbalisers import VerbaliserClassification
 
 __all__ = [
-    "CORRUPTIONS", "Batch", "Benchmark", "Classification", "Corruption", "DataError", "DataSource",
-    "DataSplit", "DecoderClassification", "Depth", "EncoderClassification", "Generation",
-    "ImageClassification", "ImagePreparation", "LanguageModelling", "LmEval", "Normals", "Outcomes",
-    "Prepared", "Progress", "Rows", "Segmentation", "Split", "Task", "VerbaliserClassification",
-    "clip_head", "corpus", "evaluate", "evaluating", "image_features", "open_split",
+    "CORRUPTIONS", "TEXT_CORRUPTIONS", "Batch", "Benchmark", "Classification", "Corruption",
+    "DataError", "DataSource", "DataSplit", "DecoderClassification", "Depth",
+    "EncoderClassification", "Generation", "ImageClassification", "ImagePreparation",
+    "LanguageModelling", "LmEval", "Normals", "Outcomes", "Prepared", "Progress", "Rows",
+    "Segmentation", "Split", "Task", "TextCorruption", "VerbaliserClassification", "clip_head",
+    "corpus", "evaluate", "evaluating", "image_features", "open_split",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,12 @@ class Corruption:
                 expected='a severity from 1 to 5, pictures "small" or "large"',
                 found=f"{self.severity}, {self.pictures!r}",
             )  # fmt: skip
+
+    @classmethod
+    def sized(cls, name: str, pixels: int) -> Self:
+        """As strong as the benchmarks of such pictures have it: CIFAR-10-C up to 64 pixels,
+        ImageNet-C above."""
+        return cls(name, pictures="small" if pixels <= 64 else "large")
 
     def __call__(self, picture: Any, item: int) -> Any:
         """The picture (PIL) corrupted, of the same size; mode L or RGB."""

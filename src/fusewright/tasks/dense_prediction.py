@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from fusewright.errors import RecipeError
 from fusewright.extras import needs
 from fusewright.tasks import dense
 from fusewright.tasks.batching import BatchedTask, check_classes, column
-from fusewright.tasks.corruptions import Corruption
+from fusewright.tasks.corruptions import CORRUPTIONS, Corruption
 from fusewright.tasks.dense_maps import Head, maps
 from fusewright.tasks.dense_targets import Array, class_map, depth_map, normal_map
 from fusewright.tasks.errors import DataError
@@ -49,6 +49,7 @@ class DensePrediction(BatchedTask):
     for a metric that its kind does not have.
     """
 
+    conditions: ClassVar[tuple[str, ...]] = CORRUPTIONS
     METRICS: ClassVar[tuple[str, ...]]
     CHANNELS: ClassVar[int] = 1
     NUMBERS: ClassVar[bool] = True
@@ -92,6 +93,9 @@ class DensePrediction(BatchedTask):
     @abstractmethod
     def measured(self, said: Tensor, truth: Tensor) -> dict[str, Tensor]:
         """An item's columns: means over its pixels with ground truth, or counts; no NaN."""
+
+    def under(self, condition: str) -> Self:
+        return replace(self, corruption=Corruption.sized(condition, self.preparation.size))
 
     def encode(
         self, rows: Mapping[str, Sequence[Any]], numbers: Sequence[int], where: str

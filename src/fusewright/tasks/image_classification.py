@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from fusewright.tasks.batching import column
 from fusewright.tasks.classification import Classification
+from fusewright.tasks.corruptions import CORRUPTIONS, Corruption
 from fusewright.tasks.errors import DataError
 from fusewright.tasks.heads import image_features, linear
 from fusewright.tasks.images import ImagePreparation
@@ -16,8 +17,6 @@ from fusewright.tasks.task import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from fusewright.tasks.corruptions import Corruption
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class ImageClassification(Classification):
     """
 
     kind: ClassVar[str] = "image-classification"
+    conditions: ClassVar[tuple[str, ...]] = CORRUPTIONS
 
     head: Tensor = field(kw_only=True, repr=False, compare=False)
     preparation: ImagePreparation = field(default_factory=ImagePreparation, kw_only=True)
@@ -51,6 +51,9 @@ class ImageClassification(Classification):
     def pictures(self) -> Pictures:
         """What a batch's pixel_values are made of."""
         return Pictures("pixel_values", self.preparation.mean, self.preparation.std)
+
+    def under(self, condition: str) -> Self:
+        return replace(self, corruption=Corruption.sized(condition, self.preparation.size))
 
     def encode(
         self, rows: Mapping[str, Sequence[Any]], numbers: Sequence[int], where: str

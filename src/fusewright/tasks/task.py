@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,12 +39,18 @@ class Task(ABC):
     """How suites name it: "image-classification", "text-classification", …"""
     has_logits: ClassVar[bool] = True
     """Whether ``outcomes`` follow from ``logits``, so that outputs of models can be combined."""
+    conditions: ClassVar[tuple[str, ...]] = ()
+    """How its inputs can be corrupted, by name."""
 
     name: str
 
     def ready(self, split: Split) -> Split:
         """A split whose rows are this task's items: itself, unless items are cut from rows."""
         return split
+
+    def under(self, condition: str) -> Self:
+        """The same question about corrupted inputs: one of ``conditions``."""
+        raise NotImplementedError
 
     @abstractmethod
     def batches(

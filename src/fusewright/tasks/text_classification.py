@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from fusewright.tasks.batching import column
 from fusewright.tasks.classification import Classification
 from fusewright.tasks.heads import backbone, linear
 from fusewright.tasks.image_classification import check_head
 from fusewright.tasks.task import Batch
+from fusewright.tasks.text_corruptions import TEXT_CORRUPTIONS, TextCorruption
 from fusewright.tasks.tokens import on_left, pad_id, padded, positions, tokenised
 
 if TYPE_CHECKING:
@@ -21,25 +22,33 @@ if TYPE_CHECKING:
 class TextClassification(Classification):
     """What encoders and decoders share. ``head`` is (classes, width); ``tokenizer`` is one of
     ``transformers`` (its padding side is kept to); texts are cut at ``length`` tokens. A split with
-    a column "text2" gives pairs.
+    a column "text2" gives pairs. ``corruption`` disturbs every text before it is tokenised.
 
     Batches: input_ids, attention_mask, perhaps token_type_ids (n, tokens), labels, items (n,).
     Raises DataError if the head has not one row for each class.
     """
+
+    conditions: ClassVar[tuple[str, ...]] = TEXT_CORRUPTIONS
 
     head: Tensor = field(kw_only=True, repr=False, compare=False)
     tokenizer: Any = field(kw_only=True, repr=False, compare=False)
     length: int = field(default=128, kw_only=True)
     scale: float = field(default=1.0, kw_only=True)
     normalise: bool = field(default=False, kw_only=True)
+    corruption: TextCorruption | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_head(self.head, self.classes, self.name)
+
+    def under(self, condition: str) -> Self:
+        return replace(self, corruption=TextCorruption(condition))
 
     def encode(
         self, rows: Mapping[str, Sequence[Any]], numbers: Sequence[int], where: str
     ) -> list[Any]:
         labels = self.labels(rows, numbers, where)
+        if self.corruption is not None:
+            rows = self.corruption.columns(rows, numbers)
         texts, pairs = column(rows, "text", where), rows.get("text2")
         found = tokenised(self.tokenizer, texts, pairs, self.length, where, numbers)
         parts = [dict(zip(found, ids, strict=True)) for ids in zip(*found.values(), strict=True)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from fusewright.tasks.classification import Classification
 from fusewright.tasks.errors import DataError
 from fusewright.tasks.task import Batch
+from fusewright.tasks.text_corruptions import TEXT_CORRUPTIONS, TextCorruption
 from fusewright.tasks.tokens import IGNORED, filled, pad_id, padded, tokenised, with_end
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ class VerbaliserClassification(Classification):
     words of the classes, in their order (None: the class names). ``score="sum"`` is the
     log-probability that the model answers exactly that; "mean" divides by its tokens, for
     verbalisers of unequal length. The encoder runs once for all labels. Decoding starts with
-    ``start``, or the model's own ``decoder_start_token_id``.
+    ``start``, or the model's own ``decoder_start_token_id``. ``corruption`` disturbs a row's texts,
+    not the words of the template.
 
     Batches: input_ids, attention_mask (n, tokens), labels, items (n,). Training (:meth:`loss`)
     is on the tokens of the true label.
@@ -34,6 +36,7 @@ class VerbaliserClassification(Classification):
     """
 
     kind: ClassVar[str] = "text-to-text-classification"
+    conditions: ClassVar[tuple[str, ...]] = TEXT_CORRUPTIONS
 
     tokenizer: Any = field(kw_only=True, repr=False, compare=False)
     template: str = field(default="{text}", kw_only=True)
@@ -41,6 +44,7 @@ class VerbaliserClassification(Classification):
     length: int = field(default=128, kw_only=True)
     score: Literal["sum", "mean"] = field(default="sum", kw_only=True)
     start: int | None = field(default=None, kw_only=True)
+    corruption: TextCorruption | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         words = self.words
@@ -55,10 +59,15 @@ class VerbaliserClassification(Classification):
         """What the model is expected to answer for each class."""
         return self.classes if self.verbalisers is None else self.verbalisers
 
+    def under(self, condition: str) -> Self:
+        return replace(self, corruption=TextCorruption(condition))
+
     def encode(
         self, rows: Mapping[str, Sequence[Any]], numbers: Sequence[int], where: str
     ) -> list[Any]:
         labels = self.labels(rows, numbers, where)
+        if self.corruption is not None:
+            rows = self.corruption.columns(rows, numbers)
         prompts = filled(self.template, rows, where)
         found = tokenised(self.tokenizer, prompts, None, self.length, where, numbers)
         return list(zip(found["input_ids"], labels, strict=True))

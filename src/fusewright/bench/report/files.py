@@ -109,7 +109,7 @@ def to_markdown(summary: Summary, against: Published | None = None) -> str:
             parts.append("## " + ", ".join(f"{k} {v}" for k, v in section.axes.items()))
         parts.append(_markdown(*_table(summary, section, against)))
         if corrupted := _corrupted(section):
-            parts += ["Mean over merged tasks, pictures corrupted:", _markdown(*corrupted)]
+            parts += ["Mean over merged tasks, inputs corrupted:", _markdown(*corrupted)]
         if costs := _costs(section):
             parts += [f"Costs, medians over pools ({EXPLAINED}):", _markdown(*costs)]
     if summary.subsets:
@@ -127,7 +127,7 @@ def to_latex(summary: Summary, against: Published | None = None) -> str:
     for section in summary.sections:
         parts += _latex(*_table(summary, section, against))
         if corrupted := _corrupted(section):
-            parts += ["% Mean over merged tasks, pictures corrupted", *_latex(*corrupted)]
+            parts += ["% Mean over merged tasks, inputs corrupted", *_latex(*corrupted)]
         if costs := _costs(section):
             parts += [f"% Costs, medians over pools ({EXPLAINED})", *_latex(*costs)]
     if summary.subsets:

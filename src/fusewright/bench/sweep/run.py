@@ -32,7 +32,7 @@ from fusewright.bench.sweep.joint import DEFAULT, recipes
 from fusewright.bench.sweep.joint import chosen as chosen_joint
 from fusewright.bench.sweep.layers import layers
 from fusewright.bench.sweep.store import Store, remembered, save_results
-from fusewright.errors import FusewrightError
+from fusewright.errors import FusewrightError, RecipeError, nearest
 from fusewright.methods.registry import parse_method
 
 ALWAYS = ("average", "task_arithmetic")
@@ -70,10 +70,10 @@ def bench(
     tune. ``seeds``: how many of the pool's trainings, or which (the first). ``limit``: the most
     rows of each split. ``variants``: which kinds of the suite's models (None is the plain one).
     ``subsets``: numbers of experts to merge besides all, each drawn ``draws`` times.
-    ``corruptions``: measure on corrupted pictures too (all kinds, or those named). ``joint``: ways
-    to train on all merged tasks together, with as many steps as their experts took ("sum",
-    "pcgrad", …, "all", "none"); the plain sum by default, which costs what training the experts
-    did, and each other way as much again.
+    ``corruptions``: measure on corrupted pictures and texts too (all kinds that the suite's tasks
+    can have, or those named). ``joint``: ways to train on all merged tasks together, with as many
+    steps as their experts took ("sum", "pcgrad", …, "all", "none"); the plain sum by default,
+    which costs what training the experts did, and each other way as much again.
     ``mixed_stream``: also ask the first so many test rows of each merged task in one stream, mixed,
     one row at a time (0: not). ``transductive``: methods that learn from unlabelled inputs also
     adapt on the test inputs, as their papers do, in rows of their own that are not ranked.
@@ -83,7 +83,7 @@ def bench(
     that fails is left out, and ``facts["failed"]`` says why.
     """
     first = suite if isinstance(suite, Suite) else open_suite(suite, pool=pool, data=data)
-    asked = Asked(tune, limit, tuple(subsets), draws, _conditions(corruptions),
+    asked = Asked(tune, limit, tuple(subsets), draws, _conditions(first, corruptions),
                   chosen_joint(joint), mixed_stream, transductive)  # fmt: skip
     _check(asked, first)
     suites = _suites(first, seeds, variants)
@@ -136,13 +136,21 @@ def _results(suite: Suite, cells: tuple[Any, ...], facts: Mapping[str, Any]) -> 
     )
 
 
-def _conditions(corruptions: bool | Sequence[str]) -> tuple[str, ...]:
+def _conditions(suite: Suite, corruptions: bool | Sequence[str]) -> tuple[str, ...]:
     if not corruptions:
         return (CLEAN,)
-    from fusewright.tasks.corruptions import CORRUPTIONS, Corruption
-
-    names = CORRUPTIONS if corruptions is True else corruptions
-    return (CLEAN, *(Corruption(name).name for name in names))  # an unknown one is refused here
+    known = list(dict.fromkeys(name for task in suite.tasks.values() for name in task.conditions))
+    names = known if corruptions is True else corruptions
+    for name in names:
+        if name not in known:
+            close = nearest(name, known)
+            raise RecipeError("no task of the suite can be corrupted so", where=suite.name,
+                              expected=", ".join(known) or "no corruptions", found=name,
+                              fix=f"write {close}" if close else None)  # fmt: skip
+    if not known:
+        raise RecipeError("the suite's tasks cannot be corrupted", where=suite.name,
+                          expected="pictures, or texts with classes", fix="no --corruptions")
+    return (CLEAN, *names)
 
 
 def _check(asked: Asked, suite: Suite) -> None:

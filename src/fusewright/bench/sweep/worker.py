@@ -107,9 +107,9 @@ class Worker:
         return found
 
     def _conditions(self, task: str) -> list[str]:
-        """Clean, and the corruptions asked for where the task is about pictures."""
-        pictures = hasattr(self.suite.tasks[task], "corruption")
-        return [c for c in self.asked.conditions if c == CLEAN or pictures]
+        """Clean, and the corruptions asked for that its inputs can have."""
+        possible = self.suite.tasks[task].conditions
+        return [c for c in self.asked.conditions if c == CLEAN or c in possible]
 
     def _validated(self, module: nn.Module, tasks: tuple[str, ...]) -> float:
         """What choices are made by: the mean score on validation rows over the merged tasks; where
