@@ -24,7 +24,12 @@ class Rows(NamedTuple):
 def compiled(*tensors: Tensor) -> bool:
     """Whether there is a loop for them: on the CPU, in float32, and with Numba."""
     alike = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-    return alike and find_spec("numba") is not None
+    return alike and installed()
+
+
+@cache
+def installed() -> bool:
+    return find_spec("numba") is not None
 
 
 def add_rows(
