@@ -3,10 +3,11 @@
     python benchmarks/pareto.py --data DIR --pool DIR -o DIR [--tasks 2 3 8] [--steps 400]
 
 For the suite's first 2, 3 and 8 tasks, PWE-MoE learns with labels of training rows: feed-forward
-parts or all modules, by linear scalarisation or EPO. Task arithmetic adds s Σ r_t τ_t; for each
-preference r the best scale s is chosen on validation rows, by Σ r_t accuracy_t. Trained is the base
-with all its weights on Σ r_t L_t, by Adam, from the same batches, one run for each preference:
-the corners' neighbours and the middle (--trained). Accuracies are of test rows.
+parts or all modules, by linear scalarisation or EPO, with routers of one layer; and of two, as the
+official code has. Task arithmetic adds s Σ r_t τ_t; for each preference r the best scale s is
+chosen on validation rows, by Σ r_t accuracy_t. Trained is the base with all its weights on
+Σ r_t L_t, by Adam, from the same batches, one run for each preference: the corners' neighbours and
+the middle (--trained). Accuracies are of test rows.
 
 Hypervolumes are exact, of accuracies from 0 to 1 with the reference point 0: the share of the unit
 square or cube that is dominated. Of more than three tasks it is the mean over all pairs of tasks,
@@ -22,6 +23,7 @@ import argparse
 import json
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import combinations, product
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,10 +45,14 @@ from fusewright.modules.architecture import describe_module
 from fusewright.modules.parametrised import ParametrisedMerge
 from fusewright.modules.preferences import PreferenceRouters
 
-KINDS = tuple(product(("mlp", "all"), ("linear", "epo")))
+KINDS = (
+    *product(("mlp", "all"), ("linear", "epo"), (1,)),
+    *product(("mlp", "all"), ("linear",), (2,)),
+)
+"""Modules, scalarisation, and depth of the routers."""
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 BASELINE, TRAINED = "task arithmetic", "trained"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
 
 
 def main() -> None:
@@ -110,8 +116,9 @@ class Study:
 
     def rows(self):
         yield BASELINE, self.arithmetic
-        for modules, how in KINDS:
-            yield f"{modules}, {how}", lambda m=modules, h=how: self.learned(m, h)
+        for modules, how, depth in KINDS:
+            deep = ", two layers" if depth == 2 else ""
+            yield f"{modules}, {how}{deep}", partial(self.learned, modules, how, depth)
         if self.args.trained:
             yield TRAINED, self.trained
 
@@ -138,8 +145,8 @@ class Study:
         return {"preferences": self.grid, "points": points, "scales": scales,
                 "seconds": time.perf_counter() - began, "trained": len(SCALES)}  # fmt: skip
 
-    def learned(self, modules: str, how: str) -> dict:
-        method = ParetoSet(modules=modules, scalarise=how, steps=self.args.steps,
+    def learned(self, modules: str, how: str, depth: int) -> dict:
+        method = ParetoSet(modules=modules, scalarise=how, router=depth, steps=self.args.steps,
                            batch=self.args.batch)  # fmt: skip
         began = time.perf_counter()
         made = fw.merge(method, base=self.suite.base, experts=self.experts, data=self.data)
