@@ -34,12 +34,13 @@ def drawn(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("across", [False, True], ids=["Linear", "Conv1D"])
-@pytest.mark.parametrize("block", [1, 1 << 20], ids=["blocks of 16 rows", "one block"])
+@pytest.mark.parametrize("block", [1, 1 << 20], ids=["one sample at a time", "all at once"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_loop_answers_as_whole_matrices(
     across: bool, block: int, threads: int, monkeypatch
 ) -> None:
     monkeypatch.setattr(mixed, "_BLOCK", block)
+    monkeypatch.setattr(mixed, "_LINES", 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     whole, x, w = changes(), drawn(SAMPLES, 5, IN), drawn(SAMPLES, EXPERTS)
     base = drawn(IN, OUT).T if across else drawn(OUT, IN)

@@ -26,10 +26,10 @@ _BLOCK = 3 << 19
 """Bytes of merged rows that are used at once: they stay in a second-level cache."""
 _ROWS = 16
 """Rows that are used at once, at least: products of fewer take twice as long."""
-_SAMPLES = 16
-"""Samples whose rows are merged at once."""
-_ADDED = 4
-"""Samples whose rows are merged at once by a loop: it gains nothing from more."""
+_SAMPLES = 8
+"""Samples whose rows are merged at once by a product."""
+_LINES = 128
+"""Rows that are merged at once by a loop, of as many samples as then fit into a block."""
 _PANEL = 7 << 22
 """Bytes of the base's and all experts' rows that are brought together at once."""
 _BYTE = 4
@@ -222,9 +222,10 @@ def _merged_blocks(
         for some, rows, block in _blocks(len(shares), stack, base, shares.dtype):
             yield some, rows, _merged(shares[some], block)
         return
-    samples, (_, outputs, inputs) = min(len(shares), _ADDED), stack.shape
-    size = max(_ROWS, _even(_BLOCK // (samples * inputs * shares.itemsize)))
-    held = shares.new_empty(samples * min(size, outputs) * inputs)
+    _, outputs, inputs = stack.shape
+    size = min(_LINES, outputs)
+    samples = max(1, min(len(shares), _BLOCK // (size * inputs * shares.itemsize)))
+    held = shares.new_empty(samples * size * inputs)
     mixing = shares[:, :-1].contiguous()
     for start in range(0, outputs, size):
         rows = slice(start, min(start + size, outputs))
