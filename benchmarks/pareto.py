@@ -3,8 +3,8 @@
     python benchmarks/pareto.py --data DIR --pool DIR -o DIR [--tasks 2 3 8] [--steps 400]
 
 For the suite's first 2, 3 and 8 tasks, PWE-MoE learns with labels of training rows: feed-forward
-parts or all modules, by linear scalarisation or EPO, with routers of one layer; and of two, as the
-official code has. Task arithmetic adds s Σ r_t τ_t; for each preference r the best scale s is
+parts or all modules, by linear scalarisation or EPO, with routers of two layers, as the official
+code has, or one. Task arithmetic adds s Σ r_t τ_t; for each preference r the best scale s is
 chosen on validation rows, by Σ r_t accuracy_t. Trained is the base with all its weights on
 Σ r_t L_t, by Adam, from the same batches, one run for each preference: the corners' neighbours and
 the middle (--trained). Accuracies are of test rows.
@@ -46,8 +46,8 @@ from fusewright.modules.parametrised import ParametrisedMerge
 from fusewright.modules.preferences import PreferenceRouters
 
 KINDS = (
-    *product(("mlp", "all"), ("linear", "epo"), (1,)),
-    *product(("mlp", "all"), ("linear",), (2,)),
+    *product(("mlp", "all"), ("linear", "epo"), (2,)),
+    *product(("mlp", "all"), ("linear",), (1,)),
 )
 """Modules, scalarisation, and depth of the routers."""
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
@@ -117,8 +117,8 @@ class Study:
     def rows(self):
         yield BASELINE, self.arithmetic
         for modules, how, depth in KINDS:
-            deep = ", two layers" if depth == 2 else ""
-            yield f"{modules}, {how}{deep}", partial(self.learned, modules, how, depth)
+            layers = ", one layer" if depth == 1 else ""
+            yield f"{modules}, {how}{layers}", partial(self.learned, modules, how, depth)
         if self.args.trained:
             yield TRAINED, self.trained
 
