@@ -29,6 +29,7 @@ def compiled(*tensors: Tensor) -> bool:
 
 @cache
 def installed() -> bool:
+    """Whether Numba is there; looked for once."""
     return find_spec("numba") is not None
 
 
