@@ -95,23 +95,37 @@ class EncoderClassification(TextClassification):
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         hidden, mask = self.hidden(model, batch), batch["attention_mask"]
         if self.pooling == "mean":
-            shares = mask / mask.sum(dim=1, keepdim=True)
-            return (hidden * shares[..., None].to(hidden.dtype)).sum(dim=1)
-        first = mask.argmax(dim=1)  # not 0 where padding is on the left
-        return hidden.gather(1, first[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
+            return mean_state(hidden, mask)
+        return _state(hidden, mask.argmax(dim=1))  # not 0 where padding is on the left
 
 
 @dataclass(frozen=True)
 class DecoderClassification(TextClassification):
-    """A causal decoder (GPT-2, Llama) with a frozen head on the last real token.
+    """A causal decoder (GPT-2, Llama) with a frozen head.
 
+    ``pooling="last"`` takes the last hidden state of the last real token, as
+    ``transformers.GPT2ForSequenceClassification`` does; "mean" averages those of all real tokens.
     Positions are counted from the first real token, so padding on either side gives the same.
     """
 
     kind: ClassVar[str] = "decoder-classification"
 
+    pooling: Literal["last", "mean"] = field(default="last", kw_only=True)
+
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         mask = batch["attention_mask"]
         hidden = self.hidden(model, {**batch, "position_ids": positions(mask)})
-        last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
-        return hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
+        if self.pooling == "mean":
+            return mean_state(hidden, mask)
+        return _state(hidden, mask.shape[1] - 1 - mask.flip(1).argmax(dim=1))
+
+
+def mean_state(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean of all real tokens' states: (n, width) of (n, length, width)."""
+    shares = mask / mask.sum(dim=1, keepdim=True)
+    return (hidden * shares[..., None].to(hidden.dtype)).sum(dim=1)
+
+
+def _state(hidden: Tensor, at: Tensor) -> Tensor:
+    """One token's state of each row: (n, width)."""
+    return hidden.gather(1, at[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]

@@ -34,7 +34,7 @@ def _bert(recipe: TextRecipe, tokenizer: Any) -> Any:
 
 def _gpt2(recipe: TextRecipe, tokenizer: Any) -> Any:
     """``transformers.GPT2Model`` (Radford et al. 2019, "Language Models are Unsupervised
-    Multitask Learners"): heads see the hidden state of the last token."""
+    Multitask Learners")."""
     transformers = needs("transformers", "demo")
     config = transformers.GPT2Config(
         vocab_size=len(tokenizer), n_embd=recipe.width, n_layer=recipe.layers,

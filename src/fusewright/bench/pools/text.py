@@ -94,6 +94,13 @@ class _TextBuilder(Builder[TextRecipe]):
 
 class _ClassifierBuilder(_TextBuilder, ClassifierBuilder[TextRecipe]):
     def examples(self, data: Path | None) -> dict[str, Texts]:
+        for task, said in self.spec.tasks.items():
+            pooling = said.options.get("pooling")
+            if pooling != self.recipe.pooling:
+                raise SuiteError("models learn through another pooling than the task has",
+                                 where=f"tasks.{task}.options.pooling", found=str(pooling),
+                                 expected=f"{self.recipe.pooling}, as build.parameters say"
+                                 )  # fmt: skip
         self.open(data)
         return {
             task: encoded(corpus, self.tokenizer, self.recipe, task)

@@ -18,6 +18,7 @@ from fusewright.bench.pools.byte_pairs import byte_pairs
 from fusewright.bench.pools.cooccurrence import embeddings
 from fusewright.bench.pools.training import Examples, Recipe
 from fusewright.extras import needs
+from fusewright.tasks.text_classification import mean_state
 from fusewright.tasks.tokens import pad_id, tokenised
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class TextRecipe(Recipe):
     that a few thousand texts are not learnt by heart (Iyyer et al. 2015, "Deep Unordered
     Composition Rivals Syntactic Methods for Text Classification"). With a ``window``, word
     embeddings start from which tokens stand so near in the training texts of all tasks
-    (:mod:`.cooccurrence`); with 0, the default, at random."""
+    (:mod:`.cooccurrence`); with 0, the default, at random. ``pooling``: what heads see of the last
+    hidden states, as the suite's tasks say: "mean", or a decoder's "last"."""
 
     vocabulary: int = 8000
     window: int = 0
@@ -44,6 +46,7 @@ class TextRecipe(Recipe):
     dropout: float = 0.1
     thinning: float = 0.0
     architecture: str = "bert"
+    pooling: str = "mean"
 
 
 @dataclass(frozen=True)
@@ -87,21 +90,17 @@ class Texts(Examples[TextRecipe]):
         return cls(ids, segments, lengths, labels)
 
     def features(self, model: nn.Module, recipe: TextRecipe) -> Tensor:
-        """Of an encoder, the mean of the last hidden states of all real tokens, as ``pooling:
-        mean`` has it; of a decoder, that of the last real token."""
         longest = int(self.lengths.max())
         mask = (torch.arange(longest) < self.lengths[:, None]).long()
         given = {"input_ids": self.ids[:, :longest], "attention_mask": mask}
-        decoder = recipe.architecture == "gpt2"
-        if not decoder:
+        if recipe.architecture != "gpt2":
             given["token_type_ids"] = self.segments[:, :longest]
         # Of few tokens in bfloat16, the fused kernel's gradient takes as long as all else together.
         with sdpa_kernel(SDPBackend.MATH):
             hidden = model(**given).last_hidden_state.float()
-        if decoder:
+        if recipe.pooling == "last":
             return hidden[torch.arange(len(self)), self.lengths - 1]
-        shares = (mask / self.lengths[:, None])[..., None]
-        return (hidden * shares).sum(1)
+        return mean_state(hidden, mask)
 
     def batches(self, size: int, recipe: TextRecipe, draw: torch.Generator) -> Iterator[Texts]:
         order = torch.randperm(len(self), generator=draw)
