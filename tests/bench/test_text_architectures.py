@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 
@@ -16,7 +17,7 @@ import pyarrow  # noqa: E402
 import fusewright as fw  # noqa: E402
 from fusewright.bench.joint.recipe import joint_recipe  # noqa: E402
 from fusewright.bench.pools import architectures, build, text, texts  # noqa: E402
-from fusewright.bench.pools.text_to_text import text_task  # noqa: E402
+from fusewright.bench.pools.text_to_text import relative, text_task  # noqa: E402
 from fusewright.bench.pools.texts import encoded, load_corpora  # noqa: E402
 from fusewright.bench.report.files import to_markdown  # noqa: E402
 from fusewright.bench.report.summary import summarise  # noqa: E402
@@ -38,10 +39,13 @@ SMALL = {
 }  # fmt: skip
 WORDS = {"colours": ("red blue", "green pink"), "same": ("sun moon", "star sky")}
 KINDS = {
-    "gpt2": ("decoder-classification", {"length": 16, "scale": 16.0, "normalise": True}),
+    "gpt2": ("decoder-classification",
+             {"length": 16, "scale": 16.0, "normalise": True, "pooling": "mean"}),
     "t5": ("text-to-text-classification",
            {"length": 16, "template": "is it: {text}", "verbalisers": ["no", "yes"]}),
 }  # fmt: skip
+RATES = {"gpt2": {}, "t5": {"base_epochs": 8, "base_rate": 2e-2, "expert_rate": 3e-2}}
+"""A T5's are relative, but for adapters."""
 OPENS = {"gpt2": "GPT2Model", "t5": "T5ForConditionalGeneration"}
 
 
@@ -60,8 +64,11 @@ def data(tmp_path_factory):
     return root
 
 
-def suite(name, /, **parameters):
+def suite(name, /, pooling=None, **parameters):
     kind, options = KINDS[name]
+    if pooling:
+        options = options | {"pooling": pooling}
+        parameters["pooling"] = pooling
     tasks = {
         task: {"kind": kind, "data": task, "classes": ["no", "yes"], "options": options,
                "splits": {"train": "train[8:]", "validation": "train[:8]", "test": "test"}}
@@ -74,7 +81,7 @@ def suite(name, /, **parameters):
         variants={"lora": {"axes": {"tuning": "LoRA"},
                            "experts": {task: f"lora/{task}" for task in WORDS}}},
         build={"builder": "text",
-               "parameters": {**SMALL, "architecture": name, **parameters}},
+               "parameters": {**SMALL, **RATES[name], "architecture": name, **parameters}},
     )  # fmt: skip
 
 
@@ -119,9 +126,10 @@ def test_experts_learn_their_task_and_only_theirs(opened, variant):
         assert own.columns["loss"].mean() < 0.7 * base.columns["loss"].mean()
 
 
-def test_a_decoder_is_trained_by_the_features_that_evaluation_takes(pools, data):
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_a_decoder_is_trained_by_the_features_that_evaluation_takes(pools, data, pooling):
     """Padding on the right, of other lengths in the same batch, changes none."""
-    opened = Suite("tiny", suite("gpt2"), pools / "gpt2", data)
+    opened = Suite("tiny", suite("gpt2", pooling), pools / "gpt2", data)
     model = opened.open(opened.experts["same"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(opened.base)
     recipe = text.read_recipe(opened.spec)
@@ -136,6 +144,30 @@ def test_a_decoder_is_trained_by_the_features_that_evaluation_takes(pools, data)
         ours = linear(features, head, scale=recipe.scale, normalise=True)
         torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(rows.labels, batch["labels"])
+
+
+def test_a_t5s_rates_are_relative_to_its_tensors_but_for_adapters(opened):
+    model = opened.open(opened.base)
+    groups = relative(model, 0.02)
+    assert sum(p.numel() for g in groups for p in g["params"]) == sum(
+        p.numel() for p in model.parameters()
+    )
+    for group in groups:
+        (p,) = group["params"]
+        assert group["lr"] == pytest.approx(0.02 * p.detach().norm().item() / p.numel() ** 0.5)
+        assert group["weight_decay"] == 0
+    for p in model.parameters():
+        p.requires_grad_(p.dim() == 1)
+    assert all("lr" not in group for group in relative(model, 0.02))
+    assert all(p.dim() == 1 for group in relative(model, 0.02) for p in group["params"])
+
+
+def test_tasks_and_training_agree_on_the_pooling(tmp_path, data):
+    spec = suite("gpt2")
+    spec.build.parameters["pooling"] = "last"
+    with pytest.raises(SuiteError, match=r"another pooling[\s\S]*options\.pooling") as said:
+        build(spec, tmp_path / "pool", data, progress=False)
+    assert re.search(r"expected: last[\s\S]*found: +mean", str(said.value))
 
 
 def test_a_t5_is_trained_by_the_loss_of_its_tasks(pools, data, monkeypatch, tmp_path):
@@ -261,6 +293,7 @@ def test_the_three_suites_ask_the_same_questions_of_the_same_rows():
     assert len(specs) == 3
     for spec in specs[1:]:
         for name, task in spec.tasks.items():
-            first = specs[0].tasks[name]
-            assert (task.data, task.splits, task.classes) == (first.data, first.splits,
-                                                              first.classes)  # fmt: skip
+            first = specs[0].tasks["clinc150" if task.groups else name]
+            assert (task.data, task.splits) == (first.data, first.splits)
+            fine = sorted(n for own in (task.groups or {}).values() for n in own) or task.classes
+            assert fine == first.classes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -182,6 +183,43 @@ def test_shuffled_rows_are_cut_after_they_are_mixed(image_folder, make_picture) 
     shown = [bytes_of(p) for p in rest.rows([5, 0])["image"]]
     assert shown == [bytes_of(make_picture(order[n])) for n in (9, 4)]
     assert len(open_split(mixed, "train", data)) == 10
+
+
+def grouped(tmp_path, classes, groups, labels=(0, 3, 1, 2)):
+    lines = [json.dumps({"text": str(n), "label": label}) for n, label in enumerate(labels)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    source = DataSource(folder=".", classes=classes, groups=groups)
+    return open_split(source, "train[1:]", tmp_path)
+
+
+FINE, COARSE = ("cat", "rose", "dog", "oak"), {"animal": ("dog", "cat"), "plant": ("rose", "oak")}
+
+
+def test_groups_gather_classes_of_the_data_under_coarser_ones(tmp_path) -> None:
+    split = grouped(tmp_path, FINE, COARSE)
+    assert split.classes == ("animal", "plant")
+    assert split.labels().tolist() == [1, 1, 0]
+    assert [*split.rows([2, 0])["label"]] == [0, 1] and split.rows([0])["text"] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "groups", "named"),
+    [
+        (FINE, {"animal": ("cat",), "plant": ("rose", "oak")}, "dog"),
+        (FINE, COARSE | {"stone": ("slate",)}, "slate"),
+        (FINE, COARSE | {"pet": ("cat",)}, "cat"),
+        (None, COARSE, "named by the data"),
+    ],
+)  # fmt: skip
+def test_groups_hold_each_class_once(tmp_path, classes, groups, named) -> None:
+    with pytest.raises(DataError, match=rf"each class of the data once[\s\S]*{named}"):
+        grouped(tmp_path, classes, groups)
+
+
+def test_a_label_that_is_in_no_group_is_refused(tmp_path) -> None:
+    split = grouped(tmp_path, FINE, COARSE, labels=(0, 4))
+    with pytest.raises(DataError, match=r"no class of the data[\s\S]*0 to 3[\s\S]*4"):
+        split.labels()
 
 
 def test_an_empty_file_and_an_empty_slice_are_refused(image_folder) -> None:

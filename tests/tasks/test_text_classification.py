@@ -71,21 +71,27 @@ def test_an_encoder_sees_each_text_as_if_it_were_alone(tokenizer, split, pooling
         torch.testing.assert_close(row, head() @ feature, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("make", [gpt2, lambda: t.LlamaModel(t.LlamaConfig(**SMALL))])
 @torch.no_grad()
-def test_a_decoder_answers_the_same_whichever_side_is_padded(tokenizer, split, make) -> None:
+def test_a_decoder_answers_the_same_whichever_side_is_padded(
+    tokenizer, split, make, pooling
+) -> None:
     model = make().eval()
     answers = []
     for side in ("left", "right"):
         words = tokenizer(side)
-        task = DecoderClassification("toy", CLASSES, head=head(), tokenizer=words)
+        task = DecoderClassification(
+            "toy", CLASSES, head=head(), tokenizer=words, pooling=pooling
+        )
         batch = next(task.batches(split, 4))
         assert (batch["attention_mask"][2, 0] == 0).item() == (side == "left")
         answers.append(task.logits(model, batch))
     torch.testing.assert_close(answers[0], answers[1], rtol=1e-4, atol=1e-5)
     for row, text in zip(answers[0], TEXTS, strict=True):
         hidden = model(**tokenizer()(text, return_tensors="pt")).last_hidden_state[0]
-        torch.testing.assert_close(row, head() @ hidden[-1], rtol=1e-4, atol=1e-5)
+        feature = hidden[-1] if pooling == "last" else hidden.mean(dim=0)
+        torch.testing.assert_close(row, head() @ feature, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

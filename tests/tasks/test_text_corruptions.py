@@ -92,6 +92,16 @@ def test_columns_of_texts_alone_are_corrupted_each_in_its_own_way() -> None:
     assert found["text"][1] == TextCorruption("lost_words", 5)(TEXT, 4)
 
 
+def test_a_text_is_corrupted_the_same_whatever_stands_beside_it() -> None:
+    corrupt = TextCorruption("lost_words", 5)
+    whole = corrupt.columns({"text": [TEXT, TEXT], "text2": [TEXT, None]}, [3, 4])
+    parts = [corrupt.columns({"text": [TEXT], "text2": [second]}, [number])
+             for second, number in ((TEXT, 3), (None, 4))]  # fmt: skip
+    for name in ("text", "text2"):
+        assert [*whole[name]] == [part[name][0] for part in parts]
+    assert corrupt.columns({"text": [TEXT], "target": [TEXT]}, [0])["target"] == [TEXT]
+
+
 def test_what_does_not_exist_is_refused() -> None:
     with pytest.raises(RecipeError, match="write lost_words"):
         TextCorruption("lost_word")

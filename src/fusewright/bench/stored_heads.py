@@ -68,8 +68,8 @@ def _decoder(stored: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _for_its_classes(suite: Suite, name: str, head: Tensor, where: str) -> Tensor:
-    said = suite.spec.tasks[name].classes
-    classes = said if isinstance(said, int) else len(said or ())
+    spec = suite.spec.tasks[name]
+    classes = spec.classes if spec.named is None else len(spec.named)
     if classes and classes != len(head):
         raise SuiteError(f"the head of {name!r} is for other classes", where=where,
                          expected=f"{classes} classes",

@@ -59,9 +59,17 @@ class TaskSpec(_Part):
     shuffle: int | None = Field(None, description="seed of the rows' order before they are cut")
     head: str | None = Field(None, description="its tensor among the suite's heads; its own name")
     classes: list[str] | int | None = Field(None, description="names or number of classes")
+    groups: dict[str, list[str]] | None = Field(None, description="coarser classes, of the data's")
     options: dict[str, Any] = Field({}, description="what else tasks of its kind take")
     licence: str = Field("", description="of the data")
     note: str = ""
+
+    @property
+    def named(self) -> list[str] | None:
+        """The names of the classes that are told apart, where the suite says them."""
+        if self.groups is not None:
+            return list(self.groups)
+        return self.classes if isinstance(self.classes, list) else None
 
     def rows(self, task: str, part: str) -> str:
         """A part's slice. Raises SuiteError, naming the ``task``, if there is none."""

@@ -91,14 +91,15 @@ def taken(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def classes_of(suite: Suite, name: str) -> tuple[str, ...]:
     """The class names that the suite gives, else those of the test data, else numbers."""
-    said = suite.spec.tasks[name].classes
-    if isinstance(said, list):
-        return tuple(said)
+    spec = suite.spec.tasks[name]
+    if spec.named is not None:
+        return tuple(spec.named)
     named = getattr(suite.split(name, "test"), "classes", None)
     if named is not None:
         return tuple(named)
     from fusewright.bench.stored_heads import classes_in
 
+    said = spec.classes if isinstance(spec.classes, int) else 0
     count = said or (0 if suite.spec.zero_shot else classes_in(suite.heads.get(name)))
     if not count:
         raise SuiteError(f"nothing names the classes of {name!r}",
@@ -125,6 +126,7 @@ def open_split(name: str, spec: TaskSpec, part: str, data: Path | None) -> Split
     source = DataSource.model_validate({
         "folder": spec.data, "hub": spec.hub and _pinned(spec), "config": spec.config,
         "columns": spec.columns, "classes": classes, "shuffle": spec.shuffle,
+        "groups": spec.groups,
     })  # fmt: skip
     return open_data(source, said, data)
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fusewright.tasks.errors import DataError
 from fusewright.tasks.parquet import ParquetSplit
-from fusewright.tasks.rows import DataSplit, Part, Rows
+from fusewright.tasks.rows import DataSplit, Grouped, Part, Rows
 
 VARIABLE = "FUSEWRIGHT_DATA"
 
@@ -30,7 +30,8 @@ class DataSource(BaseModel):
     ``columns`` maps "image", "text", "text2", "label", "target" to the data's own names;
     ``classes`` are the class names in the order of labels, where the data do not name them.
     ``shuffle`` is a seed: rows are put in its random order before they are cut, for data that are
-    sorted by class.
+    sorted by class. ``groups`` makes coarser classes: the name of each, and those of the data that
+    it gathers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +43,7 @@ class DataSource(BaseModel):
     columns: Mapping[Role, str] = Field(default_factory=dict)
     classes: tuple[str, ...] | None = None
     shuffle: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    groups: Mapping[str, tuple[str, ...]] | None = None
 
     @model_validator(mode="after")
     def _somewhere(self) -> DataSource:
@@ -57,8 +59,8 @@ def open_split(source: DataSource, split: str, data: Path | None = None) -> Data
     FUSEWRIGHT_DATA. Without either, and where the source names a Hub id, ``datasets`` fetches it.
     Slices follow Python; percentages are rounded to the nearest row.
 
-    Raises DataError if the folder, file, column or rows do not exist, a file is damaged, or the
-    Hub cannot be reached.
+    Raises DataError if the folder, file, column or rows do not exist, a file is damaged, the Hub
+    cannot be reached, or groups are not of the data's classes.
     """
     name, _, _ = _parse(split)
     root = data if data is not None else _from_environment()
@@ -71,6 +73,8 @@ def open_split(source: DataSource, split: str, data: Path | None = None) -> Data
         whole = open_hub(source, name)
     else:
         raise _nowhere(source, name, root)
+    if source.groups is not None:
+        whole = Grouped(whole, source.groups)
     if source.shuffle is not None:
         whole = shuffled(whole, source.shuffle)
     return sliced(whole, split)

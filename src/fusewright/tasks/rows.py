@@ -79,6 +79,47 @@ class Part(DataSplit):
         return self.whole.labels()[np.asarray(self.chosen, dtype=np.int64)]
 
 
+class Grouped(DataSplit):
+    """The same rows with coarser classes: each gathers some of the data's own, by their names.
+
+    Raises DataError where the data name no classes, and unless each of theirs is in one group.
+    """
+
+    def __init__(self, whole: DataSplit, groups: Mapping[str, Sequence[str]]) -> None:
+        self.whole, self.name, self.classes = whole, whole.name, tuple(groups)
+        fine = [name for own in groups.values() for name in own]
+        theirs = whole.classes
+        if theirs is None or sorted(fine) != sorted(theirs):
+            off = set(fine) ^ set(theirs or ()) or {n for n in fine if fine.count(n) > 1}
+            raise DataError("groups do not hold each class of the data once", where=self.name,
+                            expected="classes named by the data" if theirs is None
+                            else f"{len(theirs)} classes, each in one group",
+                            found=", ".join(sorted(off)))  # fmt: skip
+        group = {name: at for at, own in enumerate(groups.values()) for name in own}
+        self._group = np.array([group[name] for name in theirs], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def rows(self, numbers: Sequence[int]) -> Mapping[str, Sequence[Any]]:
+        found = dict(self.whole.rows(numbers))
+        if "label" in found:
+            fine = as_labels(found["label"], self.whole.classes, self.name)
+            found["label"] = self._coarse(fine).tolist()
+        return found
+
+    def labels(self) -> Labels:
+        return self._coarse(self.whole.labels())
+
+    def _coarse(self, labels: Labels) -> Labels:
+        outside = (labels < 0) | (labels >= len(self._group))
+        if outside.any():
+            raise DataError("a label is no class of the data", where=self.name,
+                            expected=f"0 to {len(self._group) - 1}",
+                            found=int(labels[outside][0]))  # fmt: skip
+        return self._group[labels]
+
+
 def as_labels(values: Sequence[Any], classes: Sequence[str] | None, where: str) -> Labels:
     """Labels as class numbers; class names are looked up in ``classes``.
 

@@ -18,6 +18,9 @@ from fusewright.errors import RecipeError, nearest
 
 Rng = np.random.Generator
 
+_ANSWERS = {"label", "target"}
+"""What tasks ask for."""
+
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)
 """Of the words, how many are struck at severities 1 to 5; half of them is the most in EDA."""
 
@@ -59,12 +62,12 @@ class TextCorruption:
     def columns(
         self, rows: Mapping[str, Sequence[Any]], numbers: Sequence[int]
     ) -> dict[str, Sequence[Any]]:
-        """The rows with every column of texts corrupted; columns are numbered by their names."""
+        """The rows with every text corrupted but those that are asked for; columns are numbered by
+        their names, whatever a batch holds."""
         found = dict(rows)
-        texts = [name for name in sorted(rows) if all(isinstance(v, str) for v in rows[name])]
-        for at, name in enumerate(texts):
-            pairs = zip(rows[name], numbers, strict=True)
-            found[name] = [self(text, number, at) for text, number in pairs]
+        for at, name in enumerate(sorted(set(rows) - _ANSWERS)):
+            found[name] = [self(value, number, at) if isinstance(value, str) else value
+                           for value, number in zip(rows[name], numbers, strict=True)]  # fmt: skip
         return found
 
 

@@ -1,5 +1,5 @@
 """A pool of text-to-text models: base and experts learn to answer tasks with their verbalisers, by
-the loss that the tasks themselves have."""
+the loss that the tasks themselves have, at rates relative to each tensor's size, without decay."""
 
 from __future__ import annotations
 
@@ -40,21 +40,19 @@ class TextToText(Builder[TextRecipe]):
     def pretrain(self, model: Any, step: Step) -> float:
         recipe, limit = self.recipe, self.recipe.base_rows
         examples = {n: Prepared(p.examples[:limit], n, "") for n, p in self.prompts.items()}
-        groups, draw = decayed(model, recipe.base_decay), generator(self.seed, "base")
-        return self._descend(model, groups, examples, recipe.base_rate, recipe.base_epochs,
-                             draw, step)  # fmt: skip
+        draw = generator(self.seed, "base")
+        return self._descend(model, examples, recipe.base_rate, recipe.base_epochs, draw, step)
 
     def fine_tune(
         self, model: Any, task: str, rate: float, draw: torch.Generator, step: Step
     ) -> float:
         limit = self.recipe.expert_rows
         examples = {task: Prepared(self.prompts[task].examples[:limit], task, "")}
-        return self._descend(model, decayed(model, 0.0), examples, rate,
-                             self.recipe.expert_epochs, draw, step)  # fmt: skip
+        return self._descend(model, examples, rate, self.recipe.expert_epochs, draw, step)
 
     def _descend(
-        self, model: nn.Module, groups: list[dict[str, Any]], examples: Mapping[str, Prepared],
-        rate: float, epochs: int, draw: torch.Generator, step: Step,
+        self, model: nn.Module, examples: Mapping[str, Prepared], rate: float, epochs: int,
+        draw: torch.Generator, step: Step,
     ) -> float:  # fmt: skip
         def loss(item: Item) -> Tensor:
             task, batch = item
@@ -65,7 +63,7 @@ class TextToText(Builder[TextRecipe]):
             return self._epoch(examples, draw)
 
         steps = sum(len(p) // self._size(p) for p in examples.values())
-        descent = OneCycle(groups, epochs * steps, rate)
+        descent = OneCycle(relative(model, rate), epochs * steps, rate)
         return descend(model, descent, epoch, loss, epochs, draw, step)
 
     def _epoch(self, examples: Mapping[str, Prepared], draw: torch.Generator) -> Iterator[Item]:
@@ -90,14 +88,28 @@ class TextToText(Builder[TextRecipe]):
         return min(self.recipe.batch, len(rows))
 
 
+def relative(model: nn.Module, rate: float) -> list[dict[str, Any]]:
+    """What can be trained of a model, each tensor at ``rate`` times the root mean square that it
+    begins with, as Adafactor has it (Shazeer & Stern 2018, arXiv:1804.04235), by which T5 was made:
+    its embeddings begin eighty times as large as its queries, and at one rate for both the queries
+    blow up before the embeddings move. Adapters, of which one half begins at zero, have no scale of
+    their own: theirs is the rate itself."""
+    if not all(p.requires_grad for p in model.parameters()):
+        return decayed(model, 0.0)
+    return [
+        {"params": [p], "lr": rate * float(p.detach().square().mean().sqrt()), "weight_decay": 0.0}
+        for p in model.parameters()
+    ]
+
+
 def text_task(spec: SuiteSpec, name: str, tokenizer: Any) -> VerbaliserClassification:
     """A task as evaluation makes it. Raises SuiteError for one of another kind, or options that
     it does not take."""
     said = spec.tasks[name]
-    if said.kind != VerbaliserClassification.kind or not isinstance(said.classes, list):
+    if said.kind != VerbaliserClassification.kind or said.named is None:
         raise SuiteError("a T5 learns tasks that are answered in words", where=f"tasks.{name}",
                          expected=f"kind: {VerbaliserClassification.kind}, classes: [...]",
                          found=f"kind: {said.kind}, classes: {said.classes}")  # fmt: skip
-    given = {**taken(said.options), "classes": tuple(said.classes), "tokenizer": tokenizer}
+    given = {**taken(said.options), "classes": tuple(said.named), "tokenizer": tokenizer}
     task: VerbaliserClassification = of_class(VerbaliserClassification, name, given)
     return task
