@@ -20,6 +20,7 @@ import numpy as np
 from fusewright.bench.entries import Entry, entries
 from fusewright.bench.leaderboard import Leaderboard, Row, measured, without_repeats
 from fusewright.bench.progress import Stages, Step
+from fusewright.weights.folders import make_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +91,7 @@ def run_demo(
 
     training, stages, out = training or Training(), Stages(progress), Path(out)
     chosen, left_out = entries(len(TASKS), methods, routed=False)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     clock = [perf_counter()]
     suites = _trained(out, training, seeds, stages)
     clock.append(perf_counter())

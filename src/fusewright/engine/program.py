@@ -33,6 +33,7 @@ from fusewright.methods.contract import Context, Fold, Method, Program, Routed
 from fusewright.methods.learned.processes import Processes
 from fusewright.methods.static import Passthrough, Sum
 from fusewright.weights import Weights
+from fusewright.weights.folders import make_folder
 from fusewright.weights.target import check_absent, resolve_target
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ def _run_fold(
     last = len(recipe.experts) - 1
     beside = None if out is None else Path(out).absolute().parent
     if beside is not None:
-        beside.mkdir(parents=True, exist_ok=True)
+        make_folder(beside)
     with tempfile.TemporaryDirectory(dir=beside) as scratch:
         for index, entry in enumerate(recipe.experts.values()):
             arrivals = {} if current is None else {"merged": ExpertEntry(model=current)}

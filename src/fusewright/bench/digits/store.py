@@ -20,6 +20,7 @@ from fusewright.bench.digits import train
 from fusewright.bench.digits.model import save_model, threads
 from fusewright.bench.digits.tasks import TASKS, Task
 from fusewright.bench.digits.train import Training
+from fusewright.weights.folders import make_folder
 
 HEADS = "heads.safetensors"
 BASE, MULTITASK = "base", "multitask"
@@ -81,7 +82,7 @@ def trained(
     if not root.is_dir():
         partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_folder(partial, "choose another --pool")
         with threads(training.threads):
             _train_into(partial, training, seed, step)
         partial.rename(root)

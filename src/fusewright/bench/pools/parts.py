@@ -23,11 +23,13 @@ def pool(root: Path, recipe: Mapping[str, Any]) -> Iterator[None]:
     """One builder at a time in a folder that belongs to one recipe; what a killed one left
     half-done is cleared.
 
-    Raises OutputError if another recipe's models are there, or another process builds.
+    Raises OutputError if another recipe's models are there, another process builds, or there can
+    be no such folder.
     """
+    from fusewright.weights.folders import make_folder
     from fusewright.weights.lock import FolderLock
 
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root, "choose another --pool")
     lock = FolderLock.acquire(root / _LOCK)
     try:
         for left in root.rglob(f"*{_PARTIAL}"):

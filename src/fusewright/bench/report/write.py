@@ -8,6 +8,7 @@ from pathlib import Path
 from fusewright.bench.published import published
 from fusewright.bench.results import Results
 from fusewright.plain import finite
+from fusewright.weights.folders import make_folder
 
 
 def write_results(
@@ -18,7 +19,8 @@ def write_results(
     ``against`` adds a cited column: "published", or the name of a table of
     :mod:`fusewright.bench.published`. ``level`` is that of intervals and of what is told apart.
 
-    Raises FusewrightError if there is no such table, or a task's cells answered different items.
+    Raises FusewrightError if there is no such table, a task's cells answered different items, or
+    the folder cannot be made.
     """
     from fusewright.bench.report import files, html
     from fusewright.bench.report.summary import summarise
@@ -33,7 +35,7 @@ def write_results(
         "tex": files.to_latex(summary, table),
         "json": json.dumps(numbers, indent=1, ensure_ascii=False, default=str) + "\n",
     }
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(Path(folder))
     written = []
     for kind, text in texts.items():
         written.append(Path(folder) / f"report.{kind}")

@@ -19,6 +19,7 @@ from fusewright.bench.sweep.identity import files_digest
 from fusewright.errors import FusewrightError
 from fusewright.extras import needs
 from fusewright.tasks.outcomes import Outcomes
+from fusewright.weights.folders import make_folder
 from fusewright.weights.lock import FolderLock
 
 CELLS, RESULTS = "cells", "results.json"
@@ -32,8 +33,9 @@ class Store:
         self.folder = Path(folder)
 
     def lock(self) -> FolderLock:
-        """Raises OutputError, with its process id, if another sweep writes here."""
-        (self.folder / CELLS).mkdir(parents=True, exist_ok=True)
+        """Raises OutputError, with its process id, if another sweep writes here, or if there can be
+        no such folder."""
+        make_folder(self.folder / CELLS)
         return FolderLock.acquire(self.folder)
 
     def is_finished(self, key: str) -> bool:
