@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fusewright.bench.descent import OneCycle, relative
 from fusewright.bench.joint import COMBINATIONS, combination, train_joint
 from fusewright.bench.joint.gradients import gramian
 from fusewright.bench.joint.gradnorm import GradNorm
@@ -98,6 +99,22 @@ def test_training_follows_from_the_seed_alone(how: str) -> None:
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+def test_rates_by_size_move_each_tensor_by_the_same_share() -> None:
+    base, share = small(), 0.01
+    model = train_joint(base, TASKS, SPLITS, how="sum", **RECIPE | {"steps": 1, "lr": share},
+                        by_size=True)  # fmt: skip
+    first = OneCycle(relative([torch.ones(1)], share), 1, share)._optimiser.param_groups[0]["lr"]
+    for (name, before), after in zip(base.named_parameters(), model.parameters(), strict=True):
+        moved = (after - before).abs().max().item()
+        size = before.square().mean().sqrt().item()
+        assert moved == pytest.approx(first * size, rel=1e-2), name
+
+
+def test_decay_by_size_is_for_matrices_alone() -> None:
+    decays = [group["weight_decay"] for group in relative(small().parameters(), 0.1, 0.5)]
+    assert decays == [0.5, 0.0, 0.5, 0.0]
 
 
 def test_the_callers_random_state_is_given_back() -> None:

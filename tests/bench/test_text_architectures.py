@@ -15,9 +15,10 @@ pytest.importorskip("tokenizers")
 import pyarrow  # noqa: E402
 
 import fusewright as fw  # noqa: E402
+from fusewright.bench.finetuning.recipe import recipe_for  # noqa: E402
 from fusewright.bench.joint.recipe import joint_recipe  # noqa: E402
 from fusewright.bench.pools import architectures, build, text, texts  # noqa: E402
-from fusewright.bench.pools.text_to_text import relative, text_task  # noqa: E402
+from fusewright.bench.pools.text_to_text import groups, text_task  # noqa: E402
 from fusewright.bench.pools.texts import encoded, load_corpora  # noqa: E402
 from fusewright.bench.report.files import to_markdown  # noqa: E402
 from fusewright.bench.report.summary import summarise  # noqa: E402
@@ -148,18 +149,23 @@ def test_a_decoder_is_trained_by_the_features_that_evaluation_takes(pools, data,
 
 def test_a_t5s_rates_are_relative_to_its_tensors_but_for_adapters(opened):
     model = opened.open(opened.base)
-    groups = relative(model, 0.02)
-    assert sum(p.numel() for g in groups for p in g["params"]) == sum(
-        p.numel() for p in model.parameters()
-    )
-    for group in groups:
+    found = groups(model, 0.02)
+    assert [id(p) for group in found for p in group["params"]] == [*map(id, model.parameters())]
+    for group in found:
         (p,) = group["params"]
         assert group["lr"] == pytest.approx(0.02 * p.detach().norm().item() / p.numel() ** 0.5)
         assert group["weight_decay"] == 0
     for p in model.parameters():
         p.requires_grad_(p.dim() == 1)
-    assert all("lr" not in group for group in relative(model, 0.02))
-    assert all(p.dim() == 1 for group in relative(model, 0.02) for p in group["params"])
+    assert all("lr" not in group for group in groups(model, 0.02))
+    assert all(p.dim() == 1 for group in groups(model, 0.02) for p in group["params"])
+
+
+def test_joint_training_and_fine_tuning_take_a_t5s_rates_as_its_experts_do(opened):
+    joint = joint_recipe(opened, list(WORDS))
+    assert joint.relative == joint.said()["relative"] == (opened.spec.opens.model == OPENS["t5"])
+    for how, relative in (("full", joint.relative), ("lora", False)):
+        assert recipe_for(opened, "same", how)[0].relative == relative
 
 
 def test_tasks_and_training_agree_on_the_pooling(tmp_path, data):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusewright.bench.descent import OneCycle
+from fusewright.bench.descent import OneCycle, relative
 from fusewright.bench.finetuning.models import writing
 from fusewright.bench.finetuning.recipe import FineTuning
 from fusewright.bench.joint.train import Augment, Loss, seeded, task_loss, task_stream
@@ -82,7 +82,8 @@ def descend(
     model.train()
     with seeded(recipe.seed, trained[0].device):
         stream = task_stream(task, split, recipe.batch, recipe.seed, augment)
-        groups = decayed(model, recipe.decay)
+        groups = (relative(trained, recipe.rate, recipe.decay) if recipe.relative
+                  else decayed(model, recipe.decay))  # fmt: skip
         descent = Resumable(groups, recipe.steps, recipe.rate, betas=recipe.betas)
         losses: list[float] = []
         if (held := checkpoint.load()) is not None:

@@ -41,7 +41,8 @@ _POOLS = {name: f"fusewright.bench.pools.{name}" for name in ("vision", "text", 
 class FineTuning:
     """What an expert's training depends on, beside base, data and head.
 
-    ``rate`` is the peak of one cycle of AdamW; ``decay`` is for matrices alone; ``start`` is the
+    ``rate`` is the peak of one cycle of AdamW, where ``relative`` as a share of each tensor's size
+    (:func:`fusewright.bench.descent.relative`); ``decay`` is for matrices alone; ``start`` is the
     seed of adapters' first factors, of the suite and not of the task, ``seed`` that of order,
     augmentation and dropout. ``targets``: which modules get an adapter, a regular expression of
     their whole names; None for all linear ones. ``threads`` is part of it, because sums depend on
@@ -62,6 +63,7 @@ class FineTuning:
     dropout: float = 0.0
     bfloat16: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
+    relative: bool = False
     rows: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -159,7 +161,8 @@ def _defaults(suite: Suite, how: str, own: JointRecipe | None) -> tuple[FineTuni
     bfloat16 = own.bfloat16 and how != LINEAR
     found = FineTuning(
         how, own.steps, own.batch, own.rate, 0.0, suite.seed, start, own.threads,
-        bfloat16=bfloat16, betas=own.betas, rows=own.rows, facts=own.facts,
+        bfloat16=bfloat16, betas=own.betas, relative=own.relative and how not in ADAPTERS,
+        rows=own.rows, facts=own.facts,
     )  # fmt: skip
     return found, Ways(own.opens, own.reads, own.augment)
 

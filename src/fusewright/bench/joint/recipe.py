@@ -28,7 +28,8 @@ class JointRecipe:
 
     ``steps`` are those of all experts together, ``batch`` and ``rate`` (the peak) those of each;
     ``betas`` AdamW's; ``rows`` the most of each task's training rows, ``reads`` how they are read
-    where it is not as evaluation reads them; ``augment`` what is done to a batch, ``facts``
+    where it is not as evaluation reads them; ``relative``: rates are so to each tensor's size
+    (:func:`fusewright.bench.descent.relative`); ``augment`` what is done to a batch, ``facts``
     what that depends on, ``uses`` the code that does it. ``opens`` gives the base as it is
     trained; ``threads`` is part of it, because sums depend on their number.
     """
@@ -40,6 +41,7 @@ class JointRecipe:
     opens: Callable[[Path], nn.Module]
     bfloat16: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
+    relative: bool = False
     rows: int | None = None
     reads: Callable[[str], Split] | None = None
     augment: Augment | None = None
@@ -48,7 +50,8 @@ class JointRecipe:
 
     def said(self) -> dict[str, Any]:
         """Everything but the code, as JSON."""
-        names = ("steps", "batch", "rate", "betas", "threads", "bfloat16", "rows")
+        names = ("steps", "batch", "rate", "betas", "threads", "bfloat16", "rows",
+                 "relative")  # fmt: skip
         return {**{name: getattr(self, name) for name in names}, "facts": dict(self.facts)}
 
 
@@ -102,7 +105,8 @@ def _vision(suite: Suite, tasks: Sequence[str]) -> JointRecipe:
 def _text(suite: Suite, tasks: Sequence[str]) -> JointRecipe:
     from fusewright.bench.pools.text import read_recipe
 
-    return _classifiers(suite, tasks, read_recipe(suite.spec), suite.open)
+    recipe = read_recipe(suite.spec)
+    return replace(_classifiers(suite, tasks, recipe, suite.open), relative=recipe.relative)
 
 
 def _classifiers(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusewright.bench.descent import OneCycle
+from fusewright.bench.descent import OneCycle, relative
 from fusewright.bench.joint.combine import Combination, combination
 from fusewright.errors import FusewrightError, NumericError, RecipeError
 from fusewright.tasks.task import Batch, Progress, Split, Task
@@ -39,6 +39,7 @@ def train_joint(
     seed: int,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
+    by_size: bool = False,
     autocast: torch.dtype | None = None,
     augment: Augment | None = None,
     progress: Progress | None = None,
@@ -50,12 +51,12 @@ def train_joint(
     together and their batch size, as many steps are made and items seen as all experts' training
     took. ``lr``: the peak, AdamW under a one-cycle schedule with a tenth of warm-up, gradients
     clipped at norm 1, as the experts are trained. ``betas``: AdamW's, torch's by default.
-    ``autocast``: the dtype of the losses' forward
-    passes, None for the model's own; not to be wrapped around this function, because torch keeps
-    cast weights until such a region ends. ``augment``: what the experts' training does to a batch
-    (shifts of pictures …), if anything. Only parameters that require gradients are trained.
-    Everything follows from ``seed``; the global random state is given back untouched. ``progress``
-    is called with (steps done, steps in all).
+    ``by_size``: ``lr`` is relative to each tensor's size (:func:`.descent.relative`). ``autocast``:
+    the dtype of the losses' forward passes, None for the model's own; not to be wrapped around this
+    function, because torch keeps cast weights until such a region ends. ``augment``: what the
+    experts' training does to a batch (shifts of pictures …), if anything. Only parameters that
+    require gradients are trained. Everything follows from ``seed``; the global random state is
+    given back untouched. ``progress`` is called with (steps done, steps in all).
 
     Raises RecipeError for an unknown ``how``, fewer items than tasks in a batch, or nothing to
     train; FusewrightError for a missing or empty split; NumericError when a loss is no longer
@@ -69,7 +70,7 @@ def train_joint(
     plan, share = combination(how, len(tasks)), batch_size // len(tasks)
     with seeded(seed, parameters[0].device):
         streams = [task_stream(task, splits[task.name], share, seed, augment) for task in tasks]
-        descent = _descent(parameters, plan, steps, lr, weight_decay, betas)
+        descent = _descent(parameters, plan, steps, lr, weight_decay, betas, by_size)
 
         def losses(step: int) -> list[Tensor]:
             given = zip(tasks, streams, strict=True)
@@ -97,9 +98,11 @@ def _steps(
 
 def _descent(
     parameters: list[nn.Parameter], plan: Combination, steps: int, lr: float, decay: float,
-    betas: tuple[float, float],
+    betas: tuple[float, float], by_size: bool,
 ) -> OneCycle:  # fmt: skip
     groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": decay}]
+    if by_size:
+        groups = relative(parameters, lr, decay)
     if learned := plan.parameters():
         groups.append({"params": learned, "weight_decay": 0.0, "lr": COMBINATION_RATE})
     return OneCycle(groups, steps, lr, clipped=parameters, betas=betas)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusewright.bench.descent import OneCycle
+from fusewright.bench.descent import OneCycle, relative
 from fusewright.bench.pools.builder import Builder
 from fusewright.bench.pools.texts import TextRecipe, staying
 from fusewright.bench.pools.training import decayed, descend, generator
@@ -63,7 +63,7 @@ class TextToText(Builder[TextRecipe]):
             return self._epoch(examples, draw)
 
         steps = sum(len(p) // self._size(p) for p in examples.values())
-        descent = OneCycle(relative(model, rate), epochs * steps, rate)
+        descent = OneCycle(groups(model, rate), epochs * steps, rate)
         return descend(model, descent, epoch, loss, epochs, draw, step)
 
     def _epoch(self, examples: Mapping[str, Prepared], draw: torch.Generator) -> Iterator[Item]:
@@ -88,18 +88,12 @@ class TextToText(Builder[TextRecipe]):
         return min(self.recipe.batch, len(rows))
 
 
-def relative(model: nn.Module, rate: float) -> list[dict[str, Any]]:
-    """What can be trained of a model, each tensor at ``rate`` times the root mean square that it
-    begins with, as Adafactor has it (Shazeer & Stern 2018, arXiv:1804.04235), by which T5 was made:
-    its embeddings begin eighty times as large as its queries, and at one rate for both the queries
-    blow up before the embeddings move. Adapters, of which one half begins at zero, have no scale of
-    their own: theirs is the rate itself."""
-    if not all(p.requires_grad for p in model.parameters()):
-        return decayed(model, 0.0)
-    return [
-        {"params": [p], "lr": rate * float(p.detach().square().mean().sqrt()), "weight_decay": 0.0}
-        for p in model.parameters()
-    ]
+def groups(model: nn.Module, rate: float) -> list[dict[str, Any]]:
+    """What can be trained of a model, at relative rates. Adapters, of which one half begins at
+    zero, have no scale of their own: theirs is the rate itself."""
+    if all(p.requires_grad for p in model.parameters()):
+        return relative(model.parameters(), rate)
+    return decayed(model, 0.0)
 
 
 def text_task(spec: SuiteSpec, name: str, tokenizer: Any) -> VerbaliserClassification:

@@ -48,6 +48,11 @@ class TextRecipe(Recipe):
     architecture: str = "bert"
     pooling: str = "mean"
 
+    @property
+    def relative(self) -> bool:
+        """Whether rates are relative to each tensor's size; ``lora_rate`` is not."""
+        return self.architecture == "t5"
+
 
 @dataclass(frozen=True)
 class Corpus:

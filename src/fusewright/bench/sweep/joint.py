@@ -118,7 +118,7 @@ def _train_into(folder: Path, suite: Suite, how: str) -> None:
             recipe.opens(suite.base), [suite.tasks[name] for name in names], splits, how=how,
             steps=recipe.steps, batch_size=recipe.batch, lr=recipe.rate, seed=suite.seed,
             autocast=torch.bfloat16 if recipe.bfloat16 else None, augment=recipe.augment,
-            betas=recipe.betas,
+            betas=recipe.betas, by_size=recipe.relative,
         )  # fmt: skip
     partial = folder.with_name(f"{folder.name}.of-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
