@@ -60,9 +60,8 @@ def finetune(
     dropout: Annotated[float | None, typer.Option(help="Before adapters (0).")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="As the suite's experts take.")] = None,
     epochs: Annotated[float | None, typer.Option(help="In place of steps.")] = None,
-    rate: Annotated[float | None, typer.Option(help="The peak; as the suite's experts have.")] = (
-        None
-    ),
+    rate: Annotated[float | None, typer.Option(help="The peak, as the suite's experts have; "
+                    "of all of a T5, relative to each tensor's size.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="As the suite's experts have.")] = None,
     decay: Annotated[float | None, typer.Option(help="Of matrices' weights (0).")] = None,
     seed: Annotated[
