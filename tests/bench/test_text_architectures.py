@@ -168,6 +168,15 @@ def test_joint_training_and_fine_tuning_take_a_t5s_rates_as_its_experts_do(opene
         assert recipe_for(opened, "same", how)[0].relative == relative
 
 
+def test_a_step_of_fine_tuning_moves_a_t5s_tensors_by_the_same_share(pools, data, tmp_path):
+    opened = Suite("tiny", suite("t5"), pools / "t5", data)
+    made = fw.finetune(opened, "same", out=tmp_path / "expert", steps=1, rate=0.01, progress=False)
+    before, after = (dict(opened.open(at).named_parameters()) for at in (opened.base, made.path))
+    shares = [(after[n] - p).abs().max().item() / p.square().mean().sqrt().item()
+              for n, p in before.items()]  # fmt: skip
+    assert max(shares) == pytest.approx(min(shares), rel=0.05) and max(shares) > 0
+
+
 def test_tasks_and_training_agree_on_the_pooling(tmp_path, data):
     spec = suite("gpt2")
     spec.build.parameters["pooling"] = "last"
