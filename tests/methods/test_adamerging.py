@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from contextlib import suppress
 
 import pytest
 import torch
 from learned_toys import data, experts, network
 
 import fusewright as fw
-from fusewright.errors import FusewrightWarning, PlanError
+from fusewright.errors import PlanError
 from fusewright.methods.learned import AdaMerging
 from fusewright.methods.learned.coefficients import LinearCoefficients
 from fusewright.methods.learned.objectives import entropy
@@ -87,12 +86,6 @@ def test_the_callers_models_are_left_alone() -> None:
     fw.merge(AdaMerging(**QUICK), base=base, experts=experts(base), data=data())
     assert all(t.equal(before[n]) for n, t in base.state_dict().items())
     assert base.training and all(p.requires_grad for p in base.parameters())
-
-
-def test_a_fit_says_that_it_is_on_the_cpu() -> None:
-    base, said = network(), "adamerging is fitted on the CPU: cuda"
-    with pytest.warns(FusewrightWarning, match=said), suppress(Exception):  # there may be none
-        fw.merge(AdaMerging(steps=0), base=base, experts=experts(base), data=data(), device="cuda")
 
 
 def test_heads_are_functions_or_tensors() -> None:

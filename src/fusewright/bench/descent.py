@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,27 @@ def relative(
          "weight_decay": decay if p.dim() > 1 else 0.0}
         for p in parameters
     ]  # fmt: skip
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global random numbers (dropout, PCGrad's order) from the seed."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def draws_of(device: torch.device) -> Tensor:
+    """The state of the random numbers that models on a device draw."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def draws_on(device: torch.device, state: Tensor) -> None:
+    """Go on with those of :func:`draws_of`."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 class OneCycle:

@@ -169,19 +169,17 @@ def check_suite(
     suite: Suite, *, part: str = "validation", limit: int | None = None, progress: bool = True
 ) -> Regime:
     """The regime of a suite's pool, on its validation splits unless another part is named."""
-    import torch
-
     from fusewright.bench.progress import Stages
 
     opened = {name: suite.open(path).state_dict() for name, path in suite.experts.items()}
     experts = {name: opened[name] for name in suite.spec.merged}
     model = suite.open(suite.base)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.to(suite.device)
 
     def evaluate(state: State, task: str) -> Outcomes:
         model.load_state_dict(state)
-        with torch.inference_mode():
-            return suite.evaluate(model, task, part, limit)
+        return suite.evaluate(model, task, part, limit)
 
     with Stages(progress).stage("regime", len(experts)) as step:
         return check(base, experts, evaluate, unseen=suite.spec.unseen, step=step)

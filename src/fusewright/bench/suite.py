@@ -16,6 +16,7 @@ from fusewright.bench.suite_file import (
     find_suite,
     read_suite,
 )
+from fusewright.devices import checked
 from fusewright.errors import nearest
 
 if TYPE_CHECKING:
@@ -40,19 +41,23 @@ def suite(
     data: str | Path | None = None,
     seed: int | None = None,
     variant: str | None = None,
+    device: str = "cpu",
 ) -> Suite:
     """Open a suite by its name or file.
 
     ``pool`` is the folder of its models (by default in the cache, see ``fusewright suite build``),
     ``data`` that of its data sets (FUSEWRIGHT_DATA, else the Hub). ``seed`` chooses among the
-    pool's trainings (the suite's first), ``variant`` among its kinds of models.
+    pool's trainings (the suite's first), ``variant`` among its kinds of models. ``device``: where
+    models are trained and asked.
 
-    Raises SuiteError if there is no such suite, seed or variant, or it is not understood.
+    Raises SuiteError if there is no such suite, seed or variant, or it is not understood,
+    RecipeError for a device that is not there.
     """
     path = find_suite(name)
     return Suite(
-        path.stem, read_suite(path), None if pool is None else Path(pool), data, seed, variant
-    )
+        path.stem, read_suite(path), None if pool is None else Path(pool), data, seed, variant,
+        device,
+    )  # fmt: skip
 
 
 class Suite:
@@ -60,9 +65,10 @@ class Suite:
 
     def __init__(
         self, name: str, spec: SuiteSpec, pool: Path | None = None, data: str | Path | None = None,
-        seed: int | None = None, variant: str | None = None,
+        seed: int | None = None, variant: str | None = None, device: str = "cpu",
     ) -> None:  # fmt: skip
         self.name, self.spec = name, spec
+        self.device = "cpu" if device == "cpu" else str(checked(device))
         self.seed = spec.seeds[0] if seed is None else seed
         self.variant = variant
         self.pool = pool or default_pool(name, spec)
@@ -82,12 +88,12 @@ class Suite:
 
     def at(self, seed: int, variant: str | None = None) -> Suite:
         """The same suite, of another training of the pool; prepared inputs are shared."""
-        other = Suite(self.name, self.spec, self.pool, self.data, seed, variant)
+        other = Suite(self.name, self.spec, self.pool, self.data, seed, variant, self.device)
         other._inputs = self._inputs
         return other
 
     def __reduce__(self) -> tuple[Any, ...]:
-        said = self.name, self.spec, self.pool, self.data, self.seed, self.variant
+        said = self.name, self.spec, self.pool, self.data, self.seed, self.variant, self.device
         return Suite, said
 
     @property
@@ -262,7 +268,7 @@ class Suite:
 
         module = self.open(model) if isinstance(model, str | Path) else model
         ready = self.ready(task, split, limit, condition)
-        return evaluate(module, asked, ready, batch_size=BATCH, limit=limit)
+        return evaluate(module, asked, ready, batch_size=BATCH, device=self.device, limit=limit)
 
     def build(self, progress: bool = True) -> None:
         """Train this seed's models, if they are not there yet. SuiteError if nothing builds it."""

@@ -148,4 +148,4 @@ def build_pool(suite: Suite, progress: bool) -> None:
     from fusewright.bench.pools import build
 
     spec = suite.spec.model_copy(update={"experts": suite.models["experts"]})
-    build(spec, suite.root, data=suite.data, seed=suite.seed, progress=progress)
+    build(spec, suite.root, suite.data, suite.seed, progress, suite.device)

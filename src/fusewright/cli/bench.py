@@ -9,7 +9,7 @@ import typer
 
 from fusewright.cli._print import print_json, print_tables
 from fusewright.cli._shared import Json, add
-from fusewright.cli.suite import Data, Name, Pool, Seeds
+from fusewright.cli.suite import Data, Device, Name, Pool, Seeds
 
 if TYPE_CHECKING:
     from fusewright.bench.results import Results
@@ -72,6 +72,7 @@ def bench(
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
     pool: Pool = None,
     data: Data = None,
+    device: Device = "cpu",
     against: Annotated[
         str | None, typer.Option(help='Add a cited column: "published", or a table\'s name.')
     ] = None,
@@ -94,7 +95,7 @@ def bench(
         variants=None if variants is None else [None if v == "plain" else v
                                                 for v in listed(variants)],
         corruptions=corruptions, joint=joint, mixed_stream=mixed_stream,
-        transductive=transductive, progress=not json,
+        transductive=transductive, device=device, progress=not json,
     )  # fmt: skip
     written = write_results(results, out, against=against)
     if json:

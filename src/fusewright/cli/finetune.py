@@ -9,7 +9,7 @@ import typer
 
 from fusewright.cli._print import print_json, print_tables
 from fusewright.cli._shared import Json, add
-from fusewright.cli.suite import Data, Name, Pool
+from fusewright.cli.suite import Data, Device, Name, Pool
 
 HOWS = ("full", "lora", "l-lora", "linear")
 
@@ -76,6 +76,7 @@ def finetune(
     limit: Annotated[int | None, typer.Option(min=1, help="Validation rows, at most.")] = None,
     pool: Pool = None,
     data: Data = None,
+    device: Device = "cpu",
     json: Json = False,
 ) -> None:
     """Fine-tune a suite's base on one of its tasks: an expert to merge.
@@ -89,8 +90,9 @@ def finetune(
     from fusewright.bench.finetuning import finetune as tune
     from fusewright.bench.suite import suite as open_suite
 
+    opened = open_suite(suite, pool=pool, data=data, seed=pool_seed, device=device)
     found = tune(
-        open_suite(suite, pool=pool, data=data, seed=pool_seed), task, out=out, how=how, rank=rank,
+        opened, task, out=out, how=how, rank=rank,
         alpha=alpha, targets=targets, dropout=dropout, steps=steps, epochs=epochs, rate=rate,
         batch=batch, decay=decay, seed=seed, threads=threads, limit=limit, progress=not json,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fusewright.cli._print import print_json, print_tables
-from fusewright.cli._shared import Json, add
+from fusewright.cli._shared import Json, add, devices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,6 +53,9 @@ Data = Annotated[
 ]
 Seeds = Annotated[
     int, typer.Option(min=1, metavar="K", help="How many of the pool's trainings, from the first.")
+]
+Device = Annotated[
+    str, typer.Option(help="Where models are trained and asked.", autocompletion=devices)
 ]
 Variant = Annotated[
     str | None, typer.Option(metavar="NAME", help="One of the suite's other kinds of models.")
@@ -165,7 +168,7 @@ def _print_gathered(found: Sequence[Gathered], json: bool) -> None:
 
 def build(
     name: Name, pool: Pool = None, data: Data = None, seeds: Seeds = 1, variant: Variant = None,
-    json: Json = False,
+    device: Device = "cpu", json: Json = False,
 ) -> None:  # fmt: skip
     """Train a suite's models: a base, experts and heads.
 
@@ -174,7 +177,7 @@ def build(
     """
     from fusewright.bench.suite import suite
 
-    first = suite(name, pool=pool, data=data, variant=variant)
+    first = suite(name, pool=pool, data=data, variant=variant, device=device)
     built = []
     for seed in first.spec.seeds[:seeds]:
         one = first.at(seed, variant)
@@ -190,7 +193,7 @@ def build(
 def check(
     name: Name, pool: Pool = None, data: Data = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows of each split, at most.")] = None,
-    variant: Variant = None, json: Json = False,
+    variant: Variant = None, device: Device = "cpu", json: Json = False,
 ) -> None:  # fmt: skip
     """Measure a suite's regime: whether it can tell methods apart.
 
@@ -204,7 +207,7 @@ def check(
     from fusewright.bench.regime import check_suite
     from fusewright.bench.suite import suite
 
-    found = suite(name, pool=pool, data=data, variant=variant)
+    found = suite(name, pool=pool, data=data, variant=variant, device=device)
     found.check()
     regime = check_suite(found, limit=limit, progress=not json)
     rows = matches(found.spec, found.data)

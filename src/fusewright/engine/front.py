@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from fusewright.devices import checked
 from fusewright.engine.inputs import Inputs, open_inputs
 from fusewright.engine.options import Options, parse_size
 from fusewright.engine.planner import Plan, is_program, make_plan, recipe_method
@@ -141,6 +142,7 @@ def run(
     """Carry out a recipe; see :func:`merge`. ``fitted``: what the recipe was made by. ``fits``:
     where a fit without ``out`` keeps checkpoints."""
     options = options or Options()
+    checked(options.device)
     method = recipe_method(recipe)
     if is_program(method):
         from fusewright.engine.program import run_program

@@ -28,8 +28,8 @@ def parse_size(text: str | int) -> int:
 class Options:
     """Engine options. ``memory`` bounds the engine's own tensors, beyond the interpreter with
     torch (1 GiB: small beside any model that needs streaming, large enough for one matrix of most).
-    ``device`` computes merges; what learns or routes is made on the CPU. ``threads`` None means all
-    cores that this process may use."""
+    ``device`` computes merges, and runs the models that a method learns with; what comes out is on
+    the CPU. ``threads`` None means all cores that this process may use."""
 
     threads: int | None = None
     memory: int = 2**30

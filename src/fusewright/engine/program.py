@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -27,7 +26,7 @@ from fusewright.engine.recipe import ExpertEntry, Recipe
 from fusewright.engine.renames import renames
 from fusewright.engine.runner import bound_digest
 from fusewright.engine.state import MergedWeights, module_of, read_state, whole
-from fusewright.errors import FusewrightWarning, PlanError
+from fusewright.errors import PlanError
 from fusewright.layout import TensorLayout
 from fusewright.methods.contract import Context, Fold, Method, Program, Routed
 from fusewright.methods.learned.processes import Processes
@@ -53,6 +52,7 @@ class Trials(Context):
         progress: Listener | None = None, fits: Path | None = None,
     ) -> None:  # fmt: skip
         self.base, self.data, self.seed = recipe.base, data, recipe.seed
+        self.device = torch.device(options.device)
         self.experts = {name: entry.model for name, entry in recipe.experts.items()}
         self.tell = None if progress is None else fit_told(progress)
         self._recipe, self._options, self._evaluate = recipe, options, evaluate
@@ -70,7 +70,7 @@ class Trials(Context):
             module, names = module_of(self.base), {}
             if isinstance(self.base, str | Path) and hasattr(module, "config"):
                 names = renames(module, read_state(Path(self.base)), Path(self.base))
-        return module.eval().requires_grad_(False), names
+        return module.to(self.device).eval().requires_grad_(False), names
 
     def module(self) -> nn.Module:
         return self._module[0]
@@ -104,7 +104,7 @@ class Trials(Context):
     def _vectors(self) -> TaskVectors:
         from fusewright.engine.vectors import task_vectors
 
-        found = task_vectors(self.inputs, self._module[1])
+        found = task_vectors(self.inputs, self._module[1]).on(self.device)
         held = 4 * len(found.experts) * sum(t.numel() for t in found.base.values())
         return found.kept() if held <= self._options.memory else found
 
@@ -149,10 +149,11 @@ def run_program(
     if not recipe.experts:
         raise PlanError("there is nothing to merge", expected="at least one expert", found="none")
     beside = fits if out is None else fits_folder(resolve_target(Path(out)))
-    if torch.device(options.device).type != "cpu":
-        warnings.warn(f"{method.name} is fitted on the CPU: {options.device} computes merges only",
-                      FusewrightWarning, stacklevel=4)  # fmt: skip
     processes = Processes.started()
+    if processes.count > 1 and torch.device(options.device).type != "cpu":
+        raise PlanError("several processes fit together on the CPU alone", expected="device: cpu",
+                        found=options.device, fix=f"one process for {options.device}"
+                        )  # fmt: skip
     progress = progress if processes.first else None
     with closing(Trials(recipe, options, data, evaluate, progress, beside)) as context:
         merged = _run_fit(method, recipe, out, options, progress, context, processes.first)
@@ -209,7 +210,7 @@ def _given(recipe: Recipe, state: Mapping[str, Tensor], context: Trials) -> Reci
     """The recipe of a model whose tensors a program made; those it did not make are the base's."""
     inputs = context.inputs
     assert inputs.base is not None
-    named = {context.stored(name): tensor for name, tensor in state.items()}
+    named = {context.stored(name): tensor.cpu() for name, tensor in state.items()}
     cast = recipe.dtype is None and recipe.out_dtype is None
     tensors: dict[str, Tensor] = {}
     for name, info in inputs.base.items():

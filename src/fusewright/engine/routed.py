@@ -194,6 +194,7 @@ def upscaled(method: Routed, context: Context) -> RoutedModel:
     left = tuple(name for name in own if context.stored(name) not in known)
     parts = method.build(context)
     put_in(module, parts.layers, parts.tensors)
+    module.cpu()
     left = (*left, *(name for layer in parts.layers.values() for name in layer.remade(module)))
     of_base = sum(tensor.numel() for tensor in context.vectors().base.values())
     replaced = sum(isinstance(layer, Replacement) for layer in parts.layers.values())

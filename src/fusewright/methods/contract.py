@@ -359,6 +359,8 @@ class Context(ABC):
     seed: int
     tell: Callable[[int, int, float], None] | None = None
     """Hears of (steps done, steps in all, loss) of a fit."""
+    device: torch.device = torch.device("cpu")
+    """Where the module and the task vectors are."""
 
     @abstractmethod
     def merge(self, method: Method, experts: Sequence[str] | None = None) -> Mapping[str, Tensor]:

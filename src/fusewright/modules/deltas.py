@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -45,6 +46,12 @@ class Delta(ABC):
     def norm2(self) -> Tensor:
         """‖τ‖², float64."""
         return self.dense().double().square().sum()
+
+    def on(self, device: torch.device) -> Self:
+        """The same on a device."""
+        kept = {name: held for name, held in vars(self).items() if isinstance(held, Tensor)}
+        moved: Self = replace(self, **{n: t.to(device) for n, t in kept.items()})  # type: ignore[type-var]
+        return moved
 
 
 @dataclass(frozen=True, eq=False)

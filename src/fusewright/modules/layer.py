@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusewright.errors import PlanError
+from fusewright.modules.tensors import beside
 
 if TYPE_CHECKING:
     from fusewright.modules.mixture import Routing
@@ -151,7 +152,7 @@ def put_in(
     with torch.no_grad():
         for name, tensor in (tensors or {}).items():
             own[name].copy_(tensor)
-    place(model, layers)
+    place(model, {path: beside(model, layer) for path, layer in layers.items()})
     listen(model, layers)
 
 

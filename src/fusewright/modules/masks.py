@@ -92,7 +92,7 @@ def expectation(logits: Tensor, temperature: float) -> Tensor:
     √(p(1 - p))); here it is a Gauss-Legendre sum over u, tabulated in x and read linearly.
     """
     edge = 16.0 * max(1.0, temperature)
-    table = _table(edge, temperature)
+    table = _table(edge, temperature).to(logits.device)
     place = ((logits.double() + edge) * ((_POINTS - 1) / (2 * edge))).clamp(0, _POINTS - 1)
     low = place.long().clamp_max(_POINTS - 2)
     return torch.lerp(table[low], table[low + 1], place - low).to(logits.dtype)

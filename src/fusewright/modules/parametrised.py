@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusewright.modules.functional import with_weights
-from fusewright.modules.tensors import wide_dtype
+from fusewright.modules.tensors import beside, wide_dtype
 from fusewright.modules.vectors import TaskVectors
 
 Mode = Literal["projection", "autograd"]
@@ -46,7 +46,8 @@ class ParametrisedMerge:
     """
 
     def __init__(self, model: nn.Module, vectors: TaskVectors, coefficients: Coefficients) -> None:
-        self.model, self.vectors, self.coefficients = model, vectors, coefficients
+        self.model, self.vectors = model, vectors
+        self.coefficients = beside(model, coefficients)
 
     def tensor(self, name: str, wide: bool = False) -> Tensor:
         """The merged tensor; gradients flow to φ. ``wide``: as it was summed, not cast to the

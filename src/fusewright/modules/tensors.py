@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -21,6 +24,17 @@ def same_tensor(model: nn.Module) -> list[list[str]]:
     for name, tensor in named_tensors(model):
         groups[id(tensor)].append(name)
     return list(groups.values())
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's tensors are, which are all on one device."""
+    first = next((tensor for _, tensor in named_tensors(model)), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def beside(model: nn.Module, module: M) -> M:
+    """A module brought to the device where the model is."""
+    return module.to(device_of(model))
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:

@@ -66,6 +66,14 @@ class TaskVectors:
         """Of some tensors alone."""
         return replace(self, base={n: t for n, t in self.base.items() if wanted(n)})
 
+    def on(self, device: torch.device) -> TaskVectors:
+        """The base's tensors on a device, and every task vector brought there when it is read."""
+        if device.type == "cpu":
+            return self
+        read, base = self.read, {name: tensor.to(device) for name, tensor in self.base.items()}
+        there = lambda expert, name: read(expert, name).on(device)  # noqa: E731
+        return replace(self, base=base, read=there, held=False)
+
     def expert(self, expert: str) -> dict[str, Tensor]:
         """An expert's own tensors, in the base's dtypes."""
         return {n: (t + self.read(expert, n).dense()).to(t.dtype) for n, t in self.base.items()}

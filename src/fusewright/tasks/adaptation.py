@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any
 
 from fusewright.tasks.errors import DataError
 from fusewright.tasks.pictures import Pictures
+from fusewright.tasks.placement import placed
 from fusewright.tasks.task import Batch
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 Logits = Callable[["nn.Module", Any], "Tensor"]
@@ -38,6 +40,11 @@ class Question:
         Raises DataError if there is none.
         """
         return chain.from_iterable(self._epochs(size, seed))
+
+    def on(self, device: torch.device) -> Question:
+        """The same, its batches brought to a device."""
+        epoch = self.epoch
+        return replace(self, epoch=lambda size, seed: placed(epoch(size, seed), device))
 
     def labels(self, batch: Any) -> Tensor:
         """A batch's labels (items,). Raises DataError if it has none."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fusewright.errors import FusewrightError
 from fusewright.tasks.batching import Prepared
 from fusewright.tasks.outcomes import Outcomes
+from fusewright.tasks.placement import moved
 from fusewright.tasks.task import Batch, Progress, Split, Task
 
 if TYPE_CHECKING:
@@ -121,17 +122,9 @@ def _fed(
     for batch in batches:
         done += len(batch["items"])
         yield {  # what is true keeps its precision, whatever the weights'
-            name: _moved(value, device, None if name == "labels" else own)
+            name: moved(value, device, None if name == "labels" else own)
             for name, value in batch.items()
         }
         del batch  # before the next is made, which then finds warm memory
         if progress is not None:
             progress(done, total)
-
-
-def _moved(value: Any, device: torch.device, own: torch.dtype | None) -> Any:
-    import torch
-
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.to(device, own if value.is_floating_point() else None)

@@ -75,7 +75,8 @@ class DigitsTask(Task):
             }
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        return features(model, batch["images"]) @ self.head.T
+        found = features(model, batch["images"])
+        return found @ self.head.to(found).T
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(self.logits(model, batch), batch["labels"])

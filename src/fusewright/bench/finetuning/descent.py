@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusewright.bench.descent import OneCycle, relative
+from fusewright.bench.descent import OneCycle, draws_of, draws_on, relative, seeded
 from fusewright.bench.finetuning.models import writing
 from fusewright.bench.finetuning.recipe import FineTuning
-from fusewright.bench.joint.train import Augment, Loss, seeded, task_loss, task_stream
+from fusewright.bench.joint.train import Augment, Loss, task_loss, task_stream
 from fusewright.bench.pools.training import decayed
 from fusewright.errors import NumericError, RecipeError
+from fusewright.modules.tensors import device_of
 from fusewright.tasks.task import Split, Task
 
 CHECKPOINTS = 20
@@ -37,7 +38,7 @@ class Checkpoint:
     def save(self, model: nn.Module, descent: Resumable, losses: list[float]) -> None:
         held = {
             "model": {name: tensor.detach() for name, tensor in _moving(model)},
-            "descent": descent.state(), "losses": losses, "random": torch.get_rng_state(),
+            "descent": descent.state(), "losses": losses, "random": draws_of(device_of(model)),
         }  # fmt: skip
         buffer = io.BytesIO()  # torch's own writer does not say that a disk is full
         torch.save(held, buffer)
@@ -49,7 +50,7 @@ class Checkpoint:
     def load(self) -> dict[str, Any] | None:
         if not self.path.exists():
             return None
-        found: dict[str, Any] = torch.load(self.path, weights_only=True)
+        found: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
         return found
 
 
@@ -119,7 +120,7 @@ def _restore(model: nn.Module, descent: Resumable, held: dict[str, Any]) -> None
         for name, tensor in _moving(model):
             tensor.copy_(held["model"][name])
     descent.restore(held["descent"])
-    torch.set_rng_state(held["random"])
+    draws_on(device_of(model), held["random"])
 
 
 def _check_finite(model: nn.Module, step: int) -> None:

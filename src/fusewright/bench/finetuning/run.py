@@ -78,7 +78,8 @@ def finetune(
     batch: int | None = None, decay: float | None = None, seed: int | None = None,
     rank: int | None = None, alpha: float | None = None, targets: str | None = None,
     dropout: float | None = None, threads: int | None = None, limit: int | None = None,
-    pool: str | Path | None = None, data: str | Path | None = None, progress: bool = True,
+    pool: str | Path | None = None, data: str | Path | None = None, device: str = "cpu",
+    progress: bool = True,
 ) -> FineTuned:  # fmt: skip
     """Fine-tune a suite's base on one of its tasks, through the task's frozen head.
 
@@ -93,6 +94,7 @@ def finetune(
     (all linear ones). Adapters of all tasks start from the same A_0, which follows from the pool's
     seed alone: then merges of L-LoRA experts keep their rank. ``seed``: of order, augmentation and
     dropout (the pool's). ``limit``: validation rows that are asked.
+    ``device``: where the model is trained and asked.
 
     A run that was killed goes on where it was, to the same end; a finished one is answered from
     its folder. An expert of "linear" is stored as plain weights: merged, ask it with
@@ -102,7 +104,7 @@ def finetune(
     be trained, DataError for a head of other classes, NumericError for a loss that is no number,
     OutputError for a folder that holds something else or a full disk.
     """
-    opened = _opened(suite, pool, data)
+    opened = _opened(suite, pool, data, device)
     recipe, ways = recipe_for(
         opened, task, how, steps=steps, epochs=epochs, rate=rate, batch=batch, seed=seed,
         threads=threads, decay=decay, rank=rank, alpha=alpha, targets=targets, dropout=dropout,
@@ -148,6 +150,7 @@ class _Run:
             model = self.ways.opens(suite.base)
             metric, before = self._scored(model)
             expert = expert_of(model, self.recipe)
+            expert.asked.to(suite.device)
             losses = self._trained(expert, folder / CHECKPOINT)
             _doubt(losses, self.recipe)
             _, after = self._scored(expert.asked)
@@ -156,6 +159,7 @@ class _Run:
         trained = sum(p.numel() for p in expert.asked.parameters() if p.requires_grad)
         found = FineTuned(target, self.task, self.recipe.how, metric, before, after, as_weights,
                           tuple(losses), perf_counter() - began, trained)  # fmt: skip
+        expert.asked.cpu()
         self._save(expert, found, folder / NEW, claim)
         return found
 
@@ -215,16 +219,16 @@ def _doubt(losses: Sequence[float], recipe: FineTuning) -> None:
 
 
 def _opened(
-    suite: str | Path | Suite, pool: str | Path | None, data: str | Path | None
+    suite: str | Path | Suite, pool: str | Path | None, data: str | Path | None, device: str
 ) -> Suite:
     from fusewright.bench.suite import Suite
     from fusewright.bench.suite import suite as open_suite
 
     if not isinstance(suite, Suite):
-        return open_suite(suite, pool=pool, data=data)
-    if pool is not None or data is not None:
-        raise FusewrightError("an open suite has its pool and data",
-                              fix="fw.suite(NAME, pool=..., data=...)")  # fmt: skip
+        return open_suite(suite, pool=pool, data=data, device=device)
+    if pool is not None or data is not None or device != "cpu":
+        raise FusewrightError("an open suite has its pool, data and device",
+                              fix="fw.suite(NAME, pool=..., data=..., device=...)")  # fmt: skip
     return suite
 
 

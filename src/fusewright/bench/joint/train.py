@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from hashlib import sha256
 from math import ceil, isfinite
@@ -12,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusewright.bench.descent import OneCycle, relative
+from fusewright.bench.descent import OneCycle, relative, seeded
 from fusewright.bench.joint.combine import Combination, combination
 from fusewright.errors import FusewrightError, NumericError, RecipeError
+from fusewright.tasks.placement import moved
 from fusewright.tasks.task import Batch, Progress, Split, Task
 
 COMBINATION_RATE = 1e-2
@@ -128,14 +128,6 @@ def task_stream(
         epoch += 1
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global random numbers (dropout, PCGrad's order) from the seed."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
 def _check(tasks: Sequence[Task], splits: Mapping[str, Split], steps: int, batch_size: int) -> None:
     if not tasks or batch_size < len(tasks) or steps < 1:
         raise RecipeError(
@@ -156,8 +148,9 @@ def task_loss(
 ) -> Tensor:  # fmt: skip
     """One task's loss, or another in its place; a region of its own, so that no two losses share a
     cast weight."""
-    device = next(model.parameters()).device.type
-    with torch.autocast(device, autocast, enabled=autocast is not None):
+    device = next(model.parameters()).device
+    batch = moved(batch, device)
+    with torch.autocast(device.type, autocast, enabled=autocast is not None):
         loss = own(task, model, batch) if own else task.loss(model, batch)
     if not isfinite(loss.item()):
         raise NumericError("a loss is not finite", where=f"{task.name}, step {step}",

@@ -21,15 +21,17 @@ BUILDERS = {
     "text": ("fusewright.bench.pools.text", "build_text"),
     "language": ("fusewright.bench.pools.language", "build_language"),
 }
-"""Where each builder lives: called with (spec, out, data, seed, progress)."""
+"""Where each builder lives: called with (spec, out, data, seed, progress, device)."""
 
 
 def build(
-    spec: SuiteSpec, out: Path, data: Path | None, seed: int = 0, progress: bool = True
-) -> None:
+    spec: SuiteSpec, out: Path, data: Path | None, seed: int = 0, progress: bool = True,
+    device: str = "cpu",
+) -> None:  # fmt: skip
     """Build the pool of one seed into the folder ``out``; what it has already is kept.
 
-    ``data`` is the folder of data sets (FUSEWRIGHT_DATA, else the Hub).
+    ``data`` is the folder of data sets (FUSEWRIGHT_DATA, else the Hub); ``device`` is where models
+    are trained.
     Raises SuiteError for a builder or recipe that is not known, OutputError if ``out`` holds
     another recipe's models or is being built, DataError if data are missing.
     """
@@ -43,4 +45,4 @@ def build(
                          fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
     module, function = BUILDERS[name]
     builder: Any = getattr(import_module(module), function)
-    builder(spec, Path(out), data, seed, progress)
+    builder(spec, Path(out), data, seed, progress, device)

@@ -73,10 +73,9 @@ class Builder(Maker[P]):
         return [t for t, at in TUNINGS.items() if at in folders or t in self.recipe.tunings]
 
     def _base(self, at: Path, step: Step) -> dict[str, Any]:
-        began, model = perf_counter(), self.new_model()
+        began, model = perf_counter(), self.new_model().to(self.device)
         loss = self.pretrain(model, step)
-        self.save(model, at)
-        return {"seconds": perf_counter() - began, "loss": loss}
+        return self._saved(model, at, began, loss)
 
     def _expert(self, task: str, tuning: str, at: Path, step: Step) -> dict[str, Any]:
         recipe, began = self.recipe, perf_counter()
@@ -84,9 +83,12 @@ class Builder(Maker[P]):
         if tuning == "lora":
             model, rate = self._with_adapter(model), recipe.lora_rate
         draw = generator(self.seed, f"{TUNINGS[tuning]} {task}")
-        loss = self.fine_tune(model, task, rate, draw, step)
-        self.save(model, at)
-        return {"seconds": perf_counter() - began, "loss": loss}
+        loss = self.fine_tune(model.to(self.device), task, rate, draw, step)
+        return self._saved(model, at, began, loss)
+
+    def _saved(self, model: Any, at: Path, began: float, loss: float) -> dict[str, Any]:
+        self.save(model.cpu(), at)
+        return {"seconds": perf_counter() - began, "loss": loss, "device": self.device}
 
     def _with_adapter(self, model: Any) -> Any:
         """LoRA (Hu et al. 2022, arXiv:2106.09685) on all linear modules below the heads."""

@@ -85,9 +85,10 @@ def load_images(
 
 def inputs(pixels: Tensor, recipe: VisionRecipe) -> Tensor:
     """Bytes to what the model is called with."""
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1)
+    found = pixels.float()
+    mean, std = (found.new_tensor(v).view(1, -1, 1, 1)
                  for v in (recipe.prepared.mean, recipe.prepared.std))  # fmt: skip
-    return pixels.float().div_(255).sub_(mean).div_(std)
+    return found.div_(255).sub_(mean).div_(std)
 
 
 def shifted(pixels: Tensor, by: int, draw: torch.Generator) -> Tensor:

@@ -27,8 +27,9 @@ OPENED_AT = 4096
 
 
 def build_language(
-    spec: SuiteSpec, out: Path, data: Path | None, seed: int = 0, progress: bool = True
-) -> None:
+    spec: SuiteSpec, out: Path, data: Path | None, seed: int = 0, progress: bool = True,
+    device: str = "cpu",
+) -> None:  # fmt: skip
     """The folders that :class:`Builder` names, and ``tokenizer/``, which is also beside every
     model: it depends on the texts alone and is the same for every seed.
 
@@ -37,7 +38,7 @@ def build_language(
     """
     for module in ("transformers", "tokenizers"):
         needs(module, "demo")
-    _LanguageBuilder(spec, out, read_recipe(spec), seed).run(data, progress)
+    _LanguageBuilder(spec, out, read_recipe(spec), seed, device).run(data, progress)
 
 
 def read_recipe(spec: SuiteSpec) -> LanguageRecipe:

@@ -15,6 +15,7 @@ from fusewright.bench.descent import OneCycle
 from fusewright.bench.pools.language_data import crops, mixed, shares_of
 from fusewright.bench.pools.making import PoolRecipe
 from fusewright.bench.pools.training import Tell
+from fusewright.modules.tensors import device_of
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def _descend(
 
 def _loss(model: Any, ids: Tensor, recipe: LanguageRecipe) -> Tensor:
     """Mean cross-entropy of every token after the first, in nats."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+    ids = ids.to(device_of(model))
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=recipe.bfloat16):
         logits = model(input_ids=ids[:, :-1]).logits
     return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())

@@ -92,8 +92,11 @@ class Maker(ABC, Generic[P]):
     libraries: ClassVar[tuple[str, ...]] = ()
     """Named in the provenance, beside torch and transformers."""
 
-    def __init__(self, spec: SuiteSpec, out: Path, recipe: P, seed: int) -> None:
+    def __init__(
+        self, spec: SuiteSpec, out: Path, recipe: P, seed: int, device: str = "cpu"
+    ) -> None:
         self.spec, self.out, self.recipe, self.seed = spec, out, recipe, seed
+        self.device = device
         self.experts = [name for name in spec.tasks if name in spec.experts]
         self.made: dict[str, Mapping[str, Any]] = {}
 

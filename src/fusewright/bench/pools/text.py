@@ -30,8 +30,9 @@ TOKENIZER = "tokenizer"
 
 
 def build_text(
-    spec: SuiteSpec, out: Path, data: Path | None, seed: int = 0, progress: bool = True
-) -> None:
+    spec: SuiteSpec, out: Path, data: Path | None, seed: int = 0, progress: bool = True,
+    device: str = "cpu",
+) -> None:  # fmt: skip
     """The folders that :class:`Builder` names, and ``tokenizer/``, which is also beside every
     model: it depends on the texts alone and is the same for every seed.
 
@@ -41,7 +42,7 @@ def build_text(
         needs(module, "demo")
     recipe = read_recipe(spec)
     builder = _T5Builder if recipe.architecture == "t5" else _ClassifierBuilder
-    builder(spec, out, recipe, seed).run(data, progress)
+    builder(spec, out, recipe, seed, device).run(data, progress)
 
 
 def read_recipe(spec: SuiteSpec) -> TextRecipe:

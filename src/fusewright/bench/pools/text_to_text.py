@@ -17,7 +17,9 @@ from fusewright.bench.pools.training import decayed, descend, generator
 from fusewright.bench.progress import Step
 from fusewright.bench.suite_file import SuiteError, SuiteSpec
 from fusewright.bench.suite_tasks import of_class, open_split, taken
+from fusewright.modules.tensors import device_of
 from fusewright.tasks.batching import Prepared
+from fusewright.tasks.placement import moved
 from fusewright.tasks.task import Batch
 from fusewright.tasks.verbalisers import VerbaliserClassification
 
@@ -54,10 +56,12 @@ class TextToText(Builder[TextRecipe]):
         self, model: nn.Module, examples: Mapping[str, Prepared], rate: float, epochs: int,
         draw: torch.Generator, step: Step,
     ) -> float:  # fmt: skip
+        device = device_of(model)
+
         def loss(item: Item) -> Tensor:
             task, batch = item
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bfloat16):
-                return task.loss(model, batch)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.bfloat16):
+                return task.loss(model, moved(batch, device))
 
         def epoch() -> Iterator[Item]:
             return self._epoch(examples, draw)

@@ -96,7 +96,7 @@ class Texts(Examples[TextRecipe]):
 
     def features(self, model: nn.Module, recipe: TextRecipe) -> Tensor:
         longest = int(self.lengths.max())
-        mask = (torch.arange(longest) < self.lengths[:, None]).long()
+        mask = (torch.arange(longest, device=self.ids.device) < self.lengths[:, None]).long()
         given = {"input_ids": self.ids[:, :longest], "attention_mask": mask}
         if recipe.architecture != "gpt2":
             given["token_type_ids"] = self.segments[:, :longest]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, Generic, Self, TypeVar
 
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusewright.bench.descent import OneCycle
+from fusewright.bench.descent import OneCycle, seeded
 from fusewright.bench.pools.making import PoolRecipe
+from fusewright.modules.tensors import device_of
 from fusewright.tasks.heads import linear
 
 Tell = Callable[[str], None]
@@ -67,6 +68,11 @@ class Examples(ABC, Generic[R]):
     def __getitem__(self, at: Tensor | slice) -> Self:
         """Some of the rows."""
 
+    def on(self, device: torch.device) -> Self:
+        """The same rows on a device."""
+        moved: Self = replace(self, **{n: t.to(device) for n, t in vars(self).items()})  # type: ignore[type-var]
+        return moved
+
     @classmethod
     @abstractmethod
     def joined(cls, parts: Sequence[Self], labels: Tensor) -> Self:
@@ -91,7 +97,7 @@ def pretrain(
     model: nn.Module, data: Mapping[str, Examples[R]], recipe: R, seed: int, tell: Tell
 ) -> float:
     """Train the base on all tasks at once; answers with the last epoch's mean loss."""
-    draw, width = generator(seed, "base"), recipe.width
+    draw, width, device = generator(seed, "base"), recipe.width, device_of(model)
     parts = [examples[: recipe.base_rows] for examples in data.values()]
     classes = [int(examples.labels.max()) + 1 for examples in data.values()]
     starts = [sum(classes[:i]) for i in range(len(classes))]
@@ -100,8 +106,8 @@ def pretrain(
     )
     # Row r of `own` masks what is no class of r's task: one softmax for each task, in one product.
     task = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor(classes))
-    other = task[:, None] != task[None, :]
-    heads = nn.Parameter(torch.randn(sum(classes), width, generator=draw))
+    other = (task[:, None] != task[None, :]).to(device)
+    heads = nn.Parameter(torch.randn(sum(classes), width, generator=draw).to(device))
 
     def loss(features: Tensor, labels: Tensor) -> Tensor:
         cosines = F.normalize(features.float(), dim=1) @ F.normalize(heads, dim=1).T
@@ -142,7 +148,8 @@ def prototypes(
     model.eval()
     with torch.no_grad():
         for at in rows:
-            found.append(F.normalize(examples[at].features(model, recipe), dim=1).mean(0))
+            few = examples[at].on(device_of(model))
+            found.append(F.normalize(few.features(model, recipe), dim=1).mean(0).cpu())
     return F.normalize(torch.stack(found), dim=1)
 
 
@@ -158,12 +165,13 @@ def _descend(
     loss: Callable[[Tensor, Tensor], Tensor], rate: float, epochs: int, recipe: R,
     draw: torch.Generator, tell: Tell,
 ) -> float:  # fmt: skip
-    batch = min(recipe.batch, len(data))
+    batch, device = min(recipe.batch, len(data)), device_of(model)
 
     def found(part: Examples[R]) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
-            features = part.features(model, recipe)
-        return loss(features, part.labels)
+        there = part.on(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
+            features = there.features(model, recipe)
+        return loss(features, there.labels)
 
     def epoch() -> Iterator[Examples[R]]:
         return data.batches(batch, recipe, draw)
@@ -179,8 +187,7 @@ def descend(
     """A step for each batch of each epoch; answers with the last epoch's mean loss."""
     model.train()
     mean = float("nan")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(draw.initial_seed())  # of dropout
+    with seeded(draw.initial_seed(), device_of(model)):  # dropout
         for _ in range(epochs):
             seen = []
             for part in epoch():

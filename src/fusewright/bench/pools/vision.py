@@ -21,13 +21,14 @@ ATTENTION = "eager"
 
 
 def build_vision(
-    spec: SuiteSpec, out: Path, data: Path | None, seed: int = 0, progress: bool = True
-) -> None:
+    spec: SuiteSpec, out: Path, data: Path | None, seed: int = 0, progress: bool = True,
+    device: str = "cpu",
+) -> None:  # fmt: skip
     """The folders that :class:`ClassifierBuilder` names. Raises what
     :func:`fusewright.bench.pools.build` says."""
     for module in ("transformers", "pyarrow", "PIL"):
         needs(module, "demo")
-    _VisionBuilder(spec, out, read_recipe(spec), seed).run(data, progress)
+    _VisionBuilder(spec, out, read_recipe(spec), seed, device).run(data, progress)
 
 
 def read_recipe(spec: SuiteSpec) -> VisionRecipe:

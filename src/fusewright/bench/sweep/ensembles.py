@@ -29,6 +29,8 @@ def ensembles(
     import torch
 
     from fusewright.bench.suite import BATCH
+    from fusewright.modules.tensors import device_of
+    from fusewright.tasks.placement import placed
 
     question = suite.asked(task, condition)
     held: dict[int, list[Tensor]] = {}
@@ -47,7 +49,8 @@ def ensembles(
             return together(question, said(batch), how, asked[how])
 
         object.__setattr__(asking, "logits", combined)  # the same task, answered by all of them
-        return asking.outcomes(models[0], asking.batches(rows, BATCH, limit=limit))
+        batches = asking.batches(rows, BATCH, limit=limit)
+        return asking.outcomes(models[0], placed(batches, device_of(models[0])))
 
     rows = question.ready(suite.ready(task, "test", limit, condition))
     with torch.inference_mode():

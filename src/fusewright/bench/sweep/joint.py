@@ -114,12 +114,13 @@ def _train_into(folder: Path, suite: Suite, how: str) -> None:
     recipe = joint_recipe(suite, names)
     splits = {name: _rows(suite, name, recipe) for name in names}
     with threads(recipe.threads), measured() as cost:
+        base = recipe.opens(suite.base).to(suite.device)
         model = train_joint(
-            recipe.opens(suite.base), [suite.tasks[name] for name in names], splits, how=how,
+            base, [suite.tasks[name] for name in names], splits, how=how,
             steps=recipe.steps, batch_size=recipe.batch, lr=recipe.rate, seed=suite.seed,
             autocast=torch.bfloat16 if recipe.bfloat16 else None, augment=recipe.augment,
             betas=recipe.betas, by_size=recipe.relative,
-        )  # fmt: skip
+        ).cpu()  # fmt: skip
     partial = folder.with_name(f"{folder.name}.of-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

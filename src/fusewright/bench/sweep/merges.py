@@ -43,6 +43,8 @@ class Merges:
     data: Callable[[str], Adaptation] | None = None
     """What methods that learn are given, by what their card asks for."""
     optional: tuple[str, ...] = ()
+    device: str = "cpu"
+    """Where models are run that a method learns with; merges are computed on the CPU."""
     _kept: tuple[Method, float, Made] | None = field(default=None, repr=False)
     _base: State | None = field(default=None, repr=False)
 
@@ -68,6 +70,7 @@ class Merges:
         options: dict[str, Any] = {} if self.threads is None else {"threads": self.threads}
         if isinstance(method, Program | Routed):
             options["data"] = None if self.data is None else self.data(method.card.data)
+            options["device"] = self.device
         else:
             _warm(method, len(self.experts))
         with measured() as cost:

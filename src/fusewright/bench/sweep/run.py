@@ -59,6 +59,7 @@ def bench(
     mixed_stream: int = 0,
     transductive: bool = False,
     jobs: int = 1,
+    device: str = "cpu",
     progress: bool = True,
 ) -> Results:
     """Merge a suite's experts with every method and measure all of them on all tasks.
@@ -77,12 +78,15 @@ def bench(
     ``mixed_stream``: also ask the first so many test rows of each merged task in one stream, mixed,
     one row at a time (0: not). ``transductive``: methods that learn from unlabelled inputs also
     adapt on the test inputs, as their papers do, in rows of their own that are not ranked.
-    ``jobs``: worker processes.
+    ``jobs``: worker processes. ``device``: where models are trained and asked; merges are computed
+    on the CPU, and an open suite has a device of its own.
 
     Raises SuiteError, RecipeError, and OutputError if another sweep writes to ``out``; a method
     that fails is left out, and ``facts["failed"]`` says why.
     """
-    first = suite if isinstance(suite, Suite) else open_suite(suite, pool=pool, data=data)
+    first = suite if isinstance(suite, Suite) else (
+        open_suite(suite, pool=pool, data=data, device=device)
+    )  # fmt: skip
     asked = Asked(tune, limit, tuple(subsets), draws, _conditions(first, corruptions),
                   chosen_joint(joint), mixed_stream, transductive)  # fmt: skip
     _check(asked, first)
@@ -254,5 +258,6 @@ def _facts(suites: Sequence[Suite], asked: Asked) -> dict[str, Any]:
         "licence": suites[0].spec.licence, "items": _items(suites[0]),
         "versions": {"fusewright": fusewright.__version__, **packages,
                      "python": platform.python_version()},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+        + ("" if suites[0].device == "cpu" else f", {suites[0].device}"),
     }  # fmt: skip

@@ -27,11 +27,16 @@ Questions = Sequence[tuple["Task", "Batch"]]
 
 def questions(suite: Suite, tasks: Sequence[str], limit: int | None) -> Questions:
     """The fixed batch of each task that is answered by logits."""
+    import torch
+
+    from fusewright.tasks.placement import moved
+
     size = min(ITEMS, limit or ITEMS)
     found = []
     for name in (name for name in tasks if suite.tasks[name].has_logits):
         asked, ready = suite.tasks[name], suite.ready(name, "test", limit)
-        found.append((asked, next(asked.batches(asked.ready(ready), size, limit=size))))
+        first = next(asked.batches(asked.ready(ready), size, limit=size))
+        found.append((asked, moved(first, torch.device(suite.device))))
     return found
 
 
@@ -76,6 +81,10 @@ def slowdown(ours: Callable[[], Any], base: Callable[[], Any], turns: int = TURN
 
 
 def _seconds(act: Callable[[], Any]) -> float:
+    import torch
+
     began = perf_counter()
     act()
+    if torch.accelerator.is_available():  # it answers later than it is asked
+        torch.accelerator.synchronize()
     return perf_counter() - began

@@ -27,11 +27,14 @@ def mixed(
     """
     import torch
 
-    asked = {task: suite.asked(task) for task in tasks}
+    from fusewright.modules.tensors import device_of
+    from fusewright.tasks.placement import placed
+
+    asked, device = {task: suite.asked(task) for task in tasks}, device_of(module)
     splits = {task: asked[task].ready(suite.ready(task, "test", limit)) for task in tasks}
     most = rows if limit is None else min(rows, limit)
     counts = [min(most, len(splits[task])) for task in tasks]
-    batches = {task: asked[task].batches(splits[task], 1, limit=count)
+    batches = {task: placed(asked[task].batches(splits[task], 1, limit=count), device)
                for task, count in zip(tasks, counts, strict=True)}  # fmt: skip
     parts: dict[str, list[Outcomes]] = {task: [] for task in tasks}
     order = np.random.default_rng(suite.seed).permutation(np.repeat(np.arange(len(tasks)), counts))

@@ -28,7 +28,9 @@ from fusewright.bench.sweep.tuning import tune
 from fusewright.tasks.units import unit_of
 
 if TYPE_CHECKING:
-    from torch import nn
+    from pathlib import Path
+
+    from torch import Tensor, nn
 
     from fusewright.bench.suite import Suite
     from fusewright.methods.contract import Method
@@ -76,11 +78,18 @@ class Worker:
                    if j.how == "model" and j.what in self.suite.experts}  # fmt: skip
         return (self._own if job.how == OWN else self._best)(job, experts), None
 
+    def _open(self, path: Path) -> nn.Module:
+        """A model, where the suite's are asked."""
+        return self.suite.open(path).to(self.suite.device)
+
     @cached_property
     def exchange(self) -> Exchange:
         """The module that all merges are put into."""
         base = self.suite.base
         return Exchange(self.suite.open(base), base, self.suite.spec.opens)
+
+    def _filled(self, state: Mapping[str, Tensor]) -> nn.Module:
+        return self.exchange.filled(state).to(self.suite.device)
 
     def _tasks(self, job: Job) -> list[str]:
         """Those that this cell is about: of its experts, and those that no expert learned."""
@@ -127,17 +136,18 @@ class Worker:
     def _attained(self, task: str) -> float:
         """The validation score of a task's own expert."""
         if task not in self._own_scores:
-            expert = self.suite.open(self.suite.experts[task])
+            expert = self._open(self.suite.experts[task])
             self._own_scores[task] = self._validation(expert, task).value
         return self._own_scores[task]
 
     def _model(self, job: Job) -> Cell:
         paths = {BASE: self.suite.base, **self.suite.experts, **self.suite.extras}
-        found = self._evaluated(self.suite.open(paths[job.what]), job)
+        found = self._evaluated(self._open(paths[job.what]), job)
         return self._as_cell(job, found, PLAIN | self._sizes)
 
     def _joint(self, job: Job) -> Cell:
         module, facts = trained(self.suite, job.what, job.training)
+        module.to(self.suite.device)
         recipe = facts["recipe"]
         count = len(facts["tasks"])
         items = recipe["batch"] // count * count  # the same number of each task
@@ -149,8 +159,8 @@ class Worker:
     def _own(self, job: Job, experts: Mapping[str, Cell]) -> Cell:
         found: Found = {task: {c: o for c, o in experts[task].outcomes[task].items()}
                         for task in self._tasks(job) if task in experts}  # fmt: skip
-        modules = {name: self.suite.open(self.suite.experts[name]) for name in job.pool.experts}
-        base = self.suite.open(self.suite.base)
+        modules = {name: self._open(self.suite.experts[name]) for name in job.pool.experts}
+        base = self._open(self.suite.base)
         costs = self._several(len(modules)) | {"active": self._sizes["active"]}
         if asked := self._questions(job):
             costs["slowdown"] = of_experts(asked, base, modules)
@@ -158,7 +168,7 @@ class Worker:
         return self._as_cell(job, found, costs, note=note)
 
     def _best(self, job: Job, experts: Mapping[str, Cell]) -> Cell:
-        scores = {name: self._validated(self.suite.open(self.suite.experts[name]), job.pool.experts)
+        scores = {name: self._validated(self._open(self.suite.experts[name]), job.pool.experts)
                   for name in job.pool.experts}  # fmt: skip
         best = max(scores, key=lambda name: scores[name])
         found = {t: {**each} for t, each in experts[best].outcomes.items() if t in self._tasks(job)}
@@ -166,11 +176,11 @@ class Worker:
 
     def _ensemble(self, job: Job) -> Cell:
         names = job.pool.experts
-        experts = [self.suite.open(self.suite.experts[name]) for name in names]
+        experts = [self._open(self.suite.experts[name]) for name in names]
         if names not in self._ensembles:
             self._ensembles = {names: self._combined(job, experts)}
         weights, found = self._ensembles[names][job.what]
-        base = self.suite.open(self.suite.base)
+        base = self._open(self.suite.base)
         slower = of_ensemble(self._questions(job), base, experts, job.what, weights)
         costs = self._several(len(experts)) | {"slowdown": slower}
         shown = [round(w, 3) for w in weights] if weights else None
@@ -201,7 +211,7 @@ class Worker:
             experts = {name: self.suite.experts[name] for name in names}
             self._merges[part, names] = Merges(
                 self.suite.base, experts, self.threads, self._learnt_from(names, part),
-                tuple(self.suite.spec.optional),
+                tuple(self.suite.spec.optional), self.suite.device,
             )
         return self._merges[part, names]
 
@@ -225,7 +235,7 @@ class Worker:
         method: Method = job.what
 
         def score(values: Mapping[str, float]) -> float:
-            module = self.exchange.filled(self._of(job).make(with_values(method, values)).state)
+            module = self._filled(self._of(job).make(with_values(method, values)).state)
             return self._validated(module, job.pool.experts)
 
         found = tune(space(method), current(method), score, job.trials, self.suite.seed)
@@ -235,14 +245,15 @@ class Worker:
         return cell, found.trials
 
     def _merge_cell(self, job: Job, method: Method, made: Made, note: str = "") -> Cell:
-        module = self.exchange.filled(made.state) if made.routed is None else made.routed
+        routed = None if made.routed is None else made.routed.to(self.suite.device)
+        module = self._filled(made.state) if routed is None else routed
         found = self._evaluated(module, job)
         merged = sum(t.numel() for t in made.state.values())
         sizes = self._sizes | {"bytes": sum(t.nbytes for t in made.state.values())}
         costs = PLAIN | sizes | made.costs | {"extra_parameters": merged - self._stored}
-        if made.routed is not None and not method.card.task_id:  # told, it is as the base is
-            base = self.suite.open(self.suite.base)
-            costs["slowdown"] = of_model(self._questions(job), base, made.routed)
+        if routed is not None and not method.card.task_id:  # told, it is as the base is
+            base = self._open(self.suite.base)
+            costs["slowdown"] = of_model(self._questions(job), base, routed)
         return self._as_cell(job, found, costs, method.spec(), note)
 
     @cached_property

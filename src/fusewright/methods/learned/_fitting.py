@@ -216,7 +216,7 @@ def asked(context: Context) -> Mapping[str, Question]:
             expected="data={expert: batches}", found=", ".join(found) or "no data",
             fix="data=suite.unlabelled(), or batches under the experts' names",
         )  # fmt: skip
-    return {name: found[name] for name in context.experts}
+    return {name: found[name].on(context.device) for name in context.experts}
 
 
 def _uncertain(task: str, logits: Tensor) -> Tensor:

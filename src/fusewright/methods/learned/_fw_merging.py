@@ -132,17 +132,16 @@ class _Search:
         self.linear = merge.coefficients
         experts = self.vectors.experts
         self.names = (*experts, *("start" for _ in starts))
-        self.vertices = torch.eye(len(experts))
-        for start in starts:
-            own = torch.full((1, len(experts)), start)
-            self.vertices = torch.cat([self.vertices, own])
+        rows = [torch.eye(len(experts)), *(torch.full((1, len(experts)), s) for s in starts)]
+        self.vertices = torch.cat(rows).to(self.linear.values.device)
         self.batches = -(-method.rows // method.batch)
         self._norms = self._measured() if method.measure == "cosine" else {}
 
     def scores(self, tasks: Sequence[str], first: int) -> tuple[Tensor, dict[str, float]]:
         """How far each vertex lies up the gradient, of the whole model (1, vertices) or for each
         tensor (tensors, vertices), and the losses; on batches from ``first`` on."""
-        rows = {name: torch.zeros(len(self.vertices)) for name in self.vectors.names}
+        nothing = self.vertices.new_zeros(len(self.vertices))
+        rows = dict.fromkeys(self.vectors.names, nothing)
         losses = dict.fromkeys(tasks, 0.0)
         with self.merge.live() as live:
             for task in tasks:
@@ -166,12 +165,12 @@ class _Search:
 
     def _score(self, name: str, gradient: Tensor) -> Tensor:
         vertices = self.vertices.double()
-        inner = vertices @ self.vectors.projected(name, gradient).double().cpu()
+        inner = vertices @ self.vectors.projected(name, gradient).double()
         if self.method.measure == "inner":  # ⟨g, θ0⟩ is the same for all
             return inner.float()
         base = self.vectors.base[name].double()
-        inner = inner + (gradient.double() * base).sum().cpu()
-        sizes = gradient.double().norm().cpu() * self._norms[name]
+        inner = inner + (gradient.double() * base).sum()
+        sizes = gradient.double().norm() * self._norms[name]
         return torch.where(sizes > 0, inner / sizes, 0.0).float()
 
     @torch.no_grad()
@@ -181,7 +180,7 @@ class _Search:
         for name, base in self.vectors.base.items():
             sizes = [(base.double() + self.vectors.combined(name, vertex).double()).norm()
                      for vertex in self.vertices]  # fmt: skip
-            found[name] = torch.stack(sizes).cpu()
+            found[name] = torch.stack(sizes)
         return found
 
 

@@ -79,8 +79,8 @@ class Pruned(Learner, Program):
 
         fitting = Fitting(context, self)
         merged = context.merge(parse_method(self.merger))
-        vectors = _alone(fitting.vectors, {n: merged[context.stored(n)]
-                                           for n in fitting.vectors.names})  # fmt: skip
+        own = {n: merged[context.stored(n)].to(context.device) for n in fitting.vectors.names}
+        vectors = _alone(fitting.vectors, own)
         masks = PlainMasks({n: t.shape for n, t in vectors.base.items()}, self.size)
         merge = ParametrisedMerge(fitting.model, vectors, masks)
         step, trained = self.step_of(fitting, merge, masks)

@@ -154,7 +154,7 @@ class _Run:
         path = self.fitter.checkpoint
         if path is None or not path.exists():
             return
-        held = torch.load(path, weights_only=True)
+        held = torch.load(path, map_location="cpu", weights_only=True)
         self.trained.load_state_dict(held["trained"])
         self.optimiser.load_state_dict(held["optimiser"])
         torch.set_rng_state(held["draws"])

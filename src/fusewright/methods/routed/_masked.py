@@ -31,7 +31,7 @@ class Masked(Routed, ABC):
         statistics = [n for n in vectors.names if context.layout(n).role is Role.STATISTIC]
         names = [name for name in vectors.names if name not in statistics]
         parts, masks = [], []
-        wanted = masked = torch.zeros(len(vectors.experts), dtype=torch.float64)
+        wanted = masked = torch.zeros(len(vectors.experts)).double().to(context.device)
         for name in names:
             each = _flat(vectors, name)
             vector, mask = self.shared(each)
@@ -39,11 +39,12 @@ class Masked(Routed, ABC):
             masks.append(packed(mask))
             wanted = wanted + each.abs().sum(dim=1, dtype=torch.float64)
             masked = masked + (vector.abs() * mask).sum(dim=1, dtype=torch.float64)
-        kept = [_flat(vectors, name) for name in statistics]
+        kept = [wanted.new_empty(len(wanted), 0).float()]
+        kept += [_flat(vectors, name) for name in statistics]
         tensors = {
             "vector": torch.cat(parts), "masks": torch.cat(masks, dim=1),
             "scales": self.scales(wanted, masked).float(),
-            "kept": torch.cat(kept, dim=1) if kept else torch.empty(len(vectors.experts), 0),
+            "kept": torch.cat(kept, dim=1),
         }  # fmt: skip
         said = {"scales": tensors["scales"].tolist()}
         return Parts({MASKS: TaskMasks(vectors.experts, names, statistics, tensors)}, report=said)

@@ -62,7 +62,7 @@ class RepresentationSurgery(Routed):
 
         questions, model, vectors = asked(context), context.module(), context.vectors()
         state = context.merge(parse_method(self.merger))
-        merged = {name: state[context.stored(name)] for name in vectors.names}
+        merged = {n: state[context.stored(n)].to(context.device) for n in vectors.names}
         head, pairs = head_of(model), []
         for task, question in questions.items():
             mine = self._seen(model, merged, question, head, context.seed)
@@ -75,13 +75,13 @@ class RepresentationSurgery(Routed):
     def _seen(
         self, model: nn.Module, weights: Mapping[str, Tensor], question: Any, head: str, seed: int
     ) -> Tensor:
-        """The features of a task's inputs under some weights."""
+        """The features of a task's inputs under some weights; few, so learnt from on the CPU."""
         with with_weights(model, weights), seen_by(model, head) as found, torch.no_grad():
             for batch in question.epoch(min(64, self.inputs), seed):
                 question.logits(model, batch)
                 if sum(len(each) for each in found) >= self.inputs:
                     break
-        return torch.cat(found)[: self.inputs]
+        return torch.cat(found)[: self.inputs].cpu()
 
     def _trained(
         self, surgery: Surgery, tasks: list[str], pairs: list[tuple[Tensor, Tensor]],

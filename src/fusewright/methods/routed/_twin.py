@@ -110,7 +110,7 @@ class Twin(Routed):
     def _seen(
         self, routing: FeatureRouting, model: nn.Module, questions: Mapping[str, Any], seed: int
     ) -> list[Tensor]:
-        """The features of each task's inputs, (inputs, width)."""
+        """The features of each task's inputs, (inputs, width); few, so learnt from on the CPU."""
         found = []
         for task, question in questions.items():
             with routing.heard(model) as heard, torch.no_grad():
@@ -118,7 +118,7 @@ class Twin(Routed):
                     question.logits(model, batch)
                     if sum(len(each) for each in heard) >= self.inputs:
                         break
-            found.append(torch.cat(heard)[: self.inputs] if heard else torch.empty(0))
+            found.append(torch.cat(heard)[: self.inputs].cpu() if heard else torch.empty(0))
             if len(found[-1]) < 2:
                 raise PlanError("a router needs inputs to learn from and to be judged by",
                                 where=f"task {task}", expected="two inputs or more",
@@ -287,5 +287,6 @@ def _factors(delta: Delta) -> Factors | None:
         return delta
     if isinstance(delta, Sparse) and not len(delta.values):
         rows, columns = delta.shape
-        return Factors(torch.zeros(rows, 0), torch.zeros(0, columns), delta.shape)
+        none = delta.values
+        return Factors(none.new_zeros(rows, 0), none.new_zeros(0, columns), delta.shape)
     return None
