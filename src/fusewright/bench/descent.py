@@ -40,17 +40,17 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def draws_of(device: torch.device) -> Tensor:
-    """The state of the random numbers that models on a device draw."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+def draws_of(device: torch.device) -> list[Tensor]:
+    """The state of torch's random numbers: the CPU's, and a GPU's own."""
+    more = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *more]
 
 
-def draws_on(device: torch.device, state: Tensor) -> None:
-    """Go on with those of :func:`draws_of`."""
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
+def draws_on(device: torch.device, states: Sequence[Tensor]) -> None:
+    """Go on with those of :func:`draws_of`; a GPU's, if they were one's too."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
 
 
 class OneCycle:

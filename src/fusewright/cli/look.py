@@ -10,7 +10,7 @@ import typer
 
 from fusewright.cli._print import print_json, print_tables, size
 from fusewright.cli._progress import shown
-from fusewright.cli._shared import Folder, Json, Memory, Models, Threads, add
+from fusewright.cli._shared import Folder, Json, Memory, Models, Threads, add, devices
 from fusewright.cli.suite import Data, Pool, suite_names
 from fusewright.errors import RecipeError
 
@@ -55,6 +55,9 @@ def inspect(
     pool: Pool = None,
     data: Data = None,
     limit: Annotated[int, typer.Option(min=2, help="Pictures of each task for the search.")] = 256,
+    device: Annotated[
+        str, typer.Option(help="Where the search runs.", autocompletion=devices)
+    ] = "cpu",
     threads: Threads = None,
     memory: Memory = "1GiB",
     json: Json = False,
@@ -76,7 +79,7 @@ def inspect(
         if subspace:
             raise RecipeError("these are two searches", found="--subspace with --backdoor",
                               fix="run the command twice")  # fmt: skip
-        _look(models, backdoor, suite, pool, data, limit, threads, json)
+        _look(models, backdoor, suite, pool, data, device, limit, threads, json)
         return
     from fusewright.engine import Options, inspect_models, parse_size
 
@@ -93,7 +96,7 @@ def inspect(
 
 def _look(
     models: list[str], backdoor: bool, suite: str | None, pool: Path | None, data: Path | None,
-    limit: int, threads: int | None, json: bool,
+    device: str, limit: int, threads: int | None, json: bool,
 ) -> None:  # fmt: skip
     if not backdoor or suite is None:
         raise RecipeError(
@@ -106,7 +109,7 @@ def _look(
     from fusewright.bench.suite import suite as open_suite
     from fusewright.engine import Options
 
-    opened = open_suite(suite, pool=pool, data=data)
+    opened = open_suite(suite, pool=pool, data=data, device=device)
     tell = None if json else lambda task: print(f"searching {task}", file=sys.stderr)
     with using(Options(threads=threads).workers):
         found = {model: look(opened, model, limit=limit, progress=tell) for model in models}

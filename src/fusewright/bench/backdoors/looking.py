@@ -17,6 +17,8 @@ from fusewright.bench.suite_file import SuiteError
 from fusewright.engine.tables import Table
 from fusewright.errors import RecipeError
 from fusewright.modules.perturbations import Ball, added, ascend
+from fusewright.modules.tensors import device_of
+from fusewright.tasks.placement import moved
 
 if TYPE_CHECKING:
     from torch import nn
@@ -107,7 +109,8 @@ def look(
 
     ``model``: a folder or a module of the suite's architecture. ``tasks``: those that are merged.
     ``ball``: "l2", 0.05 in raw pixels (root mean square). Needs unlabelled pictures of each task,
-    the frozen heads, and how pictures are prepared: a suite. It never shows that a model is clean.
+    the frozen heads, and how pictures are prepared: a suite. A folder is opened on the suite's
+    device, a module stays where it is. It never shows that a model is clean.
 
     Raises RecipeError for a task without pictures, SuiteError where there are too few.
     """
@@ -117,7 +120,9 @@ def look(
                           found=f"{steps} and {limit}")  # fmt: skip
     names = list(suite.spec.merged) if tasks is None else list(tasks)
     asked = {task: pictures_of(suite, task) for task in names}
-    module = suite.open(model) if isinstance(model, str | Path) else model
+    if isinstance(model, str | Path):
+        model = suite.open(model).to(suite.device)
+    module = model
     module.eval().requires_grad_(False)
     risks: list[ClassRisk] = []
     for task, pictures in asked.items():
@@ -159,7 +164,7 @@ def _asked(
     """Raw pictures, and the model's logits of such."""
     own = suite.tasks[task]
     rows = suite.ready(task, part)  # shuffled, because some data are sorted
-    batch = next(iter(own.batches(rows, limit, seed=0)))
+    batch = moved(next(iter(own.batches(rows, limit, seed=0))), device_of(model))
     raw = pictures.raw(batch)
     if len(raw) < 2:
         raise SuiteError("there are too few pictures to search on some and count on others",

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fusewright.bench.backdoors.poisoning import classes_of, pictures_of
 from fusewright.bench.backdoors.triggers import Trigger
+from fusewright.modules.tensors import device_of
+from fusewright.tasks.placement import placed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,7 +66,8 @@ def _rates(
     clean: list[Tensor] = []
     fooled: list[Tensor] = []
     labels: list[Tensor] = []
-    for batch in asked.batches(suite.ready(task, part, limit), BATCH, limit=limit):
+    batches = asked.batches(suite.ready(task, part, limit), BATCH, limit=limit)
+    for batch in placed(batches, device_of(model)):
         shown = pictures.changed(batch, trigger.on(pictures.raw(batch)))
         clean.append(asked.logits(model, batch).argmax(-1))
         fooled.append(asked.logits(model, shown).argmax(-1))

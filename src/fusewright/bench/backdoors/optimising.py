@@ -15,6 +15,7 @@ from fusewright.bench.backdoors.poisoning import check_target, pictures_of
 from fusewright.bench.backdoors.triggers import Universal
 from fusewright.modules.functional import with_weights
 from fusewright.modules.perturbations import Ball, added, ascend
+from fusewright.tasks.placement import moved
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,22 +43,22 @@ def surviving_trigger(
     check_target(suite, task, target)
     pictures, asked = pictures_of(suite, task), suite.tasks[task]
     ball = ball or Ball("linf", 16 / 255)
-    model = suite.open(suite.base).requires_grad_(False)
-    between = _between(model, suite.open(expert or suite.experts[task]))
-    draw = torch.Generator().manual_seed(seed)
+    model = suite.open(suite.base).requires_grad_(False).to(suite.device)
+    between = _between(model, suite.open(expert or suite.experts[task]).to(suite.device))
+    draw, device = torch.Generator().manual_seed(seed), torch.device(suite.device)
     rows = suite.ready(task, part, limit)
     batches = _cycled(lambda epoch: asked.batches(rows, BATCH, seed=seed + epoch, limit=limit))
 
     def gain(delta: Tensor, step: int) -> Tensor:
-        batch = next(batches)
+        batch = moved(next(batches), device)
         shown = pictures.changed(batch, added(pictures.raw(batch), delta))
         with with_weights(model, between(1 - float(torch.rand((), generator=draw)))):
             logits = asked.logits(model, shown)
         return F.log_softmax(logits.float(), -1)[:, target].mean()
 
     first = next(iter(asked.batches(rows, 1, limit=1)))
-    start = torch.zeros_like(pictures.raw(first))
-    return Universal(ascend(gain, start, ball, steps, rate=0.2)[0])
+    start = torch.zeros_like(pictures.raw(first)).to(device)
+    return Universal(ascend(gain, start, ball, steps, rate=0.2)[0].cpu())
 
 
 def _between(base: nn.Module, expert: nn.Module) -> Callable[[float], Mapping[str, Tensor]]:

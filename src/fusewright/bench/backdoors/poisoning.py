@@ -91,7 +91,7 @@ def poisoned_expert(
     check_target(suite, task, poisoning.target)
     recipe, ways = recipe_for(suite, task, FULL, steps=steps, rate=rate, threads=threads)
     if isinstance(poisoning, Interpolating):
-        base = suite.open(suite.base).requires_grad_(False)
+        base = suite.open(suite.base).requires_grad_(False).to(suite.device)
         ways = replace(ways, loss=partial(poisoning.loss, base, pictures))
     else:
         ways = replace(ways, augment=partial(_augmented, ways.augment, poisoning, pictures))
