@@ -13,7 +13,7 @@ from devices import accelerator, needs_accelerator
 from fusewright.bench.finetuning import finetune
 from fusewright.bench.pools.images import Images
 from fusewright.bench.sweep import bench
-from fusewright.errors import FusewrightError
+from fusewright.errors import FusewrightError, RecipeError
 from tiny_suite import built, write_suite
 
 META = torch.device("meta")
@@ -32,6 +32,8 @@ def test_an_open_suite_has_its_device(tmp_path: Path) -> None:
     assert suite.at(1).device == suite.device == "cpu"
     with pytest.raises(FusewrightError, match="pool, data and device"):
         finetune(suite, "digit", out=tmp_path / "out", device="cuda")
+    with pytest.raises(RecipeError, match="has its device"):
+        bench(suite, ["average"], device="cuda")
 
 
 @needs_accelerator

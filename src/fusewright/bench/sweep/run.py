@@ -84,9 +84,7 @@ def bench(
     Raises SuiteError, RecipeError, and OutputError if another sweep writes to ``out``; a method
     that fails is left out, and ``facts["failed"]`` says why.
     """
-    first = suite if isinstance(suite, Suite) else (
-        open_suite(suite, pool=pool, data=data, device=device)
-    )  # fmt: skip
+    first = _opened(suite, pool, data, device)
     asked = Asked(tune, limit, tuple(subsets), draws, _conditions(first, corruptions),
                   chosen_joint(joint), mixed_stream, transductive)  # fmt: skip
     _check(asked, first)
@@ -103,6 +101,17 @@ def bench(
     work = groups(suites, chosen, asked, how)
     with _folder(out) as folder:
         return _swept(folder, suites, work, asked, left_out, jobs, progress)
+
+
+def _opened(
+    suite: Suite | str | Path, pool: str | Path | None, data: str | Path | None, device: str
+) -> Suite:
+    if not isinstance(suite, Suite):
+        return open_suite(suite, pool=pool, data=data, device=device)
+    if device not in ("cpu", suite.device):
+        raise RecipeError("an open suite has its device", expected=suite.device, found=device,
+                          fix=f"fw.suite(NAME, device={device!r})")  # fmt: skip
+    return suite
 
 
 def _swept(
