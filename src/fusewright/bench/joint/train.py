@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fusewright.bench.descent import OneCycle, relative, seeded
 from fusewright.bench.joint.combine import Combination, combination
 from fusewright.errors import FusewrightError, NumericError, RecipeError
+from fusewright.modules.tensors import device_of
 from fusewright.tasks.placement import moved
 from fusewright.tasks.task import Batch, Progress, Split, Task
 
@@ -148,7 +149,7 @@ def task_loss(
 ) -> Tensor:  # fmt: skip
     """One task's loss, or another in its place; a region of its own, so that no two losses share a
     cast weight."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     batch = moved(batch, device)
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         loss = own(task, model, batch) if own else task.loss(model, batch)

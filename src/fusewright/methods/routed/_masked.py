@@ -31,7 +31,8 @@ class Masked(Routed, ABC):
         statistics = [n for n in vectors.names if context.layout(n).role is Role.STATISTIC]
         names = [name for name in vectors.names if name not in statistics]
         parts, masks = [], []
-        wanted = masked = torch.zeros(len(vectors.experts)).double().to(context.device)
+        count = len(vectors.experts)
+        wanted = masked = torch.zeros(count, dtype=torch.float64, device=context.device)
         for name in names:
             each = _flat(vectors, name)
             vector, mask = self.shared(each)
@@ -39,7 +40,7 @@ class Masked(Routed, ABC):
             masks.append(packed(mask))
             wanted = wanted + each.abs().sum(dim=1, dtype=torch.float64)
             masked = masked + (vector.abs() * mask).sum(dim=1, dtype=torch.float64)
-        kept = [wanted.new_empty(len(wanted), 0).float()]
+        kept = [torch.empty(count, 0, device=context.device)]
         kept += [_flat(vectors, name) for name in statistics]
         tensors = {
             "vector": torch.cat(parts), "masks": torch.cat(masks, dim=1),
