@@ -280,7 +280,7 @@ def llama(tmp_path_factory):
         fields[key] = {name: fields[key][name] for name in DOMAINS}
     for domain, column in DOMAINS.items():
         task = fields["tasks"][domain]
-        task["splits"] = {"validation": "train[:3]", "test": "train[3:]"}
+        task["splits"] = {"train": "train[:3]", "validation": "train[:3]", "test": "train[3:]"}
         task["options"]["length"] = 4
         at = folder / "data" / "mergebench" / domain
         at.mkdir(parents=True)
@@ -309,6 +309,40 @@ def test_a_sweep_merges_causal_models(llama, tmp_path):
         expected = llama.evaluate(merged.path, domain).columns["loss"]
         np.testing.assert_allclose(found.outcomes[domain]["clean"].columns["loss"], expected,
                                    rtol=1e-2)  # fmt: skip
+
+
+LEARNED = ("adamerging(steps=2, batch=2)", "adamerging(objective=self_label, steps=2, batch=2)",
+           "fw_merging(steps=2, batch=2)", "twin")  # fmt: skip
+
+
+def test_a_sweep_learns_on_causal_models(llama, tmp_path):
+    results = fw.bench(llama, list(LEARNED), out=tmp_path, progress=False)
+    assert results.facts["failed"] == {}
+    for method in LEARNED:
+        for found in results.of(method):
+            assert all(np.isfinite(of["clean"].score).all() for of in found.outcomes.values())
+
+
+def test_references_are_labels(llama):
+    """What is to be written is not shown to methods that learn without labels."""
+    from fusewright.bench.suite import Suite
+
+    written = llama.spec.tasks["math"].model_copy(update={
+        "kind": "generation",
+        "options": {"length": 8, "template": "{text}", "reference": "text"},
+    })  # fmt: skip
+    spec = llama.spec.model_copy(update={
+        "tasks": {**llama.spec.tasks, "math": written},
+    })  # fmt: skip
+    suite = Suite("written", spec, llama.pool, llama.data)
+    unlabelled, labelled = (asked.questions["math"] for asked in
+                            (suite.unlabelled(part="test"), suite.labelled(part="test")))
+    model = suite.open(suite.base)
+    shown = next(iter(unlabelled.epoch(2, 0)))
+    assert shown.keys() == {"input_ids", "attention_mask", "items"}
+    assert unlabelled.logits(model, shown).shape == (2, 8)
+    whole = next(iter(labelled.epoch(2, 0)))
+    assert len(labelled.logits(model, whole)) == len(labelled.labels(whole)) > 2
 
 
 def test_a_smaller_vocabulary_is_refused(llama, tmp_path):

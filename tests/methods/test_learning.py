@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from fusewright.errors import FusewrightWarning, NumericError, PlanError, Recipe
 from fusewright.methods.learned import AdaMerging, Concrete, objectives
 from fusewright.methods.learned._guard import collapsed
 from fusewright.methods.learned.scalarisers import combine, mgda, shortest, tchebycheff
+from fusewright.tasks.adaptation import adaptation
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 0.0, 3.0]])
 METHODS = {
@@ -65,6 +67,40 @@ def test_experts_answers_are_learned_from(objective: str) -> None:
     method = AdaMerging(**{**QUICK, "steps": 25, "guard": 0}, rate=0.03, objective=objective)
     losses = merged(method).report["fitted"]["losses"]
     assert min(losses[-4:]) < min(losses[:4])
+
+
+@pytest.mark.parametrize("objective", ["entropy", "self_label", "matching", "cross_entropy"])
+def test_an_item_may_have_many_answers(objective: str) -> None:
+    """As texts have, one for each token: the same as if each were an item."""
+    together = lambda model, batch: model(batch["x"]).reshape(4, 4, 4)  # noqa: E731
+    alone = lambda model, batch: model(batch["x"])  # noqa: E731
+    labelled = {name: [{"x": x, "labels": torch.arange(16) % 4} for x in batches]
+                for name, batches in data().items()}  # fmt: skip
+    method = AdaMerging(**QUICK, rate=0.03, objective=objective)
+    many, one = (merged(method, data=labelled, heads={"a": head, "b": head})
+                 for head in (together, alone))  # fmt: skip
+    assert many.report["fitted"]["losses"] == pytest.approx(one.report["fitted"]["losses"])
+
+
+def test_labels_that_are_not_one_for_each_answer_are_refused() -> None:
+    labelled = {name: [{"x": x, "labels": torch.zeros(8)} for x in batches]
+                for name, batches in data().items()}  # fmt: skip
+    head = lambda model, batch: model(batch["x"])  # noqa: E731
+    method = AdaMerging(**QUICK, objective="cross_entropy")
+    with pytest.raises(PlanError, match="not one label for each answer") as error:
+        merged(method, data=labelled, heads={"a": head, "b": head})
+    assert "task a" in str(error.value) and "(16, 4)" in str(error.value)
+
+
+def test_tasks_answered_in_numbers_are_matched_or_refused() -> None:
+    """Depths have no classes: neither entropy nor agreement means anything."""
+    asked = adaptation(data())
+    numbers = {name: replace(q, numbers=name == "b") for name, q in asked.questions.items()}
+    asked = replace(asked, questions=numbers)
+    with pytest.raises(PlanError, match="answered in numbers") as error:
+        merged(AdaMerging(**QUICK), data=asked)
+    assert "b" in str(error.value) and "objective=matching, guard=0" in str(error.value)
+    merged(AdaMerging(**{**QUICK, "guard": 0}, objective="matching"), data=asked)
 
 
 def test_labels_are_read_and_not_shown_to_the_model() -> None:

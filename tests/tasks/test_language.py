@@ -226,3 +226,38 @@ def test_scores_are_numbers_of_each_item(tokenizer) -> None:
     seen = evaluate(gpt2(), task, Rows({"text": LINES}))
     assert seen.score.dtype == np.float64 and (seen.score < 0).all()
     np.testing.assert_allclose(seen.columns["loss"], -seen.score)
+
+
+# -- what methods that learn are shown -----------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("written", [False, True])
+def test_the_loss_is_of_the_answers_that_are_asked_for(tokenizer, written: bool) -> None:
+    words, model = tokenizer(), gpt2()
+    task = (Generation("toy", tokenizer=words, max_new_tokens=4) if written
+            else LanguageModelling("toy", tokenizer=words, length=9))  # fmt: skip
+    rows = {"text": ["the cat", "dog"], "text2": ["sat on the mat", "run"]}
+    batch = next(task.batches(Rows(rows if written else {"text": LINES}), 100))
+    answers, targets = task.answered(model, batch), task.targets(batch)
+    assert task.logits(model, batch)[..., 0].numel() > len(targets), "nothing was padded"
+    assert answers.shape == (len(targets), 30)
+    assert F.cross_entropy(answers, targets).item() == pytest.approx(task.loss(model, batch).item())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+def test_without_references_the_first_token_is_asked_for(tokenizer, encoder_decoder) -> None:
+    model = t5() if encoder_decoder else gpt2()
+    task = Generation("toy", tokenizer=tokenizer(), max_new_tokens=4)
+    split = Rows({"text": ["the cat", "dog"], "text2": ["sat on the mat", "run"]})
+    batch = next(task.batches(split, 2))
+    shown = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    first = task.logits(model, batch)[:, 0]
+    torch.testing.assert_close(task.answered(model, shown), first)
+
+
+def t5():
+    config = t.T5Config(d_model=12, d_kv=6, d_ff=16, num_layers=1, num_heads=2, vocab_size=30,
+                        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)  # fmt: skip
+    return t.T5ForConditionalGeneration(config).eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,8 @@ BATCH = 256
 """Items an evaluation sees at once; it changes no score beyond rounding."""
 CACHED_BYTES = 2 * 2**30
 """Prepared inputs of all tasks that stay in memory; larger splits are prepared anew each time."""
-LABELS = ("label", "labels")
+LABELS = ("label", "labels", "targets", "references")
+"""What a batch holds that its task's answers are compared with."""
 
 
 def suite(
@@ -220,23 +221,25 @@ class Suite:
         """As :meth:`unlabelled`, with the labels, and of the rows that experts learned from."""
         from fusewright.tasks.adaptation import Adaptation
 
-        asked = {name: self._question(name, part, limit, LABELS) for name in self.spec.merged}
+        asked = {name: self._question(name, part, limit, labels=True) for name in self.spec.merged}
         return Adaptation(asked, self._opened, size, seed)
 
     def _question(
-        self, name: str, part: str, limit: int | None, shown: Sequence[str] = ()
+        self, name: str, part: str, limit: int | None, labels: bool = False
     ) -> Question:
         from fusewright.tasks.adaptation import Question
 
-        def epoch(size: int, seed: int) -> Iterator[Batch]:
-            for batch in self.tasks[name].batches(
-                self.ready(name, part), size, seed=seed, limit=limit
-            ):
-                yield {key: value for key, value in batch.items()
-                       if key in shown or key not in LABELS}  # fmt: skip
+        task = self.tasks[name]
 
-        pictures = getattr(self.tasks[name], "pictures", None)
-        return Question(name, self.tasks[name].logits, epoch, pictures)
+        def epoch(size: int, seed: int) -> Iterator[Batch]:
+            for batch in task.batches(self.ready(name, part), size, seed=seed, limit=limit):
+                if labels:
+                    yield {**batch, "labels": task.targets(batch)}
+                else:
+                    yield {key: value for key, value in batch.items() if key not in LABELS}
+
+        pictures = getattr(task, "pictures", None)
+        return Question(name, task.answered, epoch, pictures, task.in_numbers)
 
     def _opened(self) -> tuple[nn.Module, Mapping[str, str]]:
         from fusewright.bench.exchange import Exchange

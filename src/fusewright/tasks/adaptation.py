@@ -25,14 +25,16 @@ Open = Callable[[], "tuple[nn.Module, Mapping[str, str]]"]
 
 @dataclass(frozen=True)
 class Question:
-    """One task: ``logits(model, batch)`` are (items, classes), ``epoch(size, seed)`` its batches,
-    shuffled by the seed. Few methods need labels; a batch holds them as "label" or "labels".
-    ``pictures`` says where a batch holds pictures, for methods that change them."""
+    """One task: ``logits(model, batch)`` are (answers, classes), one for each item or more, and
+    ``epoch(size, seed)`` its batches, shuffled by the seed. Few methods need labels; a batch holds
+    them as "label" or "labels". ``pictures`` says where a batch holds pictures, for methods that
+    change them; ``numbers``, that answers are numbers (answers, channels), not logits."""
 
     name: str
     logits: Logits
     epoch: Epoch = field(repr=False)
     pictures: Pictures | None = None
+    numbers: bool = False
 
     def stream(self, size: int, seed: int) -> Iterator[Any]:
         """Batches without end, each epoch in another order.
@@ -47,7 +49,7 @@ class Question:
         return replace(self, epoch=lambda size, seed: placed(epoch(size, seed), device))
 
     def labels(self, batch: Any) -> Tensor:
-        """A batch's labels (items,). Raises DataError if it has none."""
+        """A batch's labels, one for each answer. Raises DataError if it has none."""
         from torch import as_tensor
 
         held = [batch[key] for key in LABELS if key in batch] if isinstance(batch, Mapping) else []

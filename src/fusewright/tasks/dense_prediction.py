@@ -52,8 +52,7 @@ class DensePrediction(BatchedTask):
     conditions: ClassVar[tuple[str, ...]] = CORRUPTIONS
     METRICS: ClassVar[tuple[str, ...]]
     CHANNELS: ClassVar[int] = 1
-    NUMBERS: ClassVar[bool] = True
-    """Answers are numbers, not logits: ensembles average them as they are."""
+    in_numbers: ClassVar[bool] = True
 
     head: Head | None = field(default=None, kw_only=True, repr=False, compare=False)
     preparation: ImagePreparation = field(default_factory=ImagePreparation, kw_only=True)
@@ -186,7 +185,7 @@ class Segmentation(DensePrediction):
 
     kind: ClassVar[str] = "segmentation"
     METRICS = ("pixel_accuracy",)
-    NUMBERS = False
+    in_numbers = False
 
     classes: tuple[str, ...] = field(kw_only=True)
     ignored: int = field(default=255, kw_only=True)

@@ -99,11 +99,12 @@ class Generation(BatchedTask):
         }  # fmt: skip
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Of the reference's tokens, each given those before: (n, tokens, vocabulary)."""
+        """Of the reference's tokens, each given those before: (n, tokens, vocabulary). Without
+        "targets" in the batch, of the first token alone."""
         import torch
 
-        ids, mask, targets = batch["input_ids"], batch["attention_mask"], batch["targets"]
-        pad = pad_id(self.tokenizer)
+        ids, mask, pad = batch["input_ids"], batch["attention_mask"], pad_id(self.tokenizer)
+        targets = batch.get("targets", torch.full_like(ids[:, :1], IGNORED))
         if is_encoder_decoder(model):
             start = decoder_start(model)
             return model(
@@ -114,14 +115,19 @@ class Generation(BatchedTask):
         found = model(input_ids=joined, attention_mask=seen, position_ids=positions(seen)).logits
         return found[:, ids.shape[1] - 1 : -1]
 
+    def answered(self, model: nn.Module, batch: Batch) -> Tensor:
+        found = self.logits(model, batch)
+        return found[batch["targets"] != IGNORED] if "targets" in batch else found.flatten(0, 1)
+
+    def targets(self, batch: Batch) -> Tensor:
+        found: Tensor = batch["targets"]
+        return found[found != IGNORED]
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of the references' tokens, in nats."""
         import torch.nn.functional as F
 
-        return F.cross_entropy(
-            self.logits(model, batch).flatten(0, 1).float(), batch["targets"].flatten(),
-            ignore_index=IGNORED,
-        )  # fmt: skip
+        return F.cross_entropy(self.answered(model, batch).float(), self.targets(batch))
 
     def outcomes(self, model: nn.Module, batches: Iterator[Batch]) -> Outcomes:
         items = [item for batch in batches for item in self._items(model, batch)]

@@ -83,6 +83,13 @@ class LanguageModelling(BatchedTask):
         )
         return getattr(found, "logits", found)
 
+    def answered(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.logits(model, batch)[_predicted(batch)]
+
+    def targets(self, batch: Batch) -> Tensor:
+        found: Tensor = batch["input_ids"][:, 1:][_predicted(batch)]
+        return found
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of the predicted tokens, in nats."""
         import torch
@@ -111,9 +118,14 @@ class LanguageModelling(BatchedTask):
         """Each window's logits (tokens, vocabulary) float32 and targets (tokens,): one at a time,
         since a batch of float32 logits would double the peak."""
         logits, targets = self.logits(model, batch), batch["input_ids"][:, 1:]
-        mask = batch["attention_mask"][:, 1:] == 1
-        for row, target, real in zip(logits, targets, mask, strict=True):
+        for row, target, real in zip(logits, targets, _predicted(batch), strict=True):
             yield row[real].float(), target[real]
+
+
+def _predicted(batch: Batch) -> Tensor:
+    """Which places but the first hold a token: (n, tokens - 1) bool."""
+    found: Tensor = batch["attention_mask"][:, 1:] == 1
+    return found
 
 
 def _summed(logits: Tensor, targets: Tensor) -> tuple[int, Tensor, Tensor]:

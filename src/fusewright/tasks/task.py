@@ -39,6 +39,8 @@ class Task(ABC):
     """How suites name it: "image-classification", "text-classification", …"""
     has_logits: ClassVar[bool] = True
     """Whether ``outcomes`` follow from ``logits``, so that outputs of models can be combined."""
+    in_numbers: ClassVar[bool] = False
+    """Whether what ``logits`` answers with are numbers, such as depths, and not of classes."""
     conditions: ClassVar[tuple[str, ...]] = ()
     """How its inputs can be corrupted, by name."""
 
@@ -61,6 +63,16 @@ class Task(ABC):
     @abstractmethod
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """What the model answers: (items, classes), or (items, tokens, vocabulary)."""
+
+    def answered(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The logits of every single answer that a batch asks for, padding left out: (answers,
+        classes). What methods that learn look at."""
+        return self.logits(model, batch).flatten(0, -2)
+
+    def targets(self, batch: Batch) -> Tensor:
+        """The class that is right for each of these answers: (answers,)."""
+        found: Tensor = batch["labels"]
+        return found
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -69,7 +69,7 @@ def together(
     task: Task, said: Sequence[Tensor], how: str, weights: Sequence[float] | None
 ) -> Tensor:
     """What an ensemble makes of the models' answers."""
-    if getattr(task, "NUMBERS", False):  # no logits of classes: they are averaged as they are
+    if task.in_numbers:  # no logits of classes: they are averaged as they are
         shares = weights or [1.0] * len(said)
         return WeightedEnsemble(tuple(shares), of="logits")(said)
     return combine(said, how, weights)
@@ -80,7 +80,7 @@ def fitting(suite: Suite) -> dict[str, type[OutputEnsemble]]:
     are depths or directions; none at all where answers are not made from logits."""
     if without_logits(suite):
         return {}
-    numbers = any(getattr(task, "NUMBERS", False) for task in suite.tasks.values())
+    numbers = any(task.in_numbers for task in suite.tasks.values())
     return {name: one for name, one in ENSEMBLES.items() if name != "max" or not numbers}
 
 

@@ -56,6 +56,7 @@ class Fitting:
     def __init__(self, context: Context, method: Learner) -> None:
         self.context, self.method = context, method
         self.questions, self.processes = asked(context), Processes.started()
+        _check_numbers(self.questions, method)
         self.model = context.module()
         self._experts = context.vectors()
         averaged = self._experts.select(lambda name: is_statistic(context, name))
@@ -96,7 +97,7 @@ class Fitting:
         if objective.target == "none":
             return objective.loss(_uncertain(task, logits))
         if objective.target == "labels":
-            return objective.loss(logits, question.labels(batch))
+            return objective.loss(logits, _matched(task, question.labels(batch), logits))
         plain = model if self._plain is None else self._plain
         with with_weights(plain, self._experts.expert(task)), torch.no_grad():
             expert = question.logits(plain, batch)
@@ -217,6 +218,29 @@ def asked(context: Context) -> Mapping[str, Question]:
             fix="data=suite.unlabelled(), or batches under the experts' names",
         )  # fmt: skip
     return {name: found[name].on(context.device) for name in context.experts}
+
+
+def _check_numbers(questions: Mapping[str, Question], method: Learner) -> None:
+    wrong = [name for name, question in questions.items() if question.numbers]
+    if wrong and (method.guard or method.objective != "matching"):
+        raise PlanError(
+            "tasks are answered in numbers, which have no classes to be sure of or to agree on",
+            where=", ".join(wrong), expected="objective=matching, guard=0",
+            found=f"objective={method.objective}, guard={method.guard}",
+            fix=f"{method.name}(objective=matching, guard=0)",
+        )  # fmt: skip
+
+
+def _matched(task: str, labels: Tensor, logits: Tensor) -> Tensor:
+    """The labels, if there is one for each answer."""
+    if labels.numel() != logits[..., 0].numel():
+        raise PlanError(
+            "there is not one label for each answer", where=f"task {task}",
+            expected=f"{logits[..., 0].numel()}, for logits {tuple(logits.shape)}",
+            found=f"{labels.numel()}, of shape {tuple(labels.shape)}",
+            fix="an objective without labels: entropy, self_label, matching",
+        )  # fmt: skip
+    return labels
 
 
 def _uncertain(task: str, logits: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""What is minimised: losses of answers (items, classes) over a batch, in nats, averaged over items.
+"""What is minimised: losses of answers (…, classes) over a batch, in nats, averaged over answers:
+one for each item, or for each token or place of one.
 
 Some look at the answers alone; some compare them with labels, or with what the task's own expert
 answers, which needs no labels but a forward pass of the expert.
@@ -28,8 +29,10 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log p of the labels (items,)."""
-    return F.cross_entropy(logits.float(), labels.to(logits.device).reshape(-1).long())
+    """-log p of the labels, as many as there are answers."""
+    return F.cross_entropy(
+        logits.flatten(0, -2).float(), labels.to(logits.device).reshape(-1).long()
+    )
 
 
 def self_label(logits: Tensor, expert: Tensor) -> Tensor:
