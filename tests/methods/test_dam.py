@@ -17,6 +17,7 @@ from fusewright.methods.learned import ANP, AWM, DAM, Concrete
 from fusewright.methods.learned._attack import UniversalAttack
 from fusewright.methods.learned._pruning import PlainMasks
 from fusewright.methods.learned.objectives import cross_entropy, entropy
+from fusewright.methods.learned.processes import Processes
 from fusewright.modules.masks import ConcreteMasks, ProductMasks
 from fusewright.modules.perturbations import Ball, added
 from fusewright.tasks.adaptation import adaptation
@@ -194,6 +195,23 @@ def test_what_is_safe_is_safe_under_the_perturbation_that_has_just_moved(monkeyp
 def test_every_class_is_attacked_in_turn(monkeypatch) -> None:
     attack = kept_attack(monkeypatch, DAM(**{**QUICK, "steps": 8}, **MASKED, aim="toward"))
     assert all(bool(attack.delta(task, round).any()) for task in "ab" for round in range(4))
+
+
+def test_each_process_takes_the_others_perturbations() -> None:
+    """So that a killed fit goes on with all of them, whoever kept the checkpoint."""
+    base, given = base_of(), adaptation(batches(), pictures=WHERE).questions
+    attack = UniversalAttack(base, given, Ball("l2", 1.0), "away", 0.1, 0)
+    others = torch.full_like(attack.delta("b"), 0.5)
+
+    class Second(Processes):
+        def gathered(self, found, tasks):
+            assert list(found) == ["a"] and list(tasks) == ["a", "b"]
+            return {**found, "b": others}
+
+    attack.delta("a").fill_(0.25)
+    attack.gather(Second(0, 2))
+    assert attack.delta("b").equal(others) and attack.delta("a").eq(0.25).all()
+
 
 
 def test_what_is_said_under_a_perturbation_is_of_that_class() -> None:

@@ -17,9 +17,11 @@ import torch
 from routed_toys import base_of, experts_of, sides, vit
 
 import fusewright as fw
-from fusewright.methods.learned import ANP, AdaMerging, Concrete
+from fusewright.methods.learned import ANP, AWM, DAM, SAU, AdaMerging, Concrete
 from fusewright.methods.learned.processes import Processes
 from fusewright.methods.routed import WEMoE
+from fusewright.tasks.adaptation import adaptation
+from fusewright.tasks.pictures import Pictures
 
 QUICK: dict[str, Any] = {"steps": 6, "batch": 6, "every": 2, "guard": 12}
 METHODS = {
@@ -27,6 +29,10 @@ METHODS = {
     "combined": AdaMerging(**QUICK, rate=1e-2, combine="mgda"),
     "concrete": Concrete(**QUICK, rate=1e-1, form="adamerging", weight_steps=3),
     "anp": ANP(**QUICK, rate=1e-2),
+    "dam": DAM(**QUICK, rate=1e-1),
+    "dam, aimed": DAM(**QUICK, rate=1e-1, aim="toward", detection=False),
+    "awm": AWM(**QUICK, rate=1e-2),
+    "sau": SAU(**QUICK, rate=1e-2, attack_steps=2),
     "wemoe": WEMoE(**QUICK, rate=1e-2),
 }
 
@@ -42,9 +48,11 @@ def merged(folder: Path, out: Path) -> dict[str, int]:
 
         return answer
 
+    heads = {n: head(n) for n in "ab"}
+    data = adaptation(sides(vit), heads, Pictures(mean=(0.5,), std=(0.5,)))
     for name, method in METHODS.items():
-        fw.merge(method, base=folder / "base", experts={n: folder / n for n in "ab"},
-                 data=sides(vit), heads={n: head(n) for n in "ab"}, out=out / name)  # fmt: skip
+        fw.merge(method, base=folder / "base", experts={n: folder / n for n in "ab"}, data=data,
+                 out=out / name)  # fmt: skip
     return asked
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fusewright.errors import PlanError
 from fusewright.methods.learned.objectives import cross_entropy
+from fusewright.methods.learned.processes import Processes
 from fusewright.modules.perturbations import Ball, added
 
 if TYPE_CHECKING:
@@ -65,6 +66,23 @@ class UniversalAttack(nn.Module):
     def logits(self, model: nn.Module, task: str, batch: Any, round: int) -> Tensor:
         """What the model says of the batch under δ."""
         return self._logits(model, task, batch, self.delta(task, round))
+
+    def stepped(
+        self, model: nn.Module, task: str, batch: Any, round: int
+    ) -> tuple[Tensor, Tensor]:
+        """After a step: what the model says of the batch, without a gradient, and under δ."""
+        with torch.no_grad():
+            clean = self.questions[task].logits(model, batch)
+        self.ascend(model, task, batch, clean, round)
+        return clean, self.logits(model, task, batch, round)
+
+    def gather(self, processes: Processes) -> None:
+        """Take each task's δ from the process that asks about it."""
+        if processes.count == 1:
+            return
+        own = {task: getattr(self, self._at[task]) for task in processes.mine(self._at)}
+        for task, delta in processes.gathered(own, self._at).items():
+            getattr(self, self._at[task]).copy_(delta)
 
     def _logits(self, model: nn.Module, task: str, batch: Any, delta: Tensor) -> Tensor:
         pictures = self.pictures[task]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -111,20 +112,13 @@ class _DefendedFit(MaskFit):
             masks.second.requires_grad_(bool(detects))
             if not detects:
                 return super().gradients(step, batch)
-        losses: dict[str, float] = {}
-        with self.merge.live() as live:
-            for task in self.fitting.questions:
-                loss = self._loss(live.model, task, self.fitting.batch(task, batch), round)
-                losses[task] = float(loss.detach())
-                live.backward(loss)
-            live.collect()
+        losses = self.fitting.gradients(self.merge, batch, loss=partial(self._loss, round))
+        self.attack.gather(self.fitting.processes)
         return losses
 
-    def _loss(self, model: nn.Module, task: str, batch: Any, round: int) -> Tensor:
-        with torch.no_grad():
-            clean = self.fitting.questions[task].logits(model, batch)
-        self.attack.ascend(model, task, batch, clean, round)
-        changed = self.attack.logits(model, task, batch, round)
+    def _loss(self, round: int, model: nn.Module, task: str, number: int) -> Tensor:
+        batch = self.fitting.batch(task, number)
+        clean, changed = self.attack.stepped(model, task, batch, round)
         safe = (
             entropy(changed) if self.method.safe == "entropy"
             else cross_entropy(changed, clean.argmax(-1))

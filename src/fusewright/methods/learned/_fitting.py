@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from fusewright.tasks.adaptation import Question
 
 
+Loss = Callable[[nn.Module, str, int], Tensor]
+"""Of (model, task, batch's number)."""
+
+
 class Learner(Method, ABC):
     """A method that descends on few numbers by the answers to every task's inputs. What it answers
     with says what it is beside: a :class:`~fusewright.methods.contract.Program`, or a
@@ -105,28 +109,29 @@ class Fitting:
 
     def gradients(
         self, merge: ParametrisedMerge, number: int, weights: Mapping[str, float] | None = None,
-        scalarise: scalarisers.Scalariser | None = None,
+        scalarise: scalarisers.Scalariser | None = None, loss: Loss | None = None,
     ) -> dict[str, float]:  # fmt: skip
         """Leave in the coefficients the gradient of Σ w_t L_t, or of what ``scalarise`` makes of
-        the w_t L_t, on every task's batch ``number``; answers with the L_t."""
-        weights = weights or {}
+        the w_t L_t, on every task's batch ``number``; answers with the L_t: the objective's, or
+        ``loss(model, task, number)``."""
+        weights, loss = weights or {}, loss or self.loss
         learned = [p for p in merge.coefficients.parameters() if p.requires_grad]
         losses: dict[str, float] = {}
         each: dict[str, list[Tensor]] = {}
         with merge.live() as live, self._shared([] if scalarise else learned):
             for task in self.processes.mine(self.questions):
-                loss = self.loss(live.model, task, number)
-                losses[task] = float(loss.detach())
-                live.backward(weights.get(task, 1.0) * loss)
+                found = loss(live.model, task, number)
+                losses[task] = float(found.detach())
+                live.backward(weights.get(task, 1.0) * found)
                 if scalarise is not None:
                     live.collect()
                     each[task] = [_taken(p) for p in learned]
             live.collect()
         losses = self.processes.gathered(losses, self.questions)
         if scalarise is not None:
-            found = self.processes.gathered(each, self.questions)
-            scaled = [torch.tensor(weights.get(t, 1.0) * loss) for t, loss in losses.items()]
-            scalarisers.combine(learned, scaled, list(found.values()), scalarise)
+            gathered = self.processes.gathered(each, self.questions)
+            scaled = [torch.tensor(weights.get(t, 1.0) * value) for t, value in losses.items()]
+            scalarisers.combine(learned, scaled, list(gathered.values()), scalarise)
         return losses
 
     def gradients_in(self, trained: nn.Module, number: int) -> dict[str, float]:

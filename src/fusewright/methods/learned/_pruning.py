@@ -18,7 +18,7 @@ from fusewright.methods.learned.objectives import cross_entropy
 from fusewright.methods.settings import AnyMethod
 from fusewright.modules.deltas import Delta, Dense
 from fusewright.modules.masks import Size, mask_shape
-from fusewright.modules.parametrised import Coefficients, Live, ParametrisedMerge
+from fusewright.modules.parametrised import Coefficients, ParametrisedMerge
 from fusewright.modules.perturbations import Ball, Norm
 from fusewright.modules.vectors import TaskVectors
 
@@ -186,30 +186,21 @@ class AWM(Pruned):
             self.attack_rate, fitting.context.seed,
         )  # fmt: skip
 
+        def loss(model: nn.Module, task: str, number: int) -> Tensor:
+            batch = fitting.batch(task, number)
+            clean, changed = attack.stepped(model, task, batch, number)
+            adverse = cross_entropy(changed, clean.argmax(-1))
+            return fitting.loss_on(model, task, batch) + self.alpha * adverse
+
         def step(number: int) -> Mapping[str, float]:
-            with merge.live() as live:
-                losses = {task: self._backward(fitting, live, attack, task, number)
-                          for task in fitting.questions}  # fmt: skip
-                live.collect()
+            losses = fitting.gradients(merge, number, loss=loss)
+            attack.gather(fitting.processes)
             for values in masks.values:  # the gradient of γ Σ |m|, for m ≥ 0
                 if values.grad is not None:
                     values.grad.add_(self.gamma)
             return losses
 
         return step, nn.ModuleDict({"masks": masks, "attack": attack})
-
-    def _backward(
-        self, fitting: Fitting, live: Live, attack: UniversalAttack, task: str, number: int
-    ) -> float:
-        batch = fitting.batch(task, number)
-        with torch.no_grad():
-            clean = fitting.questions[task].logits(live.model, batch)
-        attack.ascend(live.model, task, batch, clean, number)
-        loss = fitting.loss_on(live.model, task, batch) + self.alpha * cross_entropy(
-            attack.logits(live.model, task, batch, number), clean.argmax(-1)
-        )
-        live.backward(loss)
-        return float(loss.detach())
 
 
 def _alone(vectors: TaskVectors, merged: Mapping[str, Tensor]) -> TaskVectors:

@@ -16,7 +16,7 @@ from fusewright.methods.learned._fitting import Fitting
 from fusewright.methods.learned._pruning import PlainMasks, Pruned
 from fusewright.modules.functional import with_weights
 from fusewright.modules.masks import Size
-from fusewright.modules.parametrised import Live, ParametrisedMerge
+from fusewright.modules.parametrised import ParametrisedMerge
 from fusewright.modules.perturbations import Ball, Norm, added
 
 _TINY = 1e-6
@@ -68,11 +68,11 @@ class SAU(Pruned):
         before = merge.state()  # masks are 1 as yet
         asked = {task: _Asked(self, fitting, task, before) for task in fitting.questions}
 
+        def loss(model: nn.Module, task: str, number: int) -> Tensor:
+            return asked[task].loss(model, number)
+
         def step(number: int) -> Mapping[str, float]:
-            with merge.live() as live:
-                losses = {t: one.backward(live, number) for t, one in asked.items()}
-                live.collect()
-            return losses
+            return fitting.gradients(merge, number, loss=loss)
 
         return step, masks
 
@@ -87,19 +87,15 @@ class _Asked:
         self.question = fitting.questions[task]
         self.pictures = pictures_of(task, self.question)
 
-    def backward(self, live: Live, number: int) -> float:
+    def loss(self, model: nn.Module, number: int) -> Tensor:
         batch = self.fitting.batch(self.task, number)
         with torch.no_grad():
-            said = self._before(live.model, batch).argmax(-1)
-        under = self._changed(batch, self._shared(live.model, batch, said))
+            said = self._before(model, batch).argmax(-1)
+        under = self._changed(batch, self._shared(model, batch, said))
         with torch.no_grad():
-            fooled = self._before(live.model, under).argmax(-1)
-        loss = self.fitting.loss_on(live.model, self.task, batch)
-        loss = loss + self.method.shared * unlearned(
-            self.question.logits(live.model, under), said, fooled
-        )
-        live.backward(loss)
-        return float(loss.detach())
+            fooled = self._before(model, under).argmax(-1)
+        left = unlearned(self.question.logits(model, under), said, fooled)
+        return self.fitting.loss_on(model, self.task, batch) + self.method.shared * left
 
     def _shared(self, model: nn.Module, batch: Any, said: Tensor) -> Tensor:
         """δ of each picture."""
