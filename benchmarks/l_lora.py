@@ -2,8 +2,9 @@
 
     python benchmarks/l_lora.py --data DIR --pool DIR -o DIR [--steps 200 --batch 64 --rank 16]
 
-Both kinds of experts have the same base, rank, start, data, steps and batch; each its rate
-(--rates, both the same by default). Experts are added in the suite's order and merged by task
+Both kinds of experts have the same base, rank, start, data, steps and batch, and the rate of their
+kind: the one of --rates whose experts are best on validation rows (by default, both the suite's).
+Experts are added in the suite's order and merged by task
 arithmetic; the best λ of .1, .2, ..., 1.5 is chosen on validation rows by the mean accuracy of the
 tasks that are merged. What is shown are test rows: the mean accuracy (absolute), and the mean share
 of each task's own expert of the same kind (normalised), which flatters weaker experts. OUT keeps
@@ -32,12 +33,15 @@ def main() -> None:
     torch.set_num_threads(1)
     suite = fw.suite(args.suite, pool=args.pool, data=args.data)
     tasks = suite.spec.merged[: args.tasks]
-    rates = dict(zip(HOWS, args.rates or (None, None), strict=True))
     began = time.perf_counter()
-    experts = {how: {t: train(suite, t, how, rates[how], args) for t in tasks} for how in HOWS}
+    tried = {how: {rate: {t: train(suite, t, how, rate, args) for t in tasks}
+                   for rate in args.rates or [None]} for how in HOWS}  # fmt: skip
+    experts = {how: max(of.values(), key=validated) for how, of in tried.items()}
     measure = Measure(suite, args)
     found = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "validated": {how: {str(rate): validated(made) for rate, made in of.items()}
+                      for how, of in tried.items()},
         "tasks": tasks, "base": measure.all(suite.open(suite.base), tasks, "test"),
         "experts": {how: measure.experts(made) for how, made in experts.items()},
         "trained": {how: {t: e.plain() | {"losses": e.losses[-1]} for t, e in made.items()}
@@ -55,10 +59,16 @@ def main() -> None:
 
 
 def train(suite, task: str, how: str, rate: float | None, args: argparse.Namespace):
+    out = args.out / how / str(rate or "own") / task
     return fw.finetune(
-        suite, task, how=how, out=args.out / how / task, steps=args.steps, batch=args.batch,
-        rate=rate, rank=args.rank, alpha=2 * args.rank, threads=1, limit=args.validation,
+        suite, task, how=how, out=out, steps=args.steps, batch=args.batch, rate=rate,
+        rank=args.rank, alpha=2 * args.rank, threads=1, limit=args.validation,
     )  # fmt: skip
+
+
+def validated(made) -> float:
+    """The mean accuracy of a kind's experts on validation rows."""
+    return mean(expert.after for expert in made.values())
 
 
 class Measure:
@@ -97,6 +107,9 @@ def table(found: dict) -> str:
              row("base", [base[t] for t in tasks])]  # fmt: skip
     lines += [row(f"{name} experts", [found["experts"][how][t] for t in tasks])
               for how, name in HOWS.items()]  # fmt: skip
+    lines += ["", "Validation, by peak rate: " + "; ".join(
+        f"{HOWS[how]} " + ", ".join(f"{rate}: {value:.1f}" for rate, value in of.items())
+        for how, of in found["validated"].items()) + "."]  # fmt: skip
     head = "| tasks | " + " | ".join(
         f"{name} absolute | {name} normalised | {name} λ" for name in HOWS.values()
     ) + " |"  # fmt: skip
@@ -122,7 +135,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rates", type=float, nargs=2, metavar=("LORA", "L_LORA"))
+    parser.add_argument("--rates", type=float, nargs="+", default=[], help="tried for each kind")
     parser.add_argument("--validation", type=int, default=300)
     parser.add_argument("--test", type=int, default=1000)
     return parser.parse_args()
