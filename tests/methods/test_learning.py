@@ -48,6 +48,8 @@ def test_objectives_are_their_formulas_in_float64() -> None:
     nll = -np.log(p[[0, 1], labels]).mean()
     assert close(of["cross_entropy"](LOGITS, torch.tensor(labels)), nll)
     assert close(of["self_label"](LOGITS, torch.tensor(other)), -np.log(p[[0, 1], [1, 2]]).mean())
+    q = np.exp(other) / np.exp(other).sum(1, keepdims=True)
+    assert close(of["soft_label"](LOGITS, torch.tensor(other)), -(q * np.log(p)).sum(1).mean())
     assert close(of["matching"](LOGITS, torch.tensor(other)), ((logits - other) ** 2).mean())
 
 
@@ -56,20 +58,20 @@ def test_sixteen_bits_are_compared_in_32_and_labels_may_have_any_form() -> None:
     half, other = (10 * LOGITS).bfloat16(), LOGITS.flip(0).bfloat16()
     labels = torch.tensor([[1], [2]], dtype=torch.int32)
     for name, rest in (("entropy", []), ("cross_entropy", [labels]), ("self_label", [other]),
-                       ("matching", [other])):  # fmt: skip
+                       ("soft_label", [other]), ("matching", [other])):  # fmt: skip
         wide = [x.float() if x.is_floating_point() else torch.tensor([1, 2]) for x in rest]
         found = of[name](half, *rest)
         assert found.dtype == torch.float32 and found.equal(of[name](half.float(), *wide))
 
 
-@pytest.mark.parametrize("objective", ["self_label", "matching"])
+@pytest.mark.parametrize("objective", ["self_label", "soft_label", "matching"])
 def test_experts_answers_are_learned_from(objective: str) -> None:
     method = AdaMerging(**{**QUICK, "steps": 25, "guard": 0}, rate=0.03, objective=objective)
     losses = merged(method).report["fitted"]["losses"]
     assert min(losses[-4:]) < min(losses[:4])
 
 
-@pytest.mark.parametrize("objective", ["entropy", "self_label", "matching", "cross_entropy"])
+@pytest.mark.parametrize("objective", list(objectives.OBJECTIVES))
 def test_an_item_may_have_many_answers(objective: str) -> None:
     """As texts have, one for each token: the same as if each were an item."""
     together = lambda model, batch: model(batch["x"]).reshape(4, 4, 4)  # noqa: E731

@@ -40,8 +40,9 @@ class Learner(Method, ABC):
     with says what it is beside: a :class:`~fusewright.methods.contract.Program`, or a
     :class:`~fusewright.methods.contract.Routed`.
 
-    ``objective``: "entropy"; "self_label" (what each task's own expert predicts) and "matching"
-    (its logits) cost a forward pass of the expert more; "cross_entropy" needs labels.
+    ``objective``: "entropy"; "self_label" (what each task's own expert predicts), "soft_label" (how
+    sure it is of each class) and "matching" (its logits) cost a forward pass of the expert more;
+    "cross_entropy" needs labels.
     ``batch``: inputs of each task in a step. ``guard``: inputs of each task on which the merge's
     predictions are compared with those of the task's own expert, every ``every`` steps; the numbers
     that agreed best are kept, since entropy can fall while errors rise. 0 turns it off.

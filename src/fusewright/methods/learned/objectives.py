@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fusewright.modules.answers import entropies
 
-Name = Literal["entropy", "cross_entropy", "self_label", "matching"]
+Name = Literal["entropy", "cross_entropy", "self_label", "soft_label", "matching"]
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -40,6 +40,17 @@ def self_label(logits: Tensor, expert: Tensor) -> Tensor:
     return cross_entropy(logits, expert.argmax(dim=-1))
 
 
+def soft_label(logits: Tensor, expert: Tensor) -> Tensor:
+    """-Σ q log p, where q is how sure the task's own expert is of each class (*Distilling the
+    Knowledge in a Neural Network*, 1503.02531, at temperature 1).
+
+    Where the likeliest class is seldom the right one, as of the next token, :func:`self_label`
+    teaches a model to be too sure.
+    """
+    wanted = expert.flatten(0, -2).float().softmax(dim=-1)
+    return F.cross_entropy(logits.flatten(0, -2).float(), wanted)
+
+
 def matching(answers: Tensor, expert: Tensor) -> Tensor:
     """The mean squared difference of logits, or of features where no head is given."""
     return F.mse_loss(answers.float(), expert.float())
@@ -57,5 +68,6 @@ OBJECTIVES: Mapping[Name, Objective] = {
     "entropy": Objective(entropy),
     "cross_entropy": Objective(cross_entropy, "labels"),
     "self_label": Objective(self_label, "expert"),
+    "soft_label": Objective(soft_label, "expert"),
     "matching": Objective(matching, "expert"),
 }
