@@ -62,6 +62,7 @@ def main() -> None:
     report = Report(args)
     for count in args.tasks:
         study = Study(args, count)
+        report.found["names"] = list(study.suite.spec.merged)
         for row, work in study.rows():
             if row not in report.of(count):
                 report.add(count, row, work())
@@ -279,7 +280,7 @@ class Report:
         (self.out / "pareto.json").write_text(json.dumps(self.found, indent=1) + "\n")
         (self.out / "pareto.md").write_text(self.table())
         if "2" in self.found.get("tasks", {}):
-            draw(self.of(2), self.out / "front.png")
+            draw(self.of(2), self.found["names"], self.out / "front.png")
 
     def table(self) -> str:
         lines = ["| tasks | model | hypervolume | preferred | numbers | seconds | forward |",
@@ -311,7 +312,7 @@ def summary(found: dict) -> dict[str, float]:
             "preferred": mean(sum(w * a for w, a in zip(r, p, strict=True)) for r, p in rows)}
 
 
-def draw(rows: dict, path: Path) -> None:
+def draw(rows: dict, names: list[str], path: Path) -> None:
     """The outcomes of two tasks; lines join what no other outcome of the same model dominates."""
     figure = Figure(figsize=(6.5, 5), layout="constrained")
     axes = figure.subplots()
@@ -321,7 +322,7 @@ def draw(rows: dict, path: Path) -> None:
         axes.plot(*zip(*points, strict=True), "*" if row == TRAINED else "o", color=colour, ms=5,
                   alpha=0.6, label=row)  # fmt: skip
         axes.plot(*zip(*front, strict=True), "-", color=colour, alpha=0.8)
-    axes.set(xlabel="accuracy on the first task", ylabel="accuracy on the second task")
+    axes.set(xlabel=f"accuracy on {names[0]}", ylabel=f"accuracy on {names[1]}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
