@@ -312,6 +312,7 @@ def test_a_sweep_merges_causal_models(llama, tmp_path):
 
 
 LEARNED = ("adamerging(steps=2, batch=2)", "adamerging(objective=self_label, steps=2, batch=2)",
+           "adamerging(objective=cross_entropy, steps=2, batch=2)",
            "fw_merging(steps=2, batch=2)", "twin")  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from references import _trim, agreeing
 from torch import nn
 
 import fusewright as fw
+from fusewright.bench.sweep.cells import requirement_of
 from fusewright.errors import FusewrightWarning, NumericError, PlanError, RecipeError
 from fusewright.methods.learned import AdaMerging, Concrete, objectives
 from fusewright.methods.learned._guard import collapsed
@@ -69,6 +70,16 @@ def test_experts_answers_are_learned_from(objective: str) -> None:
     method = AdaMerging(**{**QUICK, "steps": 25, "guard": 0}, rate=0.03, objective=objective)
     losses = merged(method).report["fitted"]["losses"]
     assert min(losses[-4:]) < min(losses[:4])
+
+
+def test_labels_are_needed_by_the_objective_and_not_by_the_method() -> None:
+    """So that sweeps, recipes and ranks know what a row has seen."""
+    assert AdaMerging().needs == "unlabelled" and fw.FWMerging().needs == "labelled"
+    labelled, follows = AdaMerging(objective="cross_entropy"), fw.FWMerging(objective="self_label")
+    assert labelled.needs == requirement_of(labelled) == "labelled"
+    assert follows.needs == requirement_of(follows) == "unlabelled"
+    assert requirement_of(fw.WEMoE()) == "routed" and fw.Ties().needs == "none"
+    assert requirement_of(fw.WEMoE(objective="cross_entropy")) == "labelled"
 
 
 @pytest.mark.parametrize("objective", list(objectives.OBJECTIVES))

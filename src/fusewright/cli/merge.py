@@ -153,7 +153,7 @@ def execute(recipe: Any, options: Options, out: Path, *, quiet: bool, as_json: b
         from fusewright.bench.adaptation import data_of
         from fusewright.engine.planner import recipe_method
 
-        given["data"] = data_of(recipe.data, recipe_method(recipe).card.data == "labelled")
+        given["data"] = data_of(recipe.data, recipe_method(recipe).needs == "labelled")
     if not Processes.started().first:  # the first of several speaks for all
         quiet, as_json = True, False
     with resumable(out), shown(quiet) as progress:

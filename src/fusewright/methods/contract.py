@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from fusewright.weights.spec import LowRank
 
 
+Data = Literal["none", "unlabelled", "labelled"]
+"""What a method learns from."""
+
+
 @dataclass(frozen=True)
 class Card:
     """What a method is and asks for: the source of tables, documentation and refusals.
@@ -54,7 +58,7 @@ class Card:
     arxiv: str | None = None
     base: Literal["required", "optional", "unused"] = "required"
     experts: tuple[int, int | None] = (1, None)
-    data: Literal["none", "unlabelled", "labelled"] = "none"
+    data: Data = "none"
     output: Literal["weights", "parts", "routed", "answers"] = "weights"
     task_id: bool = False
     cost: str = "one pass"
@@ -181,6 +185,11 @@ class Method(BaseModel, ABC):
         """The parameters that may be written beside an expert in a recipe."""
         reach = {k: reach_of(f.metadata) for k, f in cls.model_fields.items()}
         return tuple(k for k, r in reach.items() if r is Reach.EXPERT)
+
+    @property
+    def needs(self) -> Data:
+        """What data it learns from with these parameters: its card's, unless they say otherwise."""
+        return self.card.data
 
     def spec(self) -> dict[str, Any]:
         """The method as it is written in recipes: {name: parameters}."""

@@ -161,7 +161,7 @@ def _merges(entry: Entry, pool: Pool, asked: Asked) -> Iterator[Job]:
 def adapts(entry: Entry) -> bool:
     """Whether a method learns from inputs without labels."""
     method = entry.method
-    return isinstance(method, Program | Routed) and method.card.data == "unlabelled"
+    return isinstance(method, Program | Routed) and method.needs == "unlabelled"
 
 
 def _transductive(entry: Entry, pool: Pool) -> Job:
@@ -175,10 +175,10 @@ def requirement_of(method: Method) -> str:
     the task of every input is more than labels to learn from, and those more than to be routed."""
     if isinstance(method, Routed) and method.card.task_id:
         return "task id"
-    if isinstance(method, Routed) and method.card.data != "labelled":
+    if isinstance(method, Routed) and method.needs != "labelled":
         return "routed"
     stages = method.chain if isinstance(method, Pipeline) else (method,)
-    asked = {getattr(stage.card, "data", "none") for stage in stages}
+    asked = {stage.needs for stage in stages}
     return next((data for data in ("labelled", "unlabelled") if data in asked), "none")
 
 

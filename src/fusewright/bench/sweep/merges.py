@@ -69,7 +69,7 @@ class Merges:
         needs_base = {} if unused else {"base": self.base}
         options: dict[str, Any] = {} if self.threads is None else {"threads": self.threads}
         if isinstance(method, Program | Routed):
-            options["data"] = None if self.data is None else self.data(method.card.data)
+            options["data"] = None if self.data is None else self.data(method.needs)
             options["device"] = self.device
         else:
             _warm(method, len(self.experts))

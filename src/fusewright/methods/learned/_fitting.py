@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fusewright.errors import FusewrightWarning, PlanError
-from fusewright.methods.contract import Context, Method, Parts
+from fusewright.methods.contract import Context, Data, Method, Parts
 from fusewright.methods.learned import objectives, scalarisers
 from fusewright.methods.learned._guard import Agreement, collapsed
 from fusewright.methods.learned._rest import is_statistic, summed
@@ -52,6 +52,12 @@ class Learner(Method, ABC):
     batch: int = Field(32, ge=1)
     guard: int = Field(128, ge=0)
     every: int = Field(50, ge=1)
+
+    @property
+    def needs(self) -> Data:
+        """Labels, if the objective compares with them."""
+        labels = objectives.OBJECTIVES[self.objective].target == "labels"
+        return "labelled" if labels else "unlabelled"
 
 
 class Fitting:
