@@ -213,7 +213,6 @@ def test_each_process_takes_the_others_perturbations() -> None:
     assert attack.delta("b").equal(others) and attack.delta("a").eq(0.25).all()
 
 
-
 def test_what_is_said_under_a_perturbation_is_of_that_class() -> None:
     base, given = base_of(), adaptation(batches(), pictures=WHERE).questions
     attack = UniversalAttack(base, given, Ball("l2", 0.5), "toward", 0.2, 0)

@@ -31,8 +31,6 @@ BATCH = 256
 """Items an evaluation sees at once; it changes no score beyond rounding."""
 CACHED_BYTES = 2 * 2**30
 """Prepared inputs of all tasks that stay in memory; larger splits are prepared anew each time."""
-LABELS = ("label", "labels", "targets", "references")
-"""What a batch holds that its task's answers are compared with."""
 
 
 def suite(
@@ -236,7 +234,7 @@ class Suite:
                 if labels:
                     yield {**batch, "labels": task.targets(batch)}
                 else:
-                    yield {key: value for key, value in batch.items() if key not in LABELS}
+                    yield {key: value for key, value in batch.items() if key not in task.compared}
 
         pictures = getattr(task, "pictures", None)
         return Question(name, task.answered, epoch, pictures, task.in_numbers)

@@ -51,6 +51,8 @@ class Generation(BatchedTask):
     kind: ClassVar[str] = "generation"
     has_logits: ClassVar[bool] = False  # answers are written token by token, not read off logits
 
+    compared: ClassVar[tuple[str, ...]] = ("targets", "references")
+
     tokenizer: Any = field(kw_only=True, repr=False, compare=False)
     template: str = field(default="{text}", kw_only=True)
     reference: str = field(default="text2", kw_only=True)

@@ -41,6 +41,8 @@ class Task(ABC):
     """Whether ``outcomes`` follow from ``logits``, so that outputs of models can be combined."""
     in_numbers: ClassVar[bool] = False
     """Whether what ``logits`` answers with are numbers, such as depths, and not of classes."""
+    compared: ClassVar[tuple[str, ...]] = ("label", "labels")
+    """What a batch holds that answers are compared with: not for methods without labels."""
     conditions: ClassVar[tuple[str, ...]] = ()
     """How its inputs can be corrupted, by name."""
 

@@ -44,8 +44,8 @@ def soft_label(logits: Tensor, expert: Tensor) -> Tensor:
     """-Σ q log p, where q is how sure the task's own expert is of each class (*Distilling the
     Knowledge in a Neural Network*, 1503.02531, at temperature 1).
 
-    Where the likeliest class is seldom the right one, as of the next token, :func:`self_label`
-    teaches a model to be too sure.
+    For answers of which the expert is not sure itself, such as next tokens: :func:`self_label`
+    would ask for certainty.
     """
     wanted = expert.flatten(0, -2).float().softmax(dim=-1)
     return F.cross_entropy(logits.flatten(0, -2).float(), wanted)
