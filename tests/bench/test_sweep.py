@@ -79,7 +79,7 @@ def test_methods_that_learn_or_route_are_measured_when_they_are_asked_for(suite,
     assert results.facts["failed"] == {}
     (learned,), (routed,), (base,) = (results.of(row) for row in ("adamerging", "smile", "base"))
     assert learned.requirement == "unlabelled" and routed.requirement == "routed"
-    assert not [row for row in results.rows() if row.startswith(("adamerging,", "smile,"))]
+    assert "adamerging, tuned" not in results.rows()
     assert learned.costs["extra_parameters"] == 0 and learned.costs["seconds"] > 0
     assert routed.costs["extra_parameters"] > 0 and routed.costs["slowdown"] > 1
     assert (base.costs["stored"], base.costs["bytes"]) == (learned.costs["stored"],
@@ -95,6 +95,26 @@ def test_methods_that_learn_or_route_are_measured_when_they_are_asked_for(suite,
     found = suite.evaluate(module, "digit", limit=LIMIT)
     assert found.score.tolist() == routed.outcomes["digit"]["clean"].score.tolist()
     assert scores(routed) != scores(base)
+
+
+def test_routed_methods_without_data_are_tuned_and_told_the_task(suite, tmp_path):
+    methods = [fw.Smile(rank=4, gate=2), fw.Tall(), fw.EMR()]
+    results = sweep(suite, tmp_path / "out", methods=methods, joint=[], tune=2)
+    assert results.facts["failed"] == {}
+    (smile,), (tall,) = results.of("smile, tuned"), results.of("tall, tuned")
+    assert (smile.requirement, tall.requirement) == ("labelled", "task id")
+    assert "rank = " in smile.note and "gate = " in smile.note and "strictness" in tall.note
+    assert "emr, tuned" not in results.rows()
+    chosen = fw.merge(tall.method, base=suite.base, experts=suite.experts).module()
+    for task in suite.spec.merged:
+        chosen.set_task(task)
+        found = suite.evaluate(chosen, task, limit=LIMIT)
+        assert found.score.tolist() == tall.outcomes[task]["clean"].score.tolist()
+    stored = Store(tmp_path / "out")
+    trials = [stored.trials(p.stem) for p in (tmp_path / "out" / "cells").glob("*.json")]
+    values = [t["value"] for each in trials if each for t in each
+              if "strictness" in t["parameters"]]  # fmt: skip
+    assert len(values) == 2 and max(values) > 0.5  # each task was told, not the last one alone
 
 
 def test_labels_to_learn_from_weigh_more_than_routing_and_being_told_the_task_most():

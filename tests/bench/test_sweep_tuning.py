@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Annotated, ClassVar
+
 import pytest
 import torch
+from pydantic import Field
 from safetensors.torch import save_file
 
 import fusewright as fw
 from fusewright.bench.entries import entries
 from fusewright.bench.sweep.merges import Merges
-from fusewright.bench.sweep.space import Range, current, linear, space, with_values
+from fusewright.bench.sweep.space import current, linear, space, with_values
 from fusewright.bench.sweep.tuning import tune
 from fusewright.methods.registry import parse_method
+from fusewright.methods.settings import Range
 from fusewright.weights.files import COUNT
 
 pytest.importorskip("optuna")
@@ -28,6 +32,26 @@ def test_scales_and_densities_are_tuned_and_choices_are_not():
     assert list(space(fw.Average())) == []
 
 
+def test_a_range_of_a_fields_own_stands_before_the_usual_one():
+    assert space(fw.IsoC())["scale"] == Range(0.05, 8.0, log=True)
+    assert space(fw.Smile()) == {
+        "rank": Range(4, 128, log=True, whole=True), "gate": Range(1, 48, log=True, whole=True),
+    }  # fmt: skip
+
+    class Narrow(fw.Smile):
+        name: ClassVar[str] = "narrow"
+        rank: Annotated[int, Range(2, 64)] = Field(8, ge=4, le=16)
+
+    assert space(Narrow())["rank"] == Range(4, 16, whole=True)
+
+
+def test_whole_numbers_are_drawn_by_factors():
+    ranges = {"n": Range(1, 1000, log=True, whole=True)}
+    drawn = [t["parameters"]["n"] for t in tune(ranges, {"n": 1}, lambda v: 0.0, 30, 0).trials]
+    assert all(isinstance(n, int) and 1 <= n <= 1000 for n in drawn)
+    assert sum(n <= 31 for n in drawn) > 10  # evenly drawn numbers: one of thirty
+
+
 def test_stages_of_a_pipeline_are_told_apart():
     assert list(space(parse_method("drop >> elect"))) == ["drop.density", "elect.scale"]
     twice = parse_method(["trim", {"trim": {"density": 0.5}}, "sum"])
@@ -42,7 +66,8 @@ def test_values_that_differ_by_layer_are_the_users():
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_values_come_back(method):
-    values = {name: (r.low + r.high) / 2 for name, r in space(method).items()}
+    middles = {name: (r.low + r.high) / 2 for name, r in space(method).items()}
+    values = {n: int(v) if space(method)[n].whole else v for n, v in middles.items()}
     moved = with_values(method, values)
     assert current(moved) == pytest.approx(values)
     assert with_values(moved, current(method)) == method

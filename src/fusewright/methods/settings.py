@@ -21,6 +21,20 @@ from pydantic_core import core_schema
 from fusewright.layout.spec import TensorLayout
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Between which values a parameter is tuned, both included; ``log`` where factors matter, not
+    differences; ``whole`` numbers. Methods annotate a field with it whose literature's values are
+    not the usual ones: ``rank: Annotated[int, Range(4, 64, log=True)]``."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+
 AnyMethod: TypeAlias = Annotated[
     Any, WithJsonSchema({"type": ["string", "array", "object"], "title": "A method"})
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from math import comb
 from typing import TYPE_CHECKING, Any
@@ -152,10 +152,15 @@ def _joint(
 def _merges(entry: Entry, pool: Pool, asked: Asked) -> Iterator[Job]:
     requirement = requirement_of(entry.method)
     yield Job("merge", entry.key, entry.title, requirement, pool, entry.method)
-    searched = isinstance(entry.method, Program | Routed)
-    if asked.tune and not searched and space(entry.method):
-        row = entry.key + TUNED
-        yield Job("tuned", row, entry.title + TUNED, "labelled", pool, entry.method, asked.tune)
+    if asked.tune and not learns(entry.method) and space(entry.method):
+        row, told = entry.key + TUNED, requirement == "task id"
+        yield Job("tuned", row, entry.title + TUNED, requirement if told else "labelled", pool,
+                  entry.method, asked.tune)  # fmt: skip
+
+
+def learns(method: Method) -> bool:
+    """Whether a method learns from inputs: its budget are its steps, and it is not tuned."""
+    return isinstance(method, Program | Routed) and method.needs != "none"
 
 
 def adapts(entry: Entry) -> bool:
@@ -192,6 +197,8 @@ def _keyed(job: Job, suite: Suite, models: Mapping[str, str], asked: Asked) -> J
     }  # fmt: skip
     if asked.stream:  # absent otherwise, so that cells from before have their keys still
         said["stream"] = asked.stream
+    if job.how == "tuned":
+        said["space"] = {name: asdict(r) for name, r in space(job.what).items()}
     if job.how in ("merge", "tuned", "transductive"):
         said.pop("row")  # which may change with what else is measured
         stages = job.what.chain if isinstance(job.what, Pipeline) else (job.what,)

@@ -5,22 +5,12 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from fusewright.methods.contract import Composite, Merger, Method
 from fusewright.methods.pipeline import Pipeline
-
-
-@dataclass(frozen=True)
-class Range:
-    """Bounds of a parameter, both included; ``log`` where factors matter, not differences."""
-
-    low: float
-    high: float
-    log: bool = False
-    whole: bool = False
-
+from fusewright.methods.settings import Range
 
 USUAL = {
     "scale": Range(0.05, 2.0, log=True),
@@ -28,15 +18,17 @@ USUAL = {
     "t": Range(0.0, 1.0),
     "alpha": Range(0.0, 1.0),
     "beta": Range(0.0, 1.0),
+    "strictness": Range(0.1, 1.0),
 }
-"""The house's words and where their values lie in the literature; a field's own bounds narrow
-them."""
+"""The house's words and where their values lie in the literature; a field's own :class:`Range`
+stands in their place, and its bounds narrow either."""
 
 
 def space(method: Method) -> dict[str, Range]:
-    """The numbers of a method that are tuned: those with a usual range, and those whose fields
-    have both bounds. For a pipeline they are called "STAGE.FIELD" (its number where two stages
-    are one kind). Values that differ by expert or tensor are the user's and stay."""
+    """The numbers of a method that are tuned: those with a range of their own or a usual one, and
+    those whose fields have both bounds. For a pipeline they are called "STAGE.FIELD" (its number
+    where two stages are one kind). Values that differ by expert or tensor are the user's and
+    stay."""
     if isinstance(method, Pipeline):
         names = [stage.name for stage in method.chain]
         return {
@@ -98,11 +90,13 @@ def _range(method: Method, name: str) -> Range | None:
     value = getattr(method, name)
     if isinstance(value, bool) or not isinstance(value, int | float) or name == "seed":
         return None
-    low, high, whole = _bounds(type(method).model_fields[name])
-    usual = USUAL.get(name)
-    if usual is not None and not whole:
-        return Range(max(usual.low, _or(low, usual.low)), min(usual.high, _or(high, usual.high)),
-                     usual.log)  # fmt: skip
+    field = type(method).model_fields[name]
+    low, high, whole = _bounds(field)
+    own = next((m for m in field.metadata if isinstance(m, Range)), None)
+    usual = own or (None if whole else USUAL.get(name))
+    if usual is not None:
+        low, high = max(usual.low, _or(low, usual.low)), min(usual.high, _or(high, usual.high))
+        return replace(usual, low=low, high=high, whole=whole)
     if low is None or high is None:
         return None
     return Range(low, high, whole=whole)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusewright.bench.sweep.space import Range
 from fusewright.extras import needs
+from fusewright.methods.settings import Range
 
 
 @dataclass(frozen=True)
@@ -51,5 +51,5 @@ def tune(
 
 def _suggested(trial: Any, name: str, r: Range) -> float:
     if r.whole:
-        return int(trial.suggest_int(name, int(r.low), int(r.high)))
+        return int(trial.suggest_int(name, int(r.low), int(r.high), log=r.log))
     return float(trial.suggest_float(name, r.low, r.high, log=r.log))

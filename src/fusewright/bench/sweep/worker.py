@@ -30,7 +30,7 @@ from fusewright.tasks.units import unit_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from fusewright.bench.suite import Suite
     from fusewright.methods.contract import Method
@@ -88,8 +88,10 @@ class Worker:
         base = self.suite.base
         return Exchange(self.suite.open(base), base, self.suite.spec.opens)
 
-    def _filled(self, state: Mapping[str, Tensor]) -> nn.Module:
-        return self.exchange.filled(state).to(self.suite.device)
+    def _module(self, made: Made) -> nn.Module:
+        """A merge where the suite's models are asked: routed, or its weights in the one module."""
+        module = self.exchange.filled(made.state) if made.routed is None else made.routed
+        return module.to(self.suite.device)
 
     def _tasks(self, job: Job) -> list[str]:
         """Those that this cell is about: of its experts, and those that no expert learned."""
@@ -100,10 +102,8 @@ class Worker:
     def _evaluated(self, module: nn.Module, job: Job) -> Found:
         found: Found = {}
         for task in self._tasks(job):
-            if hasattr(module, "set_task"):
-                if task not in module.tasks:  # type: ignore[operator]
-                    continue
-                module.set_task(task)  # type: ignore[operator]
+            if not _told(module, task):
+                continue
             found[task] = {
                 condition: self.suite.evaluate(module, task, "test", self.asked.limit, condition)
                 for condition in self._conditions(task)
@@ -131,6 +131,7 @@ class Worker:
         return sum(scores) / len(scores)
 
     def _validation(self, module: nn.Module, task: str) -> Outcomes:
+        _told(module, task)
         return self.suite.evaluate(module, task, "validation", self.asked.limit)
 
     def _attained(self, task: str) -> float:
@@ -235,8 +236,8 @@ class Worker:
         method: Method = job.what
 
         def score(values: Mapping[str, float]) -> float:
-            module = self._filled(self._of(job).make(with_values(method, values)).state)
-            return self._validated(module, job.pool.experts)
+            made = self._of(job).make(with_values(method, values))
+            return self._validated(self._module(made), job.pool.experts)
 
         found = tune(space(method), current(method), score, job.trials, self.suite.seed)
         chosen = with_values(method, found.best)
@@ -245,15 +246,14 @@ class Worker:
         return cell, found.trials
 
     def _merge_cell(self, job: Job, method: Method, made: Made, note: str = "") -> Cell:
-        routed = None if made.routed is None else made.routed.to(self.suite.device)
-        module = self._filled(made.state) if routed is None else routed
+        module = self._module(made)
         found = self._evaluated(module, job)
         merged = sum(t.numel() for t in made.state.values())
         sizes = self._sizes | {"bytes": sum(t.nbytes for t in made.state.values())}
         costs = PLAIN | sizes | made.costs | {"extra_parameters": merged - self._stored}
-        if routed is not None and not method.card.task_id:  # told, it is as the base is
+        if made.routed is not None and not method.card.task_id:  # told, it is as the base is
             base = self._open(self.suite.base)
-            costs["slowdown"] = of_model(self._questions(job), base, routed)
+            costs["slowdown"] = of_model(self._questions(job), base, module)
         return self._as_cell(job, found, costs, method.spec(), note)
 
     @cached_property
@@ -290,3 +290,13 @@ class Worker:
             job.row, job.title, job.requirement, self.suite.name, self.suite.seed,
             job.pool.experts, outcomes, self.suite.axes, method, dict(costs or {}), note,
         )  # fmt: skip
+
+
+def _told(module: nn.Module, task: str) -> bool:
+    """Tell a module that asks for it the task of what follows; False if it does not know it."""
+    if not hasattr(module, "set_task"):
+        return True
+    known = task in module.tasks  # type: ignore[operator]
+    if known:
+        module.set_task(task)  # type: ignore[operator]
+    return known

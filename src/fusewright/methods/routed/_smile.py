@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 from warnings import warn
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from fusewright.errors import FusewrightWarning, PlanError
 from fusewright.methods.contract import Card, Context, Parts, Routed
 from fusewright.methods.routed._linears import is_routable, turned
+from fusewright.methods.settings import Range
 from fusewright.modules.architecture import describe_module
 from fusewright.modules.deltas import triples
 from fusewright.modules.layer import Layer
@@ -47,8 +48,8 @@ class Smile(Routed):
         "fusionbench": {"rank": 128, "gate": 1},
     }
 
-    rank: int = Field(32, ge=1)
-    gate: int = Field(16, ge=1)
+    rank: Annotated[int, Range(4, 128, log=True)] = Field(32, ge=1)
+    gate: Annotated[int, Range(1, 48, log=True)] = Field(16, ge=1)
     top: int = Field(1, ge=1)
 
     def build(self, context: Context) -> Parts:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fusewright.layout.spec import TensorLayout
 from fusewright.methods.contract import At, Card, Merger, Unit
-from fusewright.methods.settings import PerTensor
+from fusewright.methods.settings import PerTensor, Range
 from fusewright.methods.static._fields import Number
 from fusewright.methods.static._matrices import Where, each_matrix, is_treated
 from fusewright.methods.static._weighted import times, weighted_sum
@@ -47,7 +47,7 @@ class IsoC(Merger):
     )  # fmt: skip
     profiles: ClassVar[Mapping[str, Mapping[str, Any]]] = {"fusionbench": {"where": "all_2d"}}
 
-    scale: PerTensor[Number] = 1.0
+    scale: Annotated[PerTensor[Number], Range(0.05, 8.0, log=True)] = 1.0
     where: Where = "matrices"
     otherwise: Literal["mean", "sum", "base"] = "mean"
     split: bool = False
