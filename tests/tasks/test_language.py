@@ -148,6 +148,19 @@ def test_exact_match_of_what_was_written(tokenizer, encoder_decoder) -> None:
     assert seen.columns["unparsed"].tolist() == [0, 0, 0]
 
 
+def test_references_may_be_classes_that_words_stand_for(tokenizer) -> None:
+    words = tokenizer()
+    model = Scripted(words, {"the cat": "yes </s>", "a dog": "yes </s>", "so": "no </s>"}, True)
+    task = Generation("toy", tokenizer=words, reference="label", words=("no", "yes"))
+    rows = {"text": ["the cat", "a dog", "so"], "label": [1, 0, 0]}
+    seen = evaluate(model, task, Rows(rows))
+    assert seen.score.tolist() == [1.0, 0.0, 1.0]
+    assert seen.columns["reference"].tolist() == ["yes", "no", "no"]
+    with pytest.raises(DataError, match=r"row 1") as refused:
+        evaluate(model, task, Rows({"text": ["so", "so"], "label": [0, 2]}))
+    assert "0 to 1" in str(refused.value) and "words: [...]" in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [("so 5 and then #### 1,234.", "1234"), ("#### 7 no #### -8", "-8"), ("seven", None),

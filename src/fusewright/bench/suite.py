@@ -70,7 +70,7 @@ class Suite:
         self.device = "cpu" if device == "cpu" else str(checked(device))
         self.seed = spec.seeds[0] if seed is None else seed
         self.variant = variant
-        self.pool = pool or default_pool(name, spec)
+        self.pool = pool or _default_pool(name, spec)
         given = data or os.environ.get("FUSEWRIGHT_DATA")
         self.data = Path(given) if given else None
         if variant is not None and variant not in spec.variants:
@@ -94,6 +94,15 @@ class Suite:
     def __reduce__(self) -> tuple[Any, ...]:
         said = self.name, self.spec, self.pool, self.data, self.seed, self.variant, self.device
         return Suite, said
+
+    @cached_property
+    def trainer(self) -> Suite:
+        """The suite that trains these models: this one, or that which ``models_of`` names."""
+        if self.spec.models_of is None:
+            return self
+        path = find_suite(self.spec.models_of)
+        return Suite(path.stem, read_suite(path), self.pool, self.data, self.seed, self.variant,
+                     self.device)  # fmt: skip
 
     @property
     def models(self) -> dict[str, Any]:
@@ -134,7 +143,7 @@ class Suite:
 
     def model(self, ref: str) -> Path:
         """Where a model lies that the suite names; fetched if it is on the Hub."""
-        if self.spec.build is None:
+        if not self.spec.is_trained:
             return _from_hub(ref, self.pool)
         path = self.root / ref
         if not path.exists():
@@ -275,7 +284,7 @@ class Suite:
         """Train this seed's models, if they are not there yet. SuiteError if nothing builds it."""
         from fusewright.bench.suite_tasks import build_pool
 
-        build_pool(self, progress)
+        build_pool(self.trainer, progress)
 
     def check(self) -> None:
         """Everything that can be refused before anything runs: models, heads, tasks."""
@@ -288,8 +297,11 @@ class Suite:
                           fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
 
 
-def default_pool(name: str, spec: SuiteSpec) -> Path:
+def _default_pool(name: str, spec: SuiteSpec) -> Path:
     """Where a suite's models lie if nobody says: FUSEWRIGHT_POOLS/NAME, or the user's cache."""
+    if spec.models_of is not None:
+        path = find_suite(spec.models_of)
+        return _default_pool(path.stem, read_suite(path))
     given = os.environ.get("FUSEWRIGHT_POOLS")
     if given:
         return Path(given) / name

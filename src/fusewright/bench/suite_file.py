@@ -111,10 +111,10 @@ class Variant(_Part):
 
 
 class SuiteSpec(_Part):
-    """A suite. With ``build``, models are paths inside the pool's folder of one seed
-    (POOL/seed-0); without it they are Hub ids (org/name@revision). A file may start from another:
-    ``extends: NAME`` takes over what it says; mappings are merged key by key, null removes a key,
-    and the rest is replaced (a JSON merge patch, RFC 7396)."""
+    """A suite. With ``build``, or ``models_of`` another suite that has it, models are paths inside
+    the pool's folder of one seed (POOL/seed-0); else they are Hub ids (org/name@revision). A file
+    may start from another: ``extends: NAME`` takes over what it says; mappings are merged key by
+    key, null removes a key, and the rest is replaced (a JSON merge patch, RFC 7396)."""
 
     suite: int = Field(VERSION, description="the schema's version")
     title: str
@@ -136,6 +136,7 @@ class SuiteSpec(_Part):
     axes: dict[str, str] = Field({}, description='what cells say of it: {size: "small"}')
     variants: dict[str, Variant] = {}
     build: Build | None = None
+    models_of: str | None = Field(None, description="the suite that trains these models")
     rows: str | None = Field(None, description="a manifest of its data's rows: its name, or YAML")
 
     def model_post_init(self, context: Any) -> None:
@@ -146,10 +147,15 @@ class SuiteSpec(_Part):
             left = [name for name in self.tasks if name not in self.merged]
             object.__setattr__(self, "unseen", left)
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether its models are trained on the user's machine."""
+        return self.build is not None or self.models_of is not None
+
     def digest(self) -> str:
         """Twelve hex digits of what the suite says and results can depend on; models count by
         their bytes, wherever they come from."""
-        whole = ("title", "about", "licence", "seeds", "variants", "build", "rows")
+        whole = ("title", "about", "licence", "seeds", "variants", "build", "models_of", "rows")
         left: Any = {key: True for key in whole}
         left["tasks"] = {"__all__": {"question", "licence", "note"}}
         said = self.model_dump_json(exclude=left, exclude_defaults=True)
@@ -209,12 +215,20 @@ def _fields(path: Path, above: tuple[Path, ...] = ()) -> dict[Any, Any]:
     fields = _parsed(path)
     _check_version(fields, path)
     name = fields.pop("extends", None)
+    if fields.get("models_of") is not None:
+        fields["models_of"] = str(_beside(path, fields["models_of"]))
     if name is None:
         return fields
-    other = find_suite(path.parent / name if (path.parent / str(name)).is_file() else str(name))
+    other = find_suite(_beside(path, name))
     if other.resolve() in (*above, path.resolve()):
         raise SuiteError("the suites extend each other", where=path, found=f"extends: {name}")
     return _patched(_fields(other, (*above, path.resolve())), fields)
+
+
+def _beside(path: Path, name: Any) -> Path | str:
+    """A suite that another names: a file beside it, or whatever has that name."""
+    beside = path.parent / str(name)
+    return beside if beside.is_file() else str(name)
 
 
 def _patched(below: Mapping[Any, Any], patch: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -70,12 +70,12 @@ def list_(json: Json = False) -> None:
     found = {name: read_suite(path) for name, path in shipped().items()}
     if json:
         print_json({name: {"title": s.title, "merged": s.merged, "unseen": s.unseen,
-                           "trained here": s.build is not None}
+                           "trained here": s.is_trained}
                     for name, s in found.items()})  # fmt: skip
         return
     rows = tuple(
         (name, s.title, len(s.merged), len(s.unseen),
-         "trained on your machine" if s.build else "public checkpoints")
+         "trained on your machine" if s.is_trained else "public checkpoints")
         for name, s in found.items()
     )  # fmt: skip
     print_tables([Table("Suites", ("suite", "", "merged", "unseen", "models"), rows)])
@@ -111,7 +111,7 @@ def _facts(suite: Suite) -> Table:
 
     spec = suite.spec
     built = [seed for seed in spec.seeds if suite.at(seed).root.is_dir()]
-    models = "public checkpoints" if spec.build is None else (
+    models = "public checkpoints" if not spec.is_trained else (
         f"{suite.pool}; trained: {', '.join(map(str, built)) or 'none'}"
         f" of seeds {', '.join(map(str, spec.seeds))}"
     )  # fmt: skip

@@ -15,6 +15,7 @@ from fusewright.extras import needs
 from fusewright.tasks.batching import BatchedTask, column
 from fusewright.tasks.errors import DataError
 from fusewright.tasks.outcomes import Outcomes
+from fusewright.tasks.rows import as_labels
 from fusewright.tasks.task import Batch
 from fusewright.tasks.tokens import (
     IGNORED,
@@ -36,16 +37,18 @@ class Generation(BatchedTask):
     """What a model continues a prompt with, greedily, against a row's reference.
 
     ``template`` makes the prompt of a row's columns; ``reference`` is the column of the expected
-    text. ``metric`` is "exact_match" (after white space and case are evened out) or "rouge_l" (the
-    F-measure of ``rouge_score``, stemmed). ``extract`` is a regular expression that finds the
-    answer in what was written: its first group, or all of it, of the last match; without a match
-    the item scores 0 and counts as unparsed. ``extract_reference`` does the same to references.
-    Commas in extracted numbers are dropped.
+    text, or of class numbers, where ``words`` say what each class is answered with. ``metric`` is
+    "exact_match" (after white space and case are evened out) or "rouge_l" (the F-measure of
+    ``rouge_score``, stemmed). ``extract`` is a regular expression that finds the answer in what was
+    written: its first group, or all of it, of the last match; without a match the item scores 0 and
+    counts as unparsed. ``extract_reference`` does the same to references. Commas in extracted
+    numbers are dropped.
 
     Columns: prediction (text), reference (text), truncated (1: no end of text within
     ``max_new_tokens``), unparsed (1). Batches: input_ids, attention_mask (n, tokens; decoders are
     padded on the left), targets (n, tokens) with -100 after the end, references, items.
-    Raises RecipeError for a metric or expression that is not understood.
+    Raises RecipeError for a metric or expression that is not understood, DataError for a reference
+    without an answer, or a class without a word.
     """
 
     kind: ClassVar[str] = "generation"
@@ -56,6 +59,7 @@ class Generation(BatchedTask):
     tokenizer: Any = field(kw_only=True, repr=False, compare=False)
     template: str = field(default="{text}", kw_only=True)
     reference: str = field(default="text2", kw_only=True)
+    words: tuple[str, ...] | None = field(default=None, kw_only=True)
     metric: Literal["exact_match", "rouge_l"] = field(default="exact_match", kw_only=True)
     extract: str | None = field(default=None, kw_only=True)
     extract_reference: str | None = field(default=None, kw_only=True)
@@ -81,7 +85,7 @@ class Generation(BatchedTask):
         self, rows: Mapping[str, Sequence[Any]], numbers: Sequence[int], where: str
     ) -> list[Any]:
         prompts = filled(self.template, rows, where)
-        references = [str(r) for r in column(rows, self.reference, where)]
+        references = self._references(rows, numbers, where)
         found = tokenised(self.tokenizer, prompts, None, self.length, where, numbers)
         wanted = [self.extracted(r, self.extract_reference) for r in references]
         if None in wanted:
@@ -91,6 +95,20 @@ class Generation(BatchedTask):
             )  # fmt: skip
         targets = with_end(self.tokenizer, references)
         return list(zip(found["input_ids"], targets, wanted, strict=True))
+
+    def _references(
+        self, rows: Mapping[str, Sequence[Any]], numbers: Sequence[int], where: str
+    ) -> list[str]:
+        found = column(rows, self.reference, where)
+        if self.words is None:
+            return [str(reference) for reference in found]
+        labels = as_labels(found, None, where).tolist()
+        for number, label in zip(numbers, labels, strict=True):
+            if not 0 <= label < len(self.words):
+                raise DataError("no word for a class", where=f"{where}, row {number}",
+                                expected=f"0 to {len(self.words) - 1}", found=label,
+                                fix="options: {words: [...]}, one for each class")  # fmt: skip
+        return [self.words[label] for label in labels]
 
     def collate(self, examples: Sequence[Any]) -> dict[str, Any]:
         prompts, targets, references = zip(*examples, strict=True)

@@ -63,7 +63,8 @@ def joint_recipe(suite: Suite, tasks: Sequence[str]) -> JointRecipe:
     """
     builder = suite.spec.build.builder if suite.spec.build is not None else None
     if builder is None or builder not in _BUILDERS:
-        found = f"the builder {builder!r}" if builder else "public checkpoints"
+        others = "public checkpoints" if not suite.spec.is_trained else "another suite's models"
+        found = f"the builder {builder!r}" if builder else others
         raise SuiteError("the suite does not say how long its experts were trained",
                          expected=f"a pool built by {', '.join(_BUILDERS)}", found=found,
                          fix=NO_FIX)  # fmt: skip

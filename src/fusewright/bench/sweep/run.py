@@ -91,7 +91,7 @@ def bench(
     suites = _suites(first, seeds, variants)
     chosen, left_out = _entries(first, methods)
     for one in suites:
-        if one.spec.build is not None:
+        if one.spec.is_trained:
             one.build(progress)
         one.check()
     how, not_trained = recipes(suites, asked.joint)
