@@ -19,7 +19,7 @@ from routed_toys import base_of, experts_of, sides, vit
 import fusewright as fw
 from fusewright.methods.learned import ANP, AWM, DAM, SAU, AdaMerging, Concrete
 from fusewright.methods.learned.processes import Processes
-from fusewright.methods.routed import WEMoE
+from fusewright.methods.routed import RepresentationSurgery, Twin, WEMoE
 from fusewright.tasks.adaptation import adaptation
 from fusewright.tasks.pictures import Pictures
 
@@ -34,25 +34,29 @@ METHODS = {
     "awm": AWM(**QUICK, rate=1e-2),
     "sau": SAU(**QUICK, rate=1e-2, attack_steps=2),
     "wemoe": WEMoE(**QUICK, rate=1e-2),
+    "twin": Twin(epochs=2, rate=1e-2, batch=8),
+    "surgery": RepresentationSurgery(steps=6, rate=1e-2, batch=6),
 }
+FEATURES = ("twin", "surgery")
 
 
 def merged(folder: Path, out: Path) -> dict[str, int]:
-    """Merge by every method; how often each task was asked while gradients were wanted."""
-    asked = {"a": 0, "b": 0}
+    """Merge by every method; how often each task was asked while gradients were wanted, or to learn
+    from features alone."""
+    asked, under_way = {"a": 0, "b": 0}, ""
 
     def head(task: str) -> Any:
         def answer(model: Any, batch: Any) -> torch.Tensor:
-            asked[task] += torch.is_grad_enabled()
+            asked[task] += torch.is_grad_enabled() or under_way in FEATURES
             return model(pixel_values=batch["pixel_values"]).logits
 
         return answer
 
     heads = {n: head(n) for n in "ab"}
     data = adaptation(sides(vit), heads, Pictures(mean=(0.5,), std=(0.5,)))
-    for name, method in METHODS.items():
+    for under_way, method in METHODS.items():
         fw.merge(method, base=folder / "base", experts={n: folder / n for n in "ab"}, data=data,
-                 out=out / name)  # fmt: skip
+                 out=out / under_way)  # fmt: skip
     return asked
 
 
@@ -76,7 +80,8 @@ def test_two_processes_learn_what_one_does(name: str, folders: Any) -> None:
     folder = folders[0]
     one, two = (fw.load(folder / which / name).state_dict() for which in ("one", "two"))
     base = fw.load(folder / "base").state_dict()
-    assert one.keys() == two.keys() and any(not t.equal(base.get(n, t)) for n, t in one.items())
+    assert one.keys() == two.keys() and any(n not in base or not t.equal(base[n])
+                                            for n, t in one.items())  # fmt: skip
     for tensor in one:
         torch.testing.assert_close(two[tensor], one[tensor], rtol=1e-4, atol=1e-5, msg=tensor)
 

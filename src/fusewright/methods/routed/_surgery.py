@@ -13,6 +13,7 @@ from fusewright.methods.contract import Card, Context, Method, Parts, Routed
 from fusewright.methods.learned._fitting import asked
 from fusewright.methods.learned._resume import Numbered, digest
 from fusewright.methods.learned.fitter import Fitter
+from fusewright.methods.learned.processes import Processes
 from fusewright.methods.settings import AnyMethod
 from fusewright.modules.functional import with_weights
 from fusewright.modules.surgery import SURGERY, Surgery, head_of, seen_by
@@ -63,11 +64,13 @@ class RepresentationSurgery(Routed):
         questions, model, vectors = asked(context), context.module(), context.vectors()
         state = context.merge(parse_method(self.merger))
         merged = {n: state[context.stored(n)].to(context.device) for n in vectors.names}
-        head, pairs = head_of(model), []
-        for task, question in questions.items():
-            mine = self._seen(model, merged, question, head, context.seed)
-            pairs.append((mine, self._seen(model, vectors.expert(task), question, head,
-                                           context.seed)))  # fmt: skip
+        head, processes = head_of(model), Processes.started()
+        mine: dict[str, tuple[Tensor, Tensor]] = {}
+        for task in processes.mine(questions):
+            ours, theirs = (self._seen(model, weights, questions[task], head, context.seed)
+                            for weights in (merged, vectors.expert(task)))  # fmt: skip
+            mine[task] = ours, theirs
+        pairs = list(processes.gathered(mine, questions).values())
         surgery = Surgery(list(questions), pairs[0][0].shape[1], self.rank, head, context.seed)
         report = self._trained(surgery, list(questions), pairs, context)
         return Parts({SURGERY: surgery}, merged, report)

@@ -17,6 +17,7 @@ from fusewright.methods.learned._fitting import asked
 from fusewright.methods.learned._rest import summed
 from fusewright.methods.learned._resume import Numbered, digest
 from fusewright.methods.learned.fitter import Fitter
+from fusewright.methods.learned.processes import Processes
 from fusewright.methods.routed._linears import is_routable, turned
 from fusewright.methods.routed._named import Named
 from fusewright.modules.architecture import Architecture, describe_module
@@ -111,19 +112,22 @@ class Twin(Routed):
         self, routing: FeatureRouting, model: nn.Module, questions: Mapping[str, Any], seed: int
     ) -> list[Tensor]:
         """The features of each task's inputs, (inputs, width); few, so learnt from on the CPU."""
-        found = []
-        for task, question in questions.items():
+        processes, mine = Processes.started(), {}
+        for task in processes.mine(questions):
+            question = questions[task]
             with routing.heard(model) as heard, torch.no_grad():
                 for batch in question.epoch(min(self.batch, 64), seed):
                     question.logits(model, batch)
                     if sum(len(each) for each in heard) >= self.inputs:
                         break
-            found.append(torch.cat(heard)[: self.inputs].cpu() if heard else torch.empty(0))
-            if len(found[-1]) < 2:
+            mine[task] = torch.cat(heard)[: self.inputs].cpu() if heard else torch.empty(0)
+        found = processes.gathered(mine, questions)
+        for task, features in found.items():
+            if len(features) < 2:
                 raise PlanError("a router needs inputs to learn from and to be judged by",
                                 where=f"task {task}", expected="two inputs or more",
-                                found=len(found[-1]))  # fmt: skip
-        return found
+                                found=len(features))  # fmt: skip
+        return list(found.values())
 
     def _trained(
         self, seen: Sequence[Tensor], context: Context
