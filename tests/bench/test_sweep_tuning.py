@@ -36,6 +36,7 @@ def test_a_range_of_a_fields_own_stands_before_the_usual_one():
     assert space(fw.IsoC())["scale"] == Range(0.05, 8.0, log=True)
     assert space(fw.Smile()) == {
         "rank": Range(4, 128, log=True, whole=True), "gate": Range(1, 48, log=True, whole=True),
+        "rest": Range(0.0, 1.0),
     }  # fmt: skip
 
     class Narrow(fw.Smile):

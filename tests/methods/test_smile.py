@@ -52,6 +52,15 @@ def expert_of(base: nn.Module, seed: int, only: str = "") -> nn.Module:
     return expert
 
 
+def moved(model: nn.Module, seed: int) -> nn.Module:
+    """The model with every tensor moved a little."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=draw))
+    return model
+
+
 def answer(model: nn.Module, make) -> torch.Tensor:
     with torch.no_grad():
         return model(**INPUTS[make])[0]
@@ -66,6 +75,23 @@ def test_one_expert_at_full_rank_is_that_expert(make) -> None:
     torch.testing.assert_close(answer(made.module(), make), answer(expert, make),
                                rtol=1e-4, atol=1e-5)  # fmt: skip
     assert (answer(base, make) - answer(expert, make)).abs().max() > 1e-2
+
+
+@MODELS
+def test_tensors_that_are_not_routed_may_be_merged(make, tmp_path) -> None:
+    base = base_of(make)
+    experts = {name: moved(expert_of(base, seed), seed) for seed, name in enumerate("ab", 1)}
+    plain, rest = (fw.merge(Smile(rank=64, gate=2, rest=rest), base=base, experts=experts)
+                   for rest in (0.0, 0.5))  # fmt: skip
+    start, other = base.state_dict(), rest.module().state_dict()
+    changed = [n for n, t in plain.module().state_dict().items() if not t.equal(other[n])]
+    assert changed and not any(".up" in n or ".down" in n or ".gate" in n for n in changed)
+    for name in changed:
+        both = sum(e.state_dict()[name] - start[name] for e in experts.values())
+        torch.testing.assert_close(other[name], start[name] + 0.5 * both)
+    alone = fw.merge(Smile(rank=64, gate=64, rest=1.0), base=base, experts={"a": experts["a"]})
+    torch.testing.assert_close(answer(alone.module(), make), answer(experts["a"], make),
+                               rtol=1e-4, atol=1e-5)  # fmt: skip
 
 
 @MODELS
