@@ -89,6 +89,12 @@ def test_tensors_that_are_not_routed_may_be_merged(make, tmp_path) -> None:
     for name in changed:
         both = sum(e.state_dict()[name] - start[name] for e in experts.values())
         torch.testing.assert_close(other[name], start[name] + 0.5 * both)
+    some = [{"filter": changed[0], "value": 0.5}, 0]
+    one = fw.merge(Smile(rank=64, gate=2, rest=some), base=base, experts=experts)
+    state = one.module().state_dict()
+    differing = [n for n, t in plain.module().state_dict().items() if not t.equal(state[n])]
+    assert changed[0] in differing and set(differing) < set(changed)  # others are tied to it
+    assert all(state[n].equal(other[n]) for n in differing)
     alone = fw.merge(Smile(rank=64, gate=64, rest=1.0), base=base, experts={"a": experts["a"]})
     torch.testing.assert_close(answer(alone.module(), make), answer(experts["a"], make),
                                rtol=1e-4, atol=1e-5)  # fmt: skip

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusewright.layout.spec import Role
 from fusewright.methods.contract import Context
+from fusewright.methods.settings import PerTensor, resolve
 from fusewright.modules.tensors import wide_dtype
 from fusewright.modules.vectors import TaskVectors
 
@@ -18,13 +19,14 @@ def is_statistic(context: Context, name: str) -> bool:
 
 @torch.no_grad()
 def summed(
-    context: Context, vectors: TaskVectors, scale: float, wide: bool = False
+    context: Context, vectors: TaskVectors, scale: PerTensor[float], wide: bool = False
 ) -> dict[str, Tensor]:
-    """θ_0 + λ Σ_t τ_t, λ = ``scale``; of running statistics λ = 1/T, the experts' mean. In the
-    base's dtypes, or float32 at least if ``wide``."""
+    """θ_0 + λ Σ_t τ_t, λ = ``scale`` of the tensor; of running statistics λ = 1/T, the experts'
+    mean. In the base's dtypes, or float32 at least if ``wide``."""
     count, found = len(vectors.experts), {}
     for name, base in vectors.base.items():
-        share = 1 / count if is_statistic(context, name) else scale
+        place = context.layout(name)
+        share = 1 / count if is_statistic(context, name) else resolve(scale, place)
         total = base.to(wide_dtype(base)) + vectors.combined(name, torch.full((count,), share))
         found[name] = total if wide else total.to(base.dtype)
     return found

@@ -14,7 +14,8 @@ from fusewright.errors import FusewrightWarning, PlanError
 from fusewright.methods.contract import Card, Context, Parts, Routed
 from fusewright.methods.learned._rest import summed
 from fusewright.methods.routed._linears import is_routable, turned
-from fusewright.methods.settings import Range
+from fusewright.methods.settings import PerTensor, Range, resolve
+from fusewright.methods.static._fields import Number
 from fusewright.modules.architecture import describe_module
 from fusewright.modules.deltas import triples
 from fusewright.modules.layer import Layer
@@ -34,8 +35,9 @@ class Smile(Routed):
     ``rank``: k, 32, and ``gate``: g, 16: the paper's smaller setting of CLIP, 1.6 times the
     parameters. ``top``: 1; more experts did worse there. ``rest``: λ, 0; all other tensors, those
     outside blocks too, are θ_0 + λ Σ_t τ_t, so that they stay the base's as in the paper. Where
-    experts changed their embeddings that leaves out most of what they learned: text-mini gained 3
-    points with 1. Of LoRA experts a rank of theirs or more is exact.
+    experts changed word embeddings that leaves out most of what they learned: text-mini gained 3
+    points by ``[{"filter": "word_embeddings", "value": 1}, 0]``. Of LoRA experts a rank of theirs
+    or more is exact.
 
     Raises PlanError if no linear layer of the blocks is changed.
     """
@@ -53,7 +55,7 @@ class Smile(Routed):
     rank: Annotated[int, Range(4, 128, log=True)] = Field(32, ge=1)
     gate: Annotated[int, Range(1, 48, log=True)] = Field(16, ge=1)
     top: int = Field(1, ge=1)
-    rest: Annotated[float, Range(0.0, 1.0)] = Field(0.0, allow_inf_nan=False)
+    rest: Annotated[PerTensor[Number], Range(0.0, 1.0)] = 0.0
 
     def build(self, context: Context) -> Parts:
         model, vectors = context.module(), context.vectors()
@@ -71,8 +73,10 @@ class Smile(Routed):
                             expected="nn.Linear or Conv1D inside blocks",
                             fix="`fusewright inspect` shows what the experts change")  # fmt: skip
         _warn_of_blind(found)
-        others = vectors.select(lambda name: name not in taken)
-        return Parts(found, summed(context, others, self.rest) if self.rest else {})
+        others = vectors.select(
+            lambda name: name not in taken and resolve(self.rest, context.layout(name)) != 0
+        )
+        return Parts(found, summed(context, others, self.rest))
 
     def _layer(
         self, linear: LinearMap, base: nn.Module, vectors: TaskVectors
