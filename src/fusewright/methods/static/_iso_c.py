@@ -27,8 +27,9 @@ class IsoC(Merger):
     ``scale``: λ, 1; it multiplies everything, the other tensors too (the paper validates it:
     1.3 for eight ViT-B/32 experts, less for more). ``where``: "matrices", no embeddings, heads or
     text_projection (the official code leaves out text_projection); "all_2d" (FusionBench).
-    ``otherwise``: "mean" as in the paper, "sum", or "base" (unchanged); where experts changed their
-    embeddings, of texts, "sum" gained 2 points on text-mini. ``split``: treat packed
+    ``otherwise``: "mean" as in the paper, "sum", or "base" (unchanged). Word embeddings have the
+    mean, too, which leaves out most of what experts learned of texts: text-mini gained 2 points by
+    their sum, ``scale=[{"filter": "word_embeddings", "value": 5}, 1]`` for 5 experts. ``split``: treat packed
     matrices (QKV in one) one by one; false as in the official code.
 
     mean(σ) counts all min(m, n) singular values. Directions with σ ≤ 1e-6 σmax (float64 inputs:
