@@ -29,8 +29,8 @@ class IsoC(Merger):
     text_projection (the official code leaves out text_projection); "all_2d" (FusionBench).
     ``otherwise``: "mean" as in the paper, "sum", or "base" (unchanged). Word embeddings have the
     mean, too, which leaves out most of what experts learned of texts: text-mini gained 2 points by
-    their sum, ``scale=[{"filter": "word_embeddings", "value": 5}, 1]`` for 5 experts. ``split``: treat packed
-    matrices (QKV in one) one by one; false as in the official code.
+    their sum, ``scale=[{"filter": "word_embeddings", "value": 5}, 1]`` for 5 experts. ``split``:
+    treat packed matrices (QKV in one) one by one; false as in the official code.
 
     mean(σ) counts all min(m, n) singular values. Directions with σ ≤ 1e-6 σmax (float64 inputs:
     max(m, n)·ε) stay empty, where an SVD would fill them with arbitrary vectors: for LoRA sums
