@@ -38,16 +38,20 @@ def rates(cells: Sequence[Cell], tasks: Sequence[str]) -> Rates:
 
 
 def rated(section: Section) -> dict[str, list[str]]:
-    """Which rates a section has of which task."""
+    """Which rates a section has of which task, but for those that are zero in every line."""
     found: dict[str, list[str]] = {}
     for line in section.lines:
         for task, own in line.rates.items():
             known = found.setdefault(task, [])
-            known += [name for name in own if name not in known]
-    return found
+            known += [name for name, rate in own.items() if rate > 0 and name not in known]
+    return {task: [n for n in RATES if n in known] for task, known in found.items() if known}
 
 
 def explained(sections: Sequence[Section]) -> str:
-    """What the rates mean that a report has; nothing where it has none."""
-    known = {name for one in sections for names in rated(one).values() for name in names}
-    return "; ".join(f"{name}: percent of {RATES[name]}" for name in RATES if name in known)
+    """What the rates mean that a report has, and which are zero; nothing where it has none."""
+    shown = {name for one in sections for names in rated(one).values() for name in names}
+    known = {name for one in sections for line in one.lines for own in line.rates.values()
+             for name in own}  # fmt: skip
+    said = [f"{name}: percent of {RATES[name]}" if name in shown else f"nothing was {name}"
+            for name in RATES if name in known]  # fmt: skip
+    return "; ".join(said) + ("; tasks without such a column: none" if shown else "")
