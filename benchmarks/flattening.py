@@ -6,8 +6,8 @@
 Of each matrix that Iso-C treats, the sum of the task vectors is stretched to a length (Frobenius
 norm, times the sum's), or its leading directions are made equally long to that length and the
 others dropped: all of them (Iso-C), half, a quarter. Other tensors stay the base's. Test rows of
-the merged tasks; it prints a table, the share of directions that are not empty, and the effective rank
-(Σσ)² / (r Σσ²), and writes DIR/SUITE[-VARIANT].md.
+the merged tasks; it prints a table, the share of directions that are not empty, and the effective
+rank (Σσ)² / (r Σσ²), and writes DIR/SUITE[-VARIANT].md.
 """
 
 from __future__ import annotations
