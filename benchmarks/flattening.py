@@ -6,8 +6,8 @@
 Of each matrix that Iso-C treats, the sum of the task vectors is stretched to a length (Frobenius
 norm, times the sum's), or its leading directions are made equally long to that length and the
 others dropped: all of them (Iso-C), half, a quarter. Other tensors stay the base's. Test rows of
-the merged tasks; it prints a table, the share of directions that are not empty, and the effective
-rank (Σσ)² / (r Σσ²), and writes DIR/SUITE[-VARIANT].md.
+the merged tasks; it prints a table, the share of directions that are not empty, the effective rank,
+and the length that Iso-C gives by itself, and writes DIR/SUITE[-VARIANT].md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fusewright.engine.state import read_state
 from fusewright.layout.describe import describe
 from fusewright.methods.static._matrices import is_treated
 
-LENGTHS, SHARES = (0.15, 0.3, 0.6), (1.0, 0.5, 0.25)
+LENGTHS, SHARES = (0.15, 0.3, 0.6, 1.0), (1.0, 0.5, 0.25)
 EMPTY = 1e-6
 Split = tuple[Tensor, Tensor, Tensor]
 
@@ -44,6 +44,11 @@ def sums(suite: Suite, base: dict[str, Tensor]) -> dict[str, Split]:
             if bool(moved.any()):
                 found[name] = torch.linalg.svd(moved, full_matrices=False)
     return found
+
+
+def effective_rank(sigma: Tensor) -> float:
+    """(Σσ)² / (r Σσ²): 1 if all r singular values are equal, 1 / r if there is one."""
+    return float(sigma.sum() ** 2 / sigma.square().sum() / len(sigma))
 
 
 def real(sigma: Tensor) -> int:
@@ -87,10 +92,11 @@ def main() -> None:
         row = " | ".join(f"{score(length, share):.1f}" for share in (None, *SHARES))
         lines.append(f"| {length} | {row} |")
         print(lines[-1], flush=True)
-    ranks = [(real(s) / len(s), float(s.sum() ** 2 / s.square().sum() / len(s)))
-             for _, s, _ in splits.values()]  # fmt: skip
-    lines += ["", f"directions that are not empty: {mean(r for r, _ in ranks):.2f}; "
-              f"effective rank: {mean(e for _, e in ranks):.2f}", ""]  # fmt: skip
+    spectra = [sigma for _, sigma, _ in splits.values()]
+    share, rank = mean(real(s) / len(s) for s in spectra), mean(map(effective_rank, spectra))
+    own = mean(float(s.mean() * real(s) ** 0.5 / s.norm()) for s in spectra)
+    lines += ["", f"directions that are not empty: {share:.2f}; effective rank: {rank:.2f}; "
+              f"Iso-C's own length: {own:.2f} of the sum's", ""]  # fmt: skip
     asked.out.mkdir(parents=True, exist_ok=True)
     name = asked.suite + (f"-{asked.variant}" if asked.variant else "")
     (asked.out / f"{name}.md").write_text("\n".join([f"# {name}", "", *lines]))

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from flattening import effective_rank
 from torch import Tensor, nn
 
 import fusewright as fw
@@ -36,6 +37,7 @@ from fusewright.engine.state import read_state
 from fusewright.layout import Role
 from fusewright.layout.describe import describe
 from fusewright.methods.static._iso_c import isotropic
+from fusewright.methods.static._matrices import is_treated
 
 PAIRS = (
     "average | average", "iso_c | iso_c", "ties | ties", "ties | iso_c", "iso_c | ties",
@@ -89,9 +91,8 @@ class Regions:
                    if t.is_floating_point()}  # fmt: skip
         energy = {n: sum(float(c.square().sum()) for c in of) for n, of in changes.items()}
         embedded = sum(e for n, e in energy.items() if self.is_embedding(n))
-        untreated = (Role.EMBEDDING, Role.POSITION, Role.HEAD)
         rows = [of_matrix([c.flatten(1) for c in of]) for n, of in changes.items()
-                if self.layout[n].matrix and self.layout[n].role not in untreated]  # fmt: skip
+                if is_treated("matrices", tuple(of[0].shape), self.layout[n])]  # fmt: skip
         found = {key: mean(row[key] for row in rows) for key in rows[0]}
         return {"embeddings' share of the change": embedded / sum(energy.values()), **found}
 
@@ -122,17 +123,16 @@ def of_matrix(changes: list[Tensor]) -> dict[str, float]:
     total = sum(changes[1:], changes[0])
     flat = isotropic(total)
     return {
-        "effective rank of an expert's": mean(map(effective_rank, changes)),
-        "effective rank of the sum": effective_rank(total),
+        "effective rank of an expert's": mean(rank_of(c) for c in changes),
+        "effective rank of the sum": rank_of(total),
         "Iso-C's length, times the average's": float(flat.norm() / total.norm()) * len(changes),
         "cosine of the average with experts'": mean(cosine(total, c) for c in changes),
         "cosine of Iso-C with experts'": mean(cosine(flat, c) for c in changes),
     }
 
 
-def effective_rank(matrix: Tensor) -> float:
-    sigma = torch.linalg.svdvals(matrix)
-    return float(sigma.sum() ** 2 / sigma.square().sum() / len(sigma))
+def rank_of(matrix: Tensor) -> float:
+    return effective_rank(torch.linalg.svdvals(matrix))
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

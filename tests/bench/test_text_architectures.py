@@ -240,6 +240,10 @@ def test_another_suite_has_the_same_models_write_their_answers(pools, data, tmp_
     assert default.pool == fw.suite(tmp_path / "chosen.yaml", data=data).pool
     with pytest.raises(SuiteError, match=r"suite build written"):
         _ = default.base
+    said["models_of"] = "written.yaml"
+    (tmp_path / "again.yaml").write_text(json.dumps(said))
+    with pytest.raises(SuiteError, match=r"trains none"):
+        fw.suite(tmp_path / "again.yaml", data=data)
 
 
 def test_adapters_are_those_of_peft(adapted):

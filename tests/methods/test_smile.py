@@ -78,7 +78,7 @@ def test_one_expert_at_full_rank_is_that_expert(make) -> None:
 
 
 @MODELS
-def test_tensors_that_are_not_routed_may_be_merged(make, tmp_path) -> None:
+def test_tensors_that_are_not_routed_may_be_merged(make) -> None:
     base = base_of(make)
     experts = {name: moved(expert_of(base, seed), seed) for seed, name in enumerate("ab", 1)}
     plain, rest = (fw.merge(Smile(rank=64, gate=2, rest=rest), base=base, experts=experts)

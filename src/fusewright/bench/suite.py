@@ -70,7 +70,7 @@ class Suite:
         self.device = "cpu" if device == "cpu" else str(checked(device))
         self.seed = spec.seeds[0] if seed is None else seed
         self.variant = variant
-        self.pool = pool or _default_pool(name, spec)
+        self.pool = pool or _default_pool(*_trainer(name, spec))
         given = data or os.environ.get("FUSEWRIGHT_DATA")
         self.data = Path(given) if given else None
         if variant is not None and variant not in spec.variants:
@@ -100,9 +100,8 @@ class Suite:
         """The suite that trains these models: this one, or that which ``models_of`` names."""
         if self.spec.models_of is None:
             return self
-        path = find_suite(self.spec.models_of)
-        return Suite(path.stem, read_suite(path), self.pool, self.data, self.seed, self.variant,
-                     self.device)  # fmt: skip
+        name, spec = _trainer(self.name, self.spec)
+        return Suite(name, spec, self.pool, self.data, self.seed, self.variant, self.device)
 
     @property
     def models(self) -> dict[str, Any]:
@@ -297,11 +296,20 @@ class Suite:
                           fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
 
 
+def _trainer(name: str, spec: SuiteSpec) -> tuple[str, SuiteSpec]:
+    """The suite that trains a suite's models. Raises SuiteError if that one trains none."""
+    if spec.models_of is None:
+        return name, spec
+    path = find_suite(spec.models_of)
+    other = read_suite(path)
+    if other.build is None:
+        raise SuiteError(f"the suite {name!r} has its models of a suite that trains none",
+                         where="models_of", expected="a suite with a build", found=path.stem)
+    return path.stem, other
+
+
 def _default_pool(name: str, spec: SuiteSpec) -> Path:
     """Where a suite's models lie if nobody says: FUSEWRIGHT_POOLS/NAME, or the user's cache."""
-    if spec.models_of is not None:
-        path = find_suite(spec.models_of)
-        return _default_pool(path.stem, read_suite(path))
     given = os.environ.get("FUSEWRIGHT_POOLS")
     if given:
         return Path(given) / name

@@ -1,10 +1,25 @@
-"""Models that must be told the task of their inputs: what is said of a task they do not know."""
+"""Models that must be told the task of their inputs: how they are told, and refusals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from fusewright.errors import PlanError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def tell(module: nn.Module, task: str) -> bool:
+    """Tell a module that asks for it the task of what follows; False if it does not know it."""
+    asks: Any = module
+    if not hasattr(module, "set_task"):
+        return True
+    known = task in asks.tasks
+    if known:
+        asks.set_task(task)
+    return known
 
 
 def place_of(task: str, tasks: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fusewright.errors import FusewrightWarning
 from fusewright.methods.contract import Method
+from fusewright.modules.told import tell
 from fusewright.tasks.adaptation import Adaptation, adaptation
 from fusewright.tasks.pictures import Pictures
 from fusewright.testing._subject import SEED, count
@@ -139,8 +140,8 @@ def _distance(state: Mapping[str, Tensor], experts: Mapping[str, nn.Module]) -> 
 
 def answers(model: nn.Module, pictures: Tensor, task: str | None = None) -> Tensor:
     """The model's logits; where it must be told the task, of that."""
-    if task is not None and hasattr(model, "set_task"):
-        model.set_task(task)  # type: ignore[operator]
+    if task is not None:
+        tell(model, task)
     with torch.no_grad():
         found: Tensor = model(pictures)
     return found

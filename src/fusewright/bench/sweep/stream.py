@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fusewright.modules.told import tell
 from fusewright.tasks.evaluate import evaluating
 from fusewright.tasks.outcomes import Outcomes
 
@@ -40,8 +41,7 @@ def mixed(
     order = np.random.default_rng(suite.seed).permutation(np.repeat(np.arange(len(tasks)), counts))
     with evaluating(module), torch.inference_mode():
         for task in (tasks[at] for at in order):
-            if hasattr(module, "set_task"):
-                module.set_task(task)  # type: ignore[operator]
+            tell(module, task)
             parts[task].append(asked[task].outcomes(module, iter([next(batches[task])])))
     return {task: joined(found) for task, found in parts.items()}
 

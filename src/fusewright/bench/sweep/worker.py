@@ -25,6 +25,7 @@ from fusewright.bench.sweep.space import current, space, with_values
 from fusewright.bench.sweep.store import Store
 from fusewright.bench.sweep.stream import mixed
 from fusewright.bench.sweep.tuning import tune
+from fusewright.modules.told import tell
 from fusewright.tasks.units import unit_of
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Worker:
     def _evaluated(self, module: nn.Module, job: Job) -> Found:
         found: Found = {}
         for task in self._tasks(job):
-            if not _told(module, task):
+            if not tell(module, task):
                 continue
             found[task] = {
                 condition: self.suite.evaluate(module, task, "test", self.asked.limit, condition)
@@ -131,7 +132,7 @@ class Worker:
         return sum(scores) / len(scores)
 
     def _validation(self, module: nn.Module, task: str) -> Outcomes:
-        _told(module, task)
+        tell(module, task)
         return self.suite.evaluate(module, task, "validation", self.asked.limit)
 
     def _attained(self, task: str) -> float:
@@ -290,13 +291,3 @@ class Worker:
             job.row, job.title, job.requirement, self.suite.name, self.suite.seed,
             job.pool.experts, outcomes, self.suite.axes, method, dict(costs or {}), note,
         )  # fmt: skip
-
-
-def _told(module: nn.Module, task: str) -> bool:
-    """Tell a module that asks for it the task of what follows; False if it does not know it."""
-    if not hasattr(module, "set_task"):
-        return True
-    known = task in module.tasks  # type: ignore[operator]
-    if known:
-        module.set_task(task)  # type: ignore[operator]
-    return known
