@@ -12,7 +12,8 @@ below DIR.
 
 For each matrix but embeddings, averaged: the effective rank of an expert's task vector and of their
 sum, (Σσ)² / (r Σσ²); how many times as long Iso-C's vector is as the average's; and the cosine of
-either with the experts' vectors. It writes DIR/SUITE.{json,md}.
+either with the experts' vectors. Of word embeddings, how many experts change a row, and how much of
+an expert's change merges keep. It writes DIR/SUITE.{json,md}.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ PAIRS = (
     "average | average", "iso_c | iso_c", "ties | ties", "ties | iso_c", "iso_c | ties",
     "base | average", "base | iso_c", "base | ties", "average | base", "ties | base",
 )  # fmt: skip
+KEPT = ("average", "ties", "task_arithmetic(scale=1.0)")
 ROUNDS = 500
 State = Mapping[str, Tensor]
 
@@ -95,6 +97,27 @@ class Regions:
                 if is_treated("matrices", tuple(of[0].shape), self.layout[n])]  # fmt: skip
         found = {key: mean(row[key] for row in rows) for key in rows[0]}
         return {"embeddings' share of the change": embedded / sum(energy.values()), **found}
+
+
+    def shared(self) -> dict[str, float]:
+        """Of the largest embedding: how many experts change a row, weighted by squared change, and
+        the share of an expert's change that merges keep, by its projection; means over experts."""
+        name = max(filter(self.is_embedding, self.base), key=lambda n: self.base[n].numel())
+        start = self.base[name].double()
+        changes = [read_state(path)[name].double() - start for path in self.experts.values()]
+        energy = torch.stack([c.square().sum(1) for c in changes])
+        number = energy.sum(0).square() / energy.square().sum(0).clamp(min=1e-30)
+        found = {"experts that change a row of embeddings": weighted(number, energy.sum(0))}
+        for method in KEPT:
+            moved = self.made(method)[name].double() - start
+            found[f"an expert's change of embeddings that {method} keeps"] = mean(
+                float((moved * c).sum() / c.square().sum()) for c in changes
+            )
+        return found
+
+
+def weighted(values: Tensor, weights: Tensor) -> float:
+    return float((values * weights).sum() / weights.sum())
 
 
 def answers(suite: Suite, model: nn.Module, task: str, split: str) -> tuple[Tensor, Tensor]:
@@ -170,7 +193,7 @@ def main() -> None:
     suite = fw.suite(asked.suite, pool=asked.pool, data=asked.data, seed=asked.seed)
     regions, path = Regions(suite), asked.out / f"{asked.suite}.json"
     found = json.loads(path.read_text()) if path.exists() else {"pairs": {}}
-    found["spectra"] = regions.spectra()
+    found["spectra"] = regions.spectra() | regions.shared()
     asked.out.mkdir(parents=True, exist_ok=True)
     for pair in asked.pairs:
         if pair not in found["pairs"]:

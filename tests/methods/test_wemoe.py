@@ -36,19 +36,21 @@ from fusewright.methods.routed import EWEMoE, WEMoE
 from fusewright.modules.mixed import MixedLinear
 
 WEIGHTS = {clip: 4, vit: 4, bert: 4, gpt2: 4, llama: 6, t5: 8}
+BY_TENSOR = [{"filter": "embed", "value": 1.0}, {"layers": [0.2, 0.4]}]
 UNTRAINED = [WEMoE(steps=0), EWEMoE(steps=0)]
 METHODS = pytest.mark.parametrize("method", UNTRAINED, ids=lambda method: method.name)
 
 
 @MODELS
-def test_a_router_of_zero_weights_is_task_arithmetic(make) -> None:
-    made = built(WEMoE(steps=0), make)
+@pytest.mark.parametrize("start", [0.3, BY_TENSOR], ids=["one", "by tensor"])
+def test_a_router_of_zero_weights_is_task_arithmetic(make, start) -> None:
+    made = built(WEMoE(steps=0, start=start), make)
     with torch.no_grad():
         for name, parameter in made.module().get_submodule("routing").named_parameters():
             if name.endswith("weight"):
                 parameter.zero_()
     base = base_of(make)
-    plain = fw.merge(fw.TaskArithmetic(scale=0.3), base=base, experts=experts_of(base)).module()
+    plain = fw.merge(fw.TaskArithmetic(scale=start), base=base, experts=experts_of(base)).module()
     torch.testing.assert_close(answer(made.module(), make), answer(plain, make),
                                rtol=1e-4, atol=1e-5)  # fmt: skip
     assert (answer(plain, make) - answer(base, make)).abs().max() > 1e-3

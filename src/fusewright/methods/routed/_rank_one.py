@@ -34,7 +34,7 @@ class RankOneMoE(WEMoE):
     module, with the k leading singular triples of each expert's change of it. Maps of one module
     share s(x), the mean over x's tokens of a router with T k outputs
     (:class:`~fusewright.modules.routers.Router`). All other tensors, biases too, are
-    θ_0 + 0.3 Σ_t τ_t. Routers alone are trained, as :class:`WEMoE` trains them.
+    θ_0 + λ Σ_t τ_t. Routers alone are trained, as :class:`WEMoE` trains them.
 
     ``rank``: k, 32. ``router``: its depth, 1: as many outputs say enough. ``top``: how many of the
     T k directions count for an input (a soft threshold); None, the code's own setting, for all.
@@ -67,9 +67,8 @@ class RankOneMoE(WEMoE):
         put_in(model, {}, fixed)  # now: later their names are those inside mixed layers
         return made
 
-    def _router(self, inputs: int, experts: int, seed: int) -> Router:
-        count = experts * self.rank
-        return Router(inputs, count, self.router, self.start, seed, self.top or 0)
+    def _router(self, inputs: int, experts: int, start: float, seed: int) -> Router:
+        return Router(inputs, experts * self.rank, self.router, start, seed, self.top or 0)
 
     def _layer(
         self, linear: LinearMap, model: nn.Module, vectors: TaskVectors, mixture: Mixture

@@ -15,6 +15,8 @@ from fusewright.methods.learned._fitting import Fitting, Learner
 from fusewright.methods.learned._rest import summed
 from fusewright.methods.routed._linears import turned
 from fusewright.methods.routed._mixtures import MLP, Part, parts_of
+from fusewright.methods.settings import PerTensor, resolve
+from fusewright.methods.static._fields import Number
 from fusewright.modules.critical import critical
 from fusewright.modules.layer import Layer
 from fusewright.modules.linears import LinearMap
@@ -31,17 +33,17 @@ class WEMoE(Learner, Routed):
     arXiv 2402.00433).
 
     A selected module becomes f(x; θ_0 + Σ_t w_t(x) τ_t), where w(x) is the mean over x's tokens of
-    r(x) (:class:`~fusewright.modules.routers.Router`); all other tensors are θ_0 + 0.3 Σ_t τ_t.
+    r(x) (:class:`~fusewright.modules.routers.Router`); all other tensors are θ_0 + λ Σ_t τ_t.
     Routers alone are trained: Σ_t mean H(softmax f_t(x)) over inputs x of every task t, by Adam.
 
     ``modules``: "mlp", the feed-forward part of every block, as published; any other text is a
     regular expression for modules' paths. ``router``: its depth, 2, the paper's best; 0 does not
-    see the input and can be unloaded into a plain model. ``start``: 0.3, of w and of the rest, so
-    that it begins as task arithmetic. ``per``: each "sample" has its own w, whatever else is in the
-    batch; "batch" takes the mean, which is faster, and tells the tasks apart only where batches
-    do. ``steps``, ``rate``, ``batch`` (inputs of each task in a step), ``schedule``: 1000, 1e-4, 16
-    and cosine, as the official code; 200 steps come close. ``objective``, ``guard``, ``every``: see
-    :class:`Learner`.
+    see the input and can be unloaded into a plain model. ``start``: λ, and w at first, 0.3, so
+    that it begins as task arithmetic; a module has that of its first weight. ``per``: each
+    "sample" has its own w, whatever else is in the batch; "batch" takes the mean, which is faster,
+    and tells the tasks apart only where batches do. ``steps``, ``rate``, ``batch`` (inputs of each
+    task in a step), ``schedule``: 1000, 1e-4, 16 and cosine, as the official code; 200 steps come
+    close. ``objective``, ``guard``, ``every``: see :class:`Learner`.
 
     Of text, padding does not count. With a key-value cache w is that of the prompt; a language
     model that is given a whole text at once routes by all of it, also by what comes later.
@@ -64,7 +66,7 @@ class WEMoE(Learner, Routed):
 
     modules: str = MLP
     router: Literal[0, 1, 2] = 2
-    start: float = 0.3
+    start: PerTensor[Number] = 0.3
     per: Literal["sample", "batch"] = "sample"
     steps: int = Field(1000, ge=0)
     rate: float = Field(1e-4, gt=0)
@@ -87,7 +89,7 @@ class WEMoE(Learner, Routed):
     def _parts(self, context: Context, model: nn.Module, vectors: TaskVectors) -> Parts:
         """Mixtures, routing as they begin, and the rest by task arithmetic."""
         found = parts_of(model, vectors, self.modules)
-        routing, places = self._routing(found, len(vectors.experts), context.seed)
+        routing, places = self._routing(context, found, len(vectors.experts))
         layers: dict[str, Layer] = {}
         taken: set[str | None] = set()
         for part, place in zip(found, places, strict=True):
@@ -99,19 +101,20 @@ class WEMoE(Learner, Routed):
         return Parts({**layers, ROUTING: routing}, summed(context, rest, self.start))
 
     def _routing(
-        self, parts: Sequence[Part], experts: int, seed: int
+        self, context: Context, parts: Sequence[Part], experts: int
     ) -> tuple[Routing, list[int]]:
         """The routers, and which of them each part asks."""
+        starts = [resolve(self.start, context.layout(part.linears[0].weight)) for part in parts]
         keys = [part.inputs if self.shared else at for at, part in enumerate(parts)]
         first = {key: keys.index(key) for key in keys}
         routers = [
-            self._router(parts[at].inputs, experts, seed + number)
+            self._router(parts[at].inputs, experts, starts[at], context.seed + number)
             for number, at in enumerate(first.values())
         ]
         return Routing(routers), [list(first).index(key) for key in keys]
 
-    def _router(self, inputs: int, experts: int, seed: int) -> Router:
-        return Router(inputs, experts, self.router, self.start, seed)
+    def _router(self, inputs: int, experts: int, start: float, seed: int) -> Router:
+        return Router(inputs, experts, self.router, start, seed)
 
     def _layer(
         self, linear: LinearMap, model: nn.Module, vectors: TaskVectors, mixture: Mixture
