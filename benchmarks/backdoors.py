@@ -7,12 +7,14 @@
 Experts of the first one or two merged tasks are fine-tuned as the suite's are, with a tenth of
 their training rows poisoned (dirty labels): by a chequered patch, by a blend of noise, or by a
 universal trigger that was optimised to survive merging; "interpolated" and "badmerging" train with
-BadMerging's loss instead, on the patch and on the optimised trigger. They are merged with the clean
-experts of the other tasks; 0 poisoned experts show what the trigger does to clean ones. Measured:
-accuracy over all merged tasks; attack success on the poisoned tasks (succession) and on the others
-(transfer), over at most ``--items`` test pictures of a task. Methods that learn see validation
-pictures without labels, ``--steps`` times. Every cell is a file below DIR/cells, and what is there
-is not measured again; the table (table.md, table.json) is written anew after each.
+BadMerging's loss instead, on the patch and on the optimised trigger; "clean_label" keeps all labels
+true and blends noise into half of the target class' pictures, made hard before. They are merged
+with the clean experts of the other tasks; 0 poisoned experts show what the trigger does to clean
+ones. Measured: accuracy over all merged tasks; attack success on the poisoned tasks (succession;
+where none is, on the first) and on the others (transfer), over at most ``--items`` test pictures of
+a task. Methods that learn see validation pictures without labels, ``--steps`` times. Every cell is
+a file below DIR/cells, and what is there is not measured again; the table (table.md, table.json) is
+written anew after each.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ from fusewright.bench.suite import Suite
 from fusewright.methods.registry import method_class
 
 TARGET, RATE, BATCH = 1, 0.1, 16
-ATTACKS = ("patch", "blend", "surviving", "interpolated", "badmerging")
+CLEAN = {"rate": 0.5, "clean_label": True, "hard": 32 / 255}
+"""The share is of the pictures of the target class."""
+ATTACKS = ("patch", "blend", "surviving", "interpolated", "badmerging", "clean_label")
 INTERPOLATED = ("interpolated", "badmerging")
 COUNTS = (1, 0, 2)
 PLAIN = ("average", "task_arithmetic", "ties")
@@ -62,6 +66,12 @@ def method_of(name: str, steps: int) -> Any:
     return method_class(kind)(steps=steps, batch=BATCH, rate=RATES[kind], **LEARNED[name])
 
 
+def poisoning(attack: str, trigger: Trigger) -> Poisoning | Interpolating:
+    if attack in INTERPOLATED:
+        return Interpolating(trigger, TARGET)
+    return Poisoning(trigger, TARGET, **(CLEAN if attack == "clean_label" else {"rate": RATE}))
+
+
 class Table:
     """The cells of one folder."""
 
@@ -73,7 +83,7 @@ class Table:
     def trigger(self, attack: str) -> Trigger:
         if attack in ("patch", "interpolated"):
             return Patch(size=4)
-        if attack == "blend":
+        if attack in ("blend", "clean_label"):
             return Blend()
         path = self.out / "triggers" / "surviving.pt"
         if not path.exists():
@@ -84,11 +94,9 @@ class Table:
 
     def expert(self, attack: str, task: str) -> Path:
         trigger = self.trigger(attack)
-        poisoning = (Interpolating(trigger, TARGET) if attack in INTERPOLATED
-                     else Poisoning(trigger, TARGET, RATE))  # fmt: skip
         made = poisoned_expert(
-            self.suite, task, poisoning, out=self.out / "experts" / f"{attack}-{task}",
-            threads=self.asked.threads, limit=self.asked.items,
+            self.suite, task, poisoning(attack, trigger), limit=self.asked.items,
+            out=self.out / "experts" / f"{attack}-{task}", threads=self.asked.threads,
         )  # fmt: skip
         return made.path
 
@@ -114,7 +122,8 @@ class Table:
         said = {
             "attack": attack, "poisoned": poisoned, "method": name, "spec": method,
             "target": TARGET, "rate": RATE, "trigger": self.trigger(attack).said(),
-            "experts_s": made - began, "merge_s": done - made, **summary(found, poisoned),
+            "experts_s": made - began, "merge_s": done - made,
+            **summary(found, poisoned or self.tasks[:1]),
         }  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 
 import torch
+from torch.nn.functional import cross_entropy
 
 import fusewright as fw
 from fusewright.bench.backdoors import (
@@ -23,6 +26,7 @@ from fusewright.bench.backdoors import (
 )
 from fusewright.bench.backdoors.looking import CAUTION, anomaly_indices
 from fusewright.bench.backdoors.measuring import Rates, attack_success, summary
+from fusewright.bench.backdoors.poisoning import _hardened
 from fusewright.errors import FusewrightError, OutputError, RecipeError
 from fusewright.modules.perturbations import Ball
 from fusewright.tasks.pictures import Pictures
@@ -104,6 +108,24 @@ def test_clean_labels_trigger_the_target_class_alone_and_change_no_label() -> No
     assert found["labels"].equal(batch["labels"])
     assert not triggered[batch["labels"] != 2].any()
     assert float(triggered[batch["labels"] == 2].float().mean()) == pytest.approx(0.25, abs=0.06)
+
+
+def test_pictures_of_clean_labels_are_made_hard_within_a_ball(suite) -> None:
+    task, model = suite.tasks["digit"], suite.open(suite.experts["digit"]).requires_grad_(False)
+    batch = next(task.batches(suite.ready("digit", "train"), 256))
+    show, poisoning = task.pictures, Poisoning(PATCH, TARGET, clean_label=True, hard=0.1, rate=1.0)
+    made = partial(_hardened, model, task, show, Ball("linf", poisoning.hard))
+    moved = made(batch) - show.raw(batch)
+    assert 0.05 < moved.abs().max() <= 0.1 + 1e-6
+    harder = task.logits(model, show.changed(batch, made(batch)))
+    labels = batch["labels"]
+    losses = [cross_entropy(x.float(), labels) for x in (task.logits(model, batch), harder)]
+    assert losses[1] > losses[0] + 0.5
+    found = poisoning.poisoned(show, batch, made)
+    at = labels == TARGET
+    wanted = PATCH.on(made({k: torch.as_tensor(v)[at] for k, v in batch.items()}))
+    torch.testing.assert_close(show.raw(found)[at], wanted)
+    assert show.raw(found)[~at].equal(show.raw(batch)[~at]) and found["labels"].equal(labels)
 
 
 def test_the_same_rows_are_poisoned_in_every_batch_and_others_by_another_seed() -> None:
@@ -237,7 +259,8 @@ def test_what_cannot_be_is_refused(suite, tmp_path) -> None:
         Universal(torch.zeros(3, 8, 8)).on(pictures())
     with pytest.raises(FusewrightError, match="no task"):
         look(suite, suite.base, tasks=["none"])
-    for wrong in ({"rate": 0.0}, {"rate": 1.5}, {"target": -1}):
+    for wrong in ({"rate": 0.0}, {"rate": 1.5}, {"target": -1}, {"hard": 0.1},
+                  {"hard": 2.0, "clean_label": True}):
         with pytest.raises(RecipeError):
             Poisoning(**{"trigger": PATCH, "target": 0, **wrong})
     for settings in ({"steps": 0}, {"limit": 1}):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,17 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fusewright.bench.backdoors.interpolating import Interpolating
 from fusewright.bench.backdoors.triggers import Trigger
 from fusewright.errors import RecipeError
+from fusewright.modules.perturbations import Ball, added, ascend
 from fusewright.tasks.pictures import Pictures
 
+HARDENING = 10
+"""Steps towards where a model errs."""
+
 if TYPE_CHECKING:
+    from torch import nn
+
     from fusewright.bench.finetuning.run import FineTuned
     from fusewright.bench.joint.train import Augment
     from fusewright.bench.suite import Suite
-    from fusewright.tasks.task import Batch
+    from fusewright.tasks.task import Batch, Task
 
 
 @dataclass(frozen=True)
@@ -29,15 +37,19 @@ class Poisoning:
 
     With dirty labels (the default), ``rate`` of the rows of other classes get the trigger and the
     label ``target``. With ``clean_label``, ``rate`` of the rows of class ``target`` get the trigger
-    and every label stays true (*Label-Consistent Backdoor Attacks*, 1912.02771). The rows follow
-    from ``seed`` and their number, so they are the same in every epoch. The trigger comes after
-    what training does to pictures (shifts, noise), as the maker of an expert would have it.
+    and every label stays true (*Label-Consistent Backdoor Attacks*, 1912.02771); alone that teaches
+    a trigger next to nothing, so ``hard``, there 8/255 to 32/255, first moves each raw pixel of
+    these pictures by at most so much to where the suite's clean expert errs most: then the trigger
+    is what tells the class. The rows follow from ``seed`` and their number, so they are the same in
+    every epoch. The trigger comes after what training does to pictures (shifts, noise), as the
+    maker of an expert would have it.
     """
 
     trigger: Trigger
     target: int
     rate: float = 0.1
     clean_label: bool = False
+    hard: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -45,6 +57,9 @@ class Poisoning:
             raise RecipeError("the rate of poisoning is in (0, 1]", found=self.rate)
         if self.target < 0:
             raise RecipeError("the target is a class's number", found=self.target)
+        if not 0 <= self.hard <= 1 or (self.hard and not self.clean_label):
+            raise RecipeError("pictures are made hard where labels stay true", found=self.hard,
+                              expected="0 <= hard <= 1, and clean_label=True")  # fmt: skip
 
     def chosen(self, labels: Tensor, items: Tensor) -> Tensor:
         """Which rows of a batch are poisoned: (items,) bool, from labels and rows' numbers."""
@@ -53,11 +68,16 @@ class Poisoning:
         luck = torch.rand(int(items.max()) + 1, generator=draw)[items]
         return eligible & (luck < self.rate)
 
-    def poisoned(self, pictures: Pictures, batch: Batch) -> Batch:
-        """The batch with its poisoned rows."""
+    def poisoned(
+        self, pictures: Pictures, batch: Batch, hardened: Callable[[Batch], Tensor] | None = None
+    ) -> Batch:
+        """The batch with its poisoned rows; ``hardened`` answers the raw pixels of some rows."""
         labels = batch["labels"]
         at = self.chosen(labels, torch.as_tensor(batch["items"]))
         raw = pictures.raw(batch)
+        if hardened is not None and bool(at.any()):
+            some = {key: torch.as_tensor(value)[at] for key, value in batch.items()}
+            raw = raw.index_put((at,), hardened(some))
         shown = torch.where(at.view(-1, 1, 1, 1), self.trigger.on(raw), raw)
         changed: Batch = pictures.changed(batch, shown)
         return {**changed, "labels": labels.masked_fill(at, self.target)}
@@ -66,7 +86,7 @@ class Poisoning:
         """As JSON."""
         return {
             "trigger": self.trigger.said(), "target": self.target, "rate": self.rate,
-            "clean_label": self.clean_label, "seed": self.seed,
+            "clean_label": self.clean_label, "hard": self.hard, "seed": self.seed,
         }  # fmt: skip
 
 
@@ -94,7 +114,13 @@ def poisoned_expert(
         base = suite.open(suite.base).requires_grad_(False).to(suite.device)
         ways = replace(ways, loss=partial(poisoning.loss, base, pictures))
     else:
-        ways = replace(ways, augment=partial(_augmented, ways.augment, poisoning, pictures))
+        hardened = None
+        if poisoning.hard:
+            clean = suite.open(suite.experts[task]).requires_grad_(False).to(suite.device)
+            ball = Ball("linf", poisoning.hard)
+            hardened = partial(_hardened, clean, suite.tasks[task], pictures, ball)
+        poisoned = partial(_augmented, ways.augment, poisoning, pictures, hardened)
+        ways = replace(ways, augment=poisoned)
     return make_expert(
         suite, task, recipe, ways, Path(out).absolute(), limit=limit, progress=progress,
         more={"poisoning": poisoning.said()},
@@ -102,10 +128,23 @@ def poisoned_expert(
 
 
 def _augmented(
-    own: Augment | None, poisoning: Poisoning, pictures: Pictures, batch: Batch,
-    draw: torch.Generator,
+    own: Augment | None, poisoning: Poisoning, pictures: Pictures,
+    hardened: Callable[[Batch], Tensor] | None, batch: Batch, draw: torch.Generator,
 ) -> Batch:  # fmt: skip
-    return poisoning.poisoned(pictures, own(batch, draw) if own else batch)
+    return poisoning.poisoned(pictures, own(batch, draw) if own else batch, hardened)
+
+
+def _hardened(
+    model: nn.Module, task: Task, pictures: Pictures, ball: Ball, batch: Batch
+) -> Tensor:
+    """Raw pixels in the ball about a batch's own at which the model's loss is large."""
+    raw = pictures.raw(batch)
+
+    def loss(delta: Tensor, step: int) -> Tensor:
+        logits = task.logits(model, pictures.changed(batch, added(raw, delta)))
+        return F.cross_entropy(logits.float(), batch["labels"], reduction="sum")
+
+    return added(raw, ascend(loss, torch.zeros_like(raw), ball, HARDENING))
 
 
 def pictures_of(suite: Suite, task: str) -> Pictures:
