@@ -2,7 +2,7 @@
 
     python benchmarks/backdoors.py --data DIR --pool DIR -o DIR [--suite vision-mini] [--seed 0]
         [--attacks patch blend interpolated ...] [--poisoned 0 1 2] [--methods average dam ...]
-        [--experts 8] [--steps 200] [--items 500] [--threads 1]
+        [--experts 8] [--steps 200] [--items 500] [--threads 1] [--look]
 
 Experts of the first one or two merged tasks are fine-tuned as the suite's are, with a tenth of
 their training rows poisoned (dirty labels): by a chequered patch, by a blend of noise, or by a
@@ -14,7 +14,9 @@ ones. Measured: accuracy over all merged tasks; attack success on the poisoned t
 where none is, on the first) and on the others (transfer), over at most ``--items`` test pictures of
 a task. Methods that learn see validation pictures without labels, ``--steps`` times. Every cell is
 a file below DIR/cells, and what is there is not measured again; the table (table.md, table.json) is
-written anew after each.
+written anew after each. ``--look`` asks instead what `fusewright inspect --backdoor` says of each
+model: how far it stands out that the attacker's class of the first task can be reached (its anomaly
+index, flagged above 3.5), and how many classes are flagged that nobody attacked (looks.md).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import fusewright as fw
 from fusewright.bench.backdoors import (
@@ -35,6 +38,7 @@ from fusewright.bench.backdoors import (
     Poisoning,
     Trigger,
     Universal,
+    look,
     poisoned_expert,
     rates,
     surviving_trigger,
@@ -104,7 +108,23 @@ class Table:
         path = self.out / "cells" / f"{attack}-{count}-{name}.json"
         if path.exists():
             return
-        began, poisoned = time.perf_counter(), self.tasks[:count]
+        poisoned = self.tasks[:count]
+        module, method, times = self.model(attack, poisoned, name)
+        found = rates(self.suite, module, self.trigger(attack), TARGET, tasks=self.tasks,
+                      limit=self.asked.items)  # fmt: skip
+        said = {
+            "attack": attack, "poisoned": poisoned, "method": name, "spec": method,
+            "target": TARGET, "rate": RATE, "trigger": self.trigger(attack).said(),
+            **times, **summary(found, poisoned or self.tasks[:1]),
+        }  # fmt: skip
+        kept(path, said)
+        print(f"{path.name}: {line(said)}", flush=True)
+
+    def model(
+        self, attack: str, poisoned: list[str], name: str
+    ) -> tuple[nn.Module, Any, dict[str, float]]:
+        """A merge, how it was made, and the seconds that experts and merge took."""
+        began = time.perf_counter()
         experts = {t: self.expert(attack, t) if t in poisoned else self.suite.experts[t]
                    for t in self.tasks}  # fmt: skip
         made = time.perf_counter()
@@ -117,19 +137,36 @@ class Table:
             module = self.exchange.filled(merged.state_dict())
             method = method if isinstance(method, str) else method.spec()
         done = time.perf_counter()
-        found = rates(self.suite, module, self.trigger(attack), TARGET, tasks=self.tasks,
-                      limit=self.asked.items)  # fmt: skip
-        said = {
-            "attack": attack, "poisoned": poisoned, "method": name, "spec": method,
-            "target": TARGET, "rate": RATE, "trigger": self.trigger(attack).said(),
-            "experts_s": made - began, "merge_s": done - made,
-            **summary(found, poisoned or self.tasks[:1]),
-        }  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(said, indent=1))
-        partial.rename(path)
-        print(f"{path.name}: {line(said)}", flush=True)
+        return module, method, {"experts_s": made - began, "merge_s": done - made}
+
+    def look(self, attack: str, count: int, name: str) -> None:
+        """What is said of a model by who has unlabelled pictures of the first task."""
+        path = self.out / "looks" / f"{attack}-{count}-{name}.json"
+        if path.exists():
+            return
+        module, *_ = self.model(attack, self.tasks[:count], name)
+        risks = look(self.suite, module, tasks=self.tasks[:1]).risks
+        mine = next(risk for risk in risks if risk.target == TARGET)
+        flagged = [risk.target for risk in risks if risk.flagged]
+        kept(path, {
+            "attack": attack, "poisoned": count, "method": name, "success": mine.success,
+            "anomaly": mine.anomaly, "flagged": flagged,
+        })  # fmt: skip
+        print(f"{path.name}: {path.read_text()}", flush=True)
+
+    def write_looks(self) -> None:
+        cells = [json.loads(p.read_text()) for p in sorted((self.out / "looks").glob("*.json"))]
+        lines = ["| attack | poisoned | model | success of the search | anomaly index | flagged "
+                 "| others flagged |", "|---|--:|---|--:|--:|---|--:|"]  # fmt: skip
+        for said in cells:
+            anomaly = "-" if said["anomaly"] is None else f"{said['anomaly']:.1f}"
+            others = [target for target in said["flagged"] if target != TARGET]
+            lines.append(
+                f"| {said['attack']} | {said['poisoned']} | {said['method']} | "
+                f"{100 * said['success']:.1f} | {anomaly} | "
+                f"{'yes' if TARGET in said['flagged'] else 'no'} | {len(others)} |"
+            )
+        (self.out / "looks.md").write_text("\n".join([*lines, ""]))
 
     def write(self) -> None:
         cells = [json.loads(p.read_text()) for p in sorted((self.out / "cells").glob("*.json"))]
@@ -143,6 +180,14 @@ class Table:
                 *("-" if v is None else f"{100 * v:.1f}" for v in shares), f"{said['merge_s']:.0f}",
             ))  # fmt: skip
         (self.out / "table.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in rows))
+
+
+def kept(path: Path, said: dict[str, Any]) -> None:
+    """Written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(said, indent=1))
+    partial.rename(path)
 
 
 def line(said: dict[str, Any]) -> str:
@@ -164,6 +209,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, help="merge the first so many tasks' alone")
     for name, default in (("seed", 0), ("steps", 200), ("items", 500), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--look", action="store_true", help="what inspect --backdoor says")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     suite = fw.suite(asked.suite, pool=asked.pool, data=asked.data, seed=asked.seed)
@@ -171,8 +217,12 @@ def main() -> None:
     for count in asked.poisoned:
         for attack in asked.attacks:
             for name in asked.methods:
-                table.cell(attack, count, name)
-                table.write()
+                if asked.look:
+                    table.look(attack, count, name)
+                    table.write_looks()
+                else:
+                    table.cell(attack, count, name)
+                    table.write()
 
 
 if __name__ == "__main__":
