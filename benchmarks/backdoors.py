@@ -57,7 +57,8 @@ COUNTS = (1, 0, 2)
 PLAIN = ("average", "task_arithmetic", "ties")
 LEARNED = {
     "concrete": {}, "dam": {}, "dam_strong": {"alpha": 1.0}, "dam_toward": {"aim": "toward"},
-    "dam_one_mask": {"detection": False, "safe": "entropy"}, "anp": {}, "awm": {}, "sau": {},
+    "dam_one_mask": {"detection": False, "safe": "entropy"}, "dam_quarter": {"scale": 0.25},
+    "anp": {}, "awm": {}, "sau": {},
 }  # fmt: skip
 RATES = {"concrete": 1e-2, "dam": 1e-2, "anp": 1e-2, "awm": 1e-2, "sau": 1e-2}
 """Of masks' logits: ten times the papers', because steps are a tenth of theirs."""
