@@ -70,12 +70,14 @@ class DAM(Concrete):
     radius: float = Field(0.1, gt=0)
     attack_rate: float = Field(0.1, gt=0)
 
-    def new_masks(self, shapes: Mapping[str, torch.Size], seed: int) -> Masks:
-        shared = super().new_masks(shapes, seed)
+    def new_masks(
+        self, shapes: Mapping[str, torch.Size], spectra: Mapping[str, Tensor], seed: int
+    ) -> Masks:
+        shared = super().new_masks(shapes, spectra, seed)
         if not (self.alpha and self.detection):
             return shared
-        assert isinstance(shared, ConcreteMasks)
-        detection = ConcreteMasks(shapes, self.mask, self.temperature, -1 - seed)
+        detection = super().new_masks(shapes, spectra, -1 - seed)
+        assert isinstance(shared, ConcreteMasks) and isinstance(detection, ConcreteMasks)
         return ProductMasks(shared, detection)
 
     def mask_fit(
