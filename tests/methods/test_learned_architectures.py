@@ -15,7 +15,15 @@ from torch import nn
 import fusewright as fw
 from fusewright.methods.contract import Method
 from fusewright.methods.learned import (
-    ANP, AWM, DAM, METHODS, SAU, AdaMerging, AdaRank, Concrete, FWMerging,
+    ANP,
+    AWM,
+    DAM,
+    METHODS,
+    SAU,
+    AdaMerging,
+    AdaRank,
+    Concrete,
+    FWMerging,
 )
 from fusewright.methods.learned._fitting import Fitting
 from fusewright.modules.functional import with_weights
@@ -101,8 +109,9 @@ def made(family: str) -> Any:
 
 def asked(family: str) -> Adaptation:
     _, inputs, head = FAMILIES[family]
-    return adaptation({n: [inputs] for n in "ab"}, {} if head is None else dict.fromkeys("ab", head),
-                      Pictures(mean=(0.5,), std=(0.5,)) if family in SEEN else None)  # fmt: skip
+    heads = {} if head is None else dict.fromkeys("ab", head)
+    pictures = Pictures(mean=(0.5,), std=(0.5,)) if family in SEEN else None
+    return adaptation({n: [inputs] for n in "ab"}, heads, pictures)
 
 
 @pytest.fixture
