@@ -69,8 +69,6 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Any, Any]] = {
 }  # fmt: skip
 SEEN = {"vit", "clip", "resnet"}
 """Families of pictures."""
-DEFENCES = {"dam", "awm", "sau"}
-"""Perturb pictures."""
 LEARNERS: dict[str, Method] = {
     "adamerging": AdaMerging(**QUICK), "plus": AdaMerging.profile("plus", **QUICK),
     "ranks": AdaRank(**QUICK, density=0.5), "concrete": Concrete(**QUICK),
@@ -82,8 +80,6 @@ LEARNERS: dict[str, Method] = {
     "sau": SAU(**QUICK, attack_steps=1),
 }  # fmt: skip
 """Of every learned method that answers with weights, the objects that run on all families."""
-RUNS = [(family, learner) for family in FAMILIES for learner in LEARNERS
-        if family in SEEN or learner not in DEFENCES]  # fmt: skip
 Models = tuple[Path, dict[str, Path]]
 
 
@@ -133,7 +129,8 @@ def test_every_learned_method_that_answers_with_weights_is_asked() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::fusewright.errors.FusewrightWarning")
-@pytest.mark.parametrize(("family", "learner"), RUNS)
+@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_folder_is_the_fitted_module_and_opens_with_transformers(
     family: str, learner: str, folders: Callable[[str], Models],
     ends: dict[str, torch.Tensor], tmp_path: Path,
