@@ -175,3 +175,27 @@ def test_models_in_memory_end_as_their_folders(
     assert memory.keys() == base.state_dict().keys()
     for name, tensor in disk.state_dict().items():
         torch.testing.assert_close(tensor, memory[name], rtol=1e-5, atol=1e-6)
+
+
+def shorter(name: str, tensor: torch.Tensor) -> int:
+    """How many numbers a mask of directions has."""
+    maps = ("attention.", "attn.", "mlp.", "intermediate.", "output.", "convolution.",
+            "patch_embeddings.")  # fmt: skip
+    matrix = tensor.dim() > 1 and any(part in name for part in maps)
+    return min(len(tensor), tensor[0].numel()) if matrix else len(tensor)
+
+
+@pytest.mark.filterwarnings("ignore::fusewright.errors.FusewrightWarning")
+@pytest.mark.parametrize("family", ["vit", "resnet", "gpt2"])
+def test_masks_of_directions_begin_as_task_arithmetic_with_few_numbers(
+    family: str, folders: Callable[[str], Models], tmp_path: Path
+) -> None:
+    at, models = folders(family)
+    plain = fw.merge("task_arithmetic", base=at, experts=models).state_dict()
+    begun = Concrete(**{**QUICK, "steps": 0}, mask="rank")
+    merged = fw.merge(begun, base=at, experts=models, data=asked(family))
+    learned = dict(made(family).named_parameters())
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, plain[name], rtol=1e-5, atol=1e-6)
+    trained = merged.report["fitted"]["trained"]
+    assert trained == sum(shorter(name, tensor) for name, tensor in learned.items())
