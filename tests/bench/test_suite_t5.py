@@ -98,3 +98,15 @@ def test_an_adapter_opens_over_its_base(suite, tmp_path):
     found = suite.open(tmp_path / "adapter").state_dict()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::fusewright.errors.FusewrightWarning")
+@pytest.mark.parametrize("name", ["dam", "sau"])
+def test_defences_perturb_texts_before_the_encoder(suite, name):
+    plain = fw.merge("task_arithmetic", base=suite.base, experts=suite.experts).state_dict()
+    merged = fw.merge(
+        {name: {"steps": 2, "batch": 3, "rate": 0.1, "radius": 1.0}}, base=suite.base,
+        experts=suite.experts, data=suite.unlabelled(),
+    ).state_dict()  # fmt: skip
+    assert merged.keys() == plain.keys()
+    assert any(not torch.allclose(t, merged[n], atol=1e-4) for n, t in plain.items())

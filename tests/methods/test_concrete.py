@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from learned_toys import QUICK, data, experts, network
+from learned_toys import QUICK, Killed, data, experts, network, stop_at
 from torch.func import functional_call
 
 import fusewright as fw
@@ -24,20 +24,34 @@ def merged(**params):
     return fw.merge(method, base=base, experts=experts(base), data=data(HALF))
 
 
-def reference(steps: int, adapts: bool, rate: float = 0.05, inner: float = 0.03):
+def in_directions(total: torch.Tensor, mask: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """A change through a mask of the singular directions of ``total``."""
+    u, _, vt = torch.linalg.svd(total, full_matrices=False)
+    if len(total) > total.shape[1]:
+        return change @ vt.T * mask @ vt
+    return u @ (mask[:, None] * (u.T @ change))
+
+
+def reference(steps: int, adapts: bool, rate: float = 0.05, inner: float = 0.03, mask="element"):
     """The published procedure, whole tensors and no shortcut: (masks' logits, λ in the end)."""
     base = network(HALF)
     start = {n: t.detach() for n, t in base.named_parameters()}
     taus = [{n: t.detach() - start[n] for n, t in e.named_parameters()}
             for e in experts(base).values()]  # fmt: skip
-    masks = ConcreteMasks({n: t.shape for n, t in start.items()}, seed=0)
-    logits = {n: torch.zeros(t.shape, requires_grad=True) for n, t in start.items()}
+    sums = {n: sum(tau[n] for tau in taus) for n in start}
+    ranks = {n: torch.linalg.svdvals(t) for n, t in sums.items() if mask == "rank" and t.dim() == 2}
+    shapes = {n: (1, len(ranks[n]), 1) if n in ranks else t.shape for n, t in start.items()}
+    masks = ConcreteMasks(shapes, seed=0)
+    logits = {n: torch.zeros(shape, requires_grad=True) for n, shape in shapes.items()}
     adam = torch.optim.Adam(list(logits.values()), lr=rate)
     batches = data(HALF)
 
     def loss(weights, mask, number: int) -> torch.Tensor:
-        tensors = {n: start[n] + mask[n] * sum(w * tau[n] for w, tau in zip(weights[n], taus,
-                   strict=True)) for n in start}  # fmt: skip
+        tensors = {}
+        for n in start:
+            change = sum(w * tau[n] for w, tau in zip(weights[n], taus, strict=True))
+            tensors[n] = start[n] + (in_directions(sums[n], mask[n].flatten(), change)
+                                     if n in ranks else mask[n] * change)  # fmt: skip
         return sum(entropy(functional_call(base, tensors, (batches[t][number % 4],)))
                    for t in batches)  # fmt: skip
 
@@ -50,7 +64,8 @@ def reference(steps: int, adapts: bool, rate: float = 0.05, inner: float = 0.03)
                 del noise
             u = uniform(masks, n, number)
             m = ((u / (1 - u)).log() + x).div(0.5).sigmoid()
-            found[n] = m / m.mean()
+            mean = (m.flatten() * ranks[n]).sum() / ranks[n].sum() if n in ranks else m.mean()
+            found[n] = m / mean
         return found
 
     for step in range(steps):
@@ -73,14 +88,17 @@ def uniform(masks: ConcreteMasks, name: str, number: int) -> torch.Tensor:
     return _uniform(masks.logits[masks._at[name]], masks.seed, number, name)
 
 
+@pytest.mark.parametrize("mask", ["element", "rank"])
 @pytest.mark.parametrize("adapts", [False, True])
-def test_a_fit_is_that_of_plain_autograd(adapts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_is_that_of_plain_autograd(
+    adapts: bool, mask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = {}
     real = ConcreteMasks.share
     monkeypatch.setattr(ConcreteMasks, "share", lambda self: kept.update(masks=self) or real(self))
     form = "adamerging" if adapts else "task_arithmetic"
-    merged(form=form, rate=0.05, steps=4, weight_steps=0)
-    expected = reference(4, adapts)
+    merged(form=form, rate=0.05, steps=4, weight_steps=0, mask=mask)
+    expected = reference(4, adapts, mask=mask)
     for name, x in expected.items():
         found = kept["masks"].logits[kept["masks"]._at[name]]
         assert found.abs().max() > 0.01
@@ -106,20 +124,23 @@ def test_masks_follow_the_gradient_down() -> None:
     assert sum(losses[-10:]) < sum(losses[:10])
 
 
-def test_nothing_learned_is_task_arithmetic() -> None:
+@pytest.mark.parametrize("mask", ["element", "row", "rank"])
+def test_nothing_learned_is_task_arithmetic(mask: str) -> None:
     base = network(HALF)
     start = fw.merge("task_arithmetic", base=base, experts=experts(base)).state_dict()
     for form in ("task_arithmetic", "adamerging"):
-        found = merged(steps=0, weight_steps=0, form=form).state_dict()
+        found = merged(steps=0, weight_steps=0, form=form, mask=mask).state_dict()
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, start[name], rtol=1e-6, atol=1e-7)
 
 
 def test_what_was_trained_are_the_masks_and_not_what_is_left_of_them() -> None:
     elements = sum(p.numel() for p in network().parameters())
+    numbers = {"element": elements, "row": 8 + 8 + 4 + 4, "rank": 6 + 8 + 4 + 4}
     for form in ("task_arithmetic", "adamerging"):
-        report = merged(steps=1, weight_steps=1, form=form).report["fitted"]
-        assert report["trained"] == elements
+        for mask, count in numbers.items():
+            report = merged(steps=1, weight_steps=1, form=form, mask=mask).report["fitted"]
+            assert report["trained"] == count
 
 
 def test_row_masks_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,11 +152,38 @@ def test_row_masks_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ratio[:, 0].std() > 1e-3
 
 
-def test_the_seed_decides_a_drawn_mask() -> None:
-    one, two = (merged(answer="drawn", steps=1).state_dict() for _ in range(2))
+def test_masks_of_directions_are_of_the_summed_task_vectors() -> None:
+    found, base = merged(mask="rank", rate=0.3, guard=0).state_dict(), network(HALF)
+    for name, tensor in base.state_dict().items():
+        total = sum(e.state_dict()[name] - tensor for e in experts(base).values())
+        if tensor.dim() == 2:
+            u, sigma, vt = torch.linalg.svd(total, full_matrices=False)
+            kept = u.T @ (found[name] - tensor) @ vt.T
+            torch.testing.assert_close(kept, kept.diag().diag(), atol=1e-5, rtol=0)
+            assert float(kept.diag().sum() / sigma.sum()) == pytest.approx(0.3, abs=1e-5)
+            assert (kept.diag() / sigma).std() > 1e-3
+
+
+@pytest.mark.parametrize("mask", ["element", "rank"])
+def test_the_seed_decides_a_drawn_mask(mask: str) -> None:
+    one, two = (merged(answer="drawn", steps=1, mask=mask).state_dict() for _ in range(2))
     assert all(t.equal(two[n]) for n, t in one.items())
-    expected = merged(steps=1).state_dict()
-    assert any(not t.equal(expected[n]) for n, t in one.items())
+    expected = merged(steps=1, mask=mask).state_dict()
+    assert all(not t.equal(expected[n]) for n, t in one.items())
+
+
+@pytest.mark.parametrize("form", ["task_arithmetic", "adamerging"])
+def test_a_killed_fit_of_directions_goes_on_to_the_same_end(form: str, tmp_path) -> None:
+    base = network(HALF)
+    method = Concrete(**QUICK, form=form, mask="rank", weight_steps=3)
+    given = {"base": base, "experts": experts(base), "data": data(HALF)}
+    whole = fw.merge(method, **given)
+    with pytest.raises(Killed):
+        fw.merge(method, out=tmp_path / "out", progress=stop_at(5), **given)
+    seen = []
+    again = fw.merge(method, out=tmp_path / "out", progress=seen.append, **given).state_dict()
+    assert next(now.done for now in seen if now.unit == "steps") > 1
+    assert all(t.equal(again[n]) for n, t in whole.state_dict().items())
 
 
 @pytest.mark.parametrize("form", ["task_arithmetic", "adamerging"])

@@ -225,7 +225,7 @@ def test_what_is_said_under_a_perturbation_is_of_that_class() -> None:
 
 
 def test_two_masks_are_two_draws() -> None:
-    masks = DAM(**QUICK).new_masks({"w": torch.Size((50, 4))}, 3)
+    masks = DAM(**QUICK).new_masks({"w": torch.Size((50, 4))}, {}, 3)
     assert isinstance(masks, ProductMasks)
     assert not masks.first.drawn("w", 0).equal(masks.second.drawn("w", 0))
     shapes = {"w": torch.Size((50, 4))}

@@ -22,7 +22,8 @@ from fusewright.tasks.placement import moved
 META = torch.device("meta")
 LEARNERS: dict[str, Any] = {
     "adamerging": AdaMerging(**QUICK), "plus": AdaMerging.profile("plus", **QUICK),
-    "concrete": Concrete(**QUICK), "ranks": AdaRank(**QUICK, density=0.5),
+    "concrete": Concrete(**QUICK), "directions": Concrete(**QUICK, mask="rank"),
+    "ranks": AdaRank(**QUICK, density=0.5),
     "frank wolfe": FWMerging(steps=2, batch=16, rows=16, objective="entropy"),
 }  # fmt: skip
 ROUTED: dict[str, Any] = {

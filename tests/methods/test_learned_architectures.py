@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,22 @@ from learned_toys import moved
 from torch import nn
 
 import fusewright as fw
-from fusewright.methods.learned import AdaMerging, AdaRank, Concrete, FWMerging
+from fusewright.methods.contract import Method
+from fusewright.methods.learned import (
+    ANP,
+    AWM,
+    DAM,
+    METHODS,
+    SAU,
+    AdaMerging,
+    AdaRank,
+    Concrete,
+    FWMerging,
+)
 from fusewright.methods.learned._fitting import Fitting
+from fusewright.modules.functional import with_weights
+from fusewright.tasks.adaptation import Adaptation, adaptation
+from fusewright.tasks.pictures import Pictures
 
 hf = pytest.importorskip("transformers")
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -52,51 +67,90 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Any, Any]] = {
     "t5": (lambda: hf.T5ForConditionalGeneration(hf.T5Config(d_model=16, d_kv=8, d_ff=16,
            num_layers=1, num_heads=2, vocab_size=50, decoder_start_token_id=0)), IDS, encoded),
 }  # fmt: skip
-LEARNERS = {
-    "ranks": partial(AdaRank, density=0.5),
-    "plus": partial(AdaMerging.profile, "plus"), "concrete": Concrete,
-    "adapted": partial(Concrete, form="adamerging", mask="row", weight_steps=2),
-    "fw": lambda rate, **kw: FWMerging(objective="entropy", granularity="layer", rows=4, **kw),
+SEEN = {"vit", "clip", "resnet"}
+"""Families of pictures."""
+LEARNERS: dict[str, Method] = {
+    "adamerging": AdaMerging(**QUICK), "plus": AdaMerging.profile("plus", **QUICK),
+    "ranks": AdaRank(**QUICK, density=0.5), "concrete": Concrete(**QUICK),
+    "adapted": Concrete(**QUICK, form="adamerging", mask="row", weight_steps=2),
+    "directions": Concrete(**QUICK, form="adamerging", mask="rank", weight_steps=2),
+    "fw": FWMerging(**{k: v for k, v in QUICK.items() if k != "rate"}, objective="entropy",
+                    granularity="layer", rows=4),
+    "anp": ANP(**QUICK), "dam": DAM(**QUICK, mask="rank"), "awm": AWM(**QUICK),
+    "sau": SAU(**QUICK, attack_steps=1),
 }  # fmt: skip
+"""Of every learned method that answers with weights, the objects that run on all families."""
+Models = tuple[Path, dict[str, Path]]
 
 
-def fitted(family: str, learner: str, monkeypatch: pytest.MonkeyPatch, **options: Any):
-    """(merge, the module as it was when the fit ended, the base)."""
-    make, inputs, head = FAMILIES[family]
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Models]:
+    """The base and the experts of a family as folders, saved once."""
+
+    @cache
+    def saved(family: str) -> Models:
+        folder, base = tmp_path_factory.mktemp(family), made(family)
+        base.save_pretrained(folder / "base")
+        for seed, name in enumerate("ab"):
+            moved(base, seed, 0.02).save_pretrained(folder / name)
+        return folder / "base", {name: folder / name for name in "ab"}
+
+    return saved
+
+
+def made(family: str) -> Any:
     torch.manual_seed(0)
-    base = make().eval()
-    models = {name: moved(base, seed, 0.02) for seed, name in enumerate("ab")}
-    ends: dict[str, torch.Tensor] = {}
+    return FAMILIES[family][0]().eval()
+
+
+def asked(family: str) -> Adaptation:
+    _, inputs, head = FAMILIES[family]
+    heads = {} if head is None else dict.fromkeys("ab", head)
+    pictures = Pictures(mean=(0.5,), std=(0.5,)) if family in SEEN else None
+    return adaptation({n: [inputs] for n in "ab"}, heads, pictures)
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """The weights of the module as it was when a fit ended."""
+    found: dict[str, torch.Tensor] = {}
     real = Fitting.report
 
     def report(self: Fitting, merge: Any, fit: Any) -> Any:
-        ends.update(self.statistics | merge.state())
+        found.update(self.statistics | merge.state())
         return real(self, merge, fit)
 
     monkeypatch.setattr(Fitting, "report", report)
-    heads = {} if head is None else dict.fromkeys("ab", head)
-    data = {name: [inputs] for name in "ab"}
-    merged = fw.merge(LEARNERS[learner](**QUICK), base=base, experts=models, data=data,
-                      heads=heads, **options)  # fmt: skip
-    return merged, ends, base
+    return found
+
+
+def test_every_learned_method_that_answers_with_weights_is_asked() -> None:
+    assert {type(method) for method in LEARNERS.values()} == set(METHODS)
 
 
 @pytest.mark.filterwarnings("ignore::fusewright.errors.FusewrightWarning")
 @pytest.mark.parametrize("learner", LEARNERS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_result_is_the_fitted_module(
-    family: str, learner: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    merged, ends, base = fitted(family, learner, monkeypatch)
-    state, before = merged.state_dict(), base.state_dict()
-    assert state.keys() == before.keys()
+def test_the_folder_is_the_fitted_module_and_opens_with_transformers(
+    family: str, learner: str, folders: Callable[[str], Models],
+    ends: dict[str, torch.Tensor], tmp_path: Path,
+) -> None:  # fmt: skip
+    at, models = folders(family)
+    fw.merge(LEARNERS[learner], base=at, experts=models, data=asked(family), out=tmp_path / "out")
+    base, found = made(family), type(made(family)).from_pretrained(tmp_path / "out")
+    state, before = found.state_dict(), base.state_dict()
+    assert state.keys() == before.keys() and ends
     for name, tensor in state.items():
         assert tensor.dtype == before[name].dtype
-        if name in ends:
-            torch.testing.assert_close(tensor, ends[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(tensor, ends.get(name, tensor), rtol=1e-5, atol=1e-6)
     for names in tied(base):
         assert all(state[name].equal(state[names[0]]) for name in names)
-    assert any(not t.equal(before[n]) for n, t in state.items())
+    says, (_, inputs, _) = asked(family).questions["a"].logits, FAMILIES[family]
+    with torch.no_grad(), with_weights(base, ends):
+        wanted = says(base, inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(says(found, inputs), wanted, rtol=1e-4, atol=1e-5)
+        assert not says(found, inputs).equal(says(made(family), inputs))
 
 
 def tied(model: nn.Module) -> list[list[str]]:
@@ -107,26 +161,41 @@ def tied(model: nn.Module) -> list[list[str]]:
 
 
 @pytest.mark.filterwarnings("ignore::fusewright.errors.FusewrightWarning")
+@pytest.mark.parametrize("learner", ["plus", "concrete"])
 @pytest.mark.parametrize("family", ["resnet", "gpt2"])
-def test_folders_of_it_open_with_transformers(
-    family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+def test_models_in_memory_end_as_their_folders(
+    family: str, learner: str, folders: Callable[[str], Models], tmp_path: Path
 ) -> None:
-    make, inputs, head = FAMILIES[family]
-    torch.manual_seed(0)
-    base = make().eval()
-    base.save_pretrained(tmp_path / "base")
-    paths = {}
-    for seed, name in enumerate("ab"):
-        paths[name] = tmp_path / name
-        moved(base, seed, 0.02).save_pretrained(paths[name])
-    heads = {} if head is None else dict.fromkeys("ab", head)
-    merged = fw.merge(Concrete(**QUICK), base=tmp_path / "base", experts=paths, heads=heads,
-                      data={name: [inputs] for name in "ab"}, out=tmp_path / "out")  # fmt: skip
-    module = type(base).from_pretrained(tmp_path / "out")
-    stored = merged.state_dict()
-    for name, tensor in module.state_dict().items():
-        if name in stored:
-            assert tensor.equal(stored[name])
-    in_memory, _, _ = fitted(family, "concrete", monkeypatch)
-    for name, tensor in in_memory.state_dict().items():
-        torch.testing.assert_close(module.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+    at, models = folders(family)
+    given = {"data": asked(family)}
+    disk = fw.merge(LEARNERS[learner], base=at, experts=models, out=tmp_path / "out", **given)
+    base = made(family)
+    alive = {name: moved(base, seed, 0.02) for seed, name in enumerate("ab")}
+    memory = fw.merge(LEARNERS[learner], base=base, experts=alive, **given).state_dict()
+    assert memory.keys() == base.state_dict().keys()
+    for name, tensor in disk.state_dict().items():
+        torch.testing.assert_close(tensor, memory[name], rtol=1e-5, atol=1e-6)
+
+
+def shorter(name: str, tensor: torch.Tensor) -> int:
+    """How many numbers a mask of directions has."""
+    maps = ("attention.", "attn.", "mlp.", "intermediate.", "output.", "convolution.",
+            "patch_embeddings.")  # fmt: skip
+    matrix = tensor.dim() > 1 and any(part in name for part in maps)
+    return min(len(tensor), tensor[0].numel()) if matrix else len(tensor)
+
+
+@pytest.mark.filterwarnings("ignore::fusewright.errors.FusewrightWarning")
+@pytest.mark.parametrize("family", ["vit", "resnet", "gpt2"])
+def test_masks_of_directions_begin_as_task_arithmetic_with_few_numbers(
+    family: str, folders: Callable[[str], Models], tmp_path: Path
+) -> None:
+    at, models = folders(family)
+    plain = fw.merge("task_arithmetic", base=at, experts=models).state_dict()
+    begun = Concrete(**{**QUICK, "steps": 0}, mask="rank")
+    merged = fw.merge(begun, base=at, experts=models, data=asked(family))
+    learned = dict(made(family).named_parameters())
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, plain[name], rtol=1e-5, atol=1e-6)
+    trained = merged.report["fitted"]["trained"]
+    assert trained == sum(shorter(name, tensor) for name, tensor in learned.items())

@@ -80,3 +80,19 @@ def test_a_product_is_of_two_masks_and_reports_the_first() -> None:
 
 def test_a_mask_that_vanished_stays_a_number() -> None:
     assert divided(torch.zeros(3)).tolist() == [0, 0, 0]
+
+
+def test_a_mask_of_directions_keeps_the_sum_of_singular_values_and_no_null_one_scales() -> None:
+    sigma = torch.tensor([[3.0, 1.0, 0.0, 0.0], [2.0, 0.5, 0.5, 0.0]])
+    shapes = {"w": torch.Size((2, 4, 9)), "still": torch.Size((2, 2)), "rest": torch.Size((3, 5))}
+    spectra = {"w": sigma, "still": torch.zeros(1, 2)}
+    masks = loud(ConcreteMasks(shapes, "row", spectra=spectra))
+    for mask in (masks.drawn("w", 0), masks.expected("w")):
+        assert mask.shape == (2, 4, 1) and float(mask.detach().std()) > 0.1
+        kept = (sigma * mask[..., 0]).sum().item()
+        assert kept == pytest.approx(float(sigma.sum()), rel=1e-5)
+    assert masks.drawn("still", 0).mean().item() == pytest.approx(1, rel=1e-5)
+    assert masks.drawn("rest", 0).shape == (3, 1)
+    (masks.drawn("w", 0)[..., 0] * sigma).square().sum().backward()
+    grad = masks.logits[0].grad[..., 0]
+    assert not grad[sigma == 0].any() and grad[sigma > 0].all()

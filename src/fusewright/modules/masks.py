@@ -1,4 +1,5 @@
-"""Masks that are learned: numbers in (0, 1) for elements or rows, drawn by a relaxation."""
+"""Masks that are learned: numbers in (0, 1) for elements, rows or singular directions, drawn by a
+relaxation."""
 
 from __future__ import annotations
 
@@ -25,30 +26,37 @@ class ConcreteMasks(nn.Module):
     ``shapes`` are those of the tensors. ``size``: a number for each element, or for each "row"
     along the first axis of tensors of two axes or more, which takes columns times less memory.
     ``temperature``: T. Logits are float32 and begin at 0. A draw is decided by ``seed``, its number
-    and the tensor's name.
+    and the tensor's name. ``spectra``: tensors with singular values σ (n, r) here have a number for
+    each direction instead, (n, r, 1), and mean(m) = Σ σ m / Σ σ: the sum of singular values stays
+    what it was, and directions without σ, of which an adapter's update has most, cannot scale the
+    others.
     """
 
     def __init__(
         self, shapes: Mapping[str, torch.Size], size: Size = "element", temperature: float = 0.5,
-        seed: int = 0,
+        seed: int = 0, spectra: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.temperature, self.seed = temperature, seed
         self._at = {name: at for at, name in enumerate(shapes)}
+        self._shares = {name: _shares(sigma) for name, sigma in (spectra or {}).items()}
         self.logits = nn.ParameterList(
-            nn.Parameter(torch.zeros(mask_shape(shape, size))) for shape in shapes.values()
-        )
+            nn.Parameter(torch.zeros(
+                self._shares[name].shape if name in self._shares else mask_shape(shape, size)
+            )) for name, shape in shapes.items()
+        )  # fmt: skip
 
     def drawn(self, name: str, number: int) -> Tensor:
         """The mask of a tensor in a draw; gradients flow to the logits."""
         x = self.logits[self._at[name]]
         u = _uniform(x, self.seed, number, name)
-        return divided(((u.log() - (-u).log1p() + x) / self.temperature).sigmoid())
+        m = ((u.log() - (-u).log1p() + x) / self.temperature).sigmoid()
+        return divided(m, self._shares.get(name))
 
     def expected(self, name: str) -> Tensor:
         """E[m] / mean(E[m]); no gradient."""
         x = self.logits[self._at[name]].detach()
-        return divided(expectation(x, self.temperature))
+        return divided(expectation(x, self.temperature), self._shares.get(name))
 
     def share(self) -> float:
         """The mean of σ(x), the probability that an element is more on than off."""
@@ -80,9 +88,13 @@ class ProductMasks(nn.Module):
 Masks = ConcreteMasks | ProductMasks
 
 
-def divided(mask: Tensor) -> Tensor:
-    """m / mean(m). A mask that is 0 everywhere stays 0, instead of becoming no number."""
-    return mask / mask.mean().clamp_min(SMALLEST_MEAN) if mask.numel() else mask
+def divided(mask: Tensor, shares: Tensor | None = None) -> Tensor:
+    """m / mean(m), each number weighted by its share if ``shares`` are given. A mask that is 0
+    everywhere stays 0, instead of becoming no number."""
+    if not mask.numel():
+        return mask
+    mean = mask.mean() if shares is None else (mask * shares.to(mask)).sum()
+    return mask / mean.clamp_min(SMALLEST_MEAN)
 
 
 def expectation(logits: Tensor, temperature: float) -> Tensor:
@@ -119,6 +131,12 @@ def mask_shape(shape: torch.Size, size: Size) -> torch.Size:
     if size == "element" or len(shape) < 2:
         return shape
     return torch.Size((shape[0], *(1 for _ in shape[1:])))
+
+
+def _shares(sigma: Tensor) -> Tensor:
+    """σ / Σ σ, (n, r, 1); equal ones of a tensor that no one changed."""
+    sigma = sigma if sigma.any() else torch.ones_like(sigma)
+    return (sigma / sigma.sum())[..., None]
 
 
 def _uniform(like: Tensor, seed: int, number: int, name: str) -> Tensor:

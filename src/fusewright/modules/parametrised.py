@@ -25,8 +25,8 @@ class Coefficients(nn.Module, ABC):
         """c_t at a tensor: (experts,)."""
 
     def mask(self, name: str) -> Tensor | None:
-        """What multiplies the sum of task vectors there, of a shape that broadcasts to the
-        tensor's; None for 1."""
+        """What multiplies the sum of task vectors there, of a shape that broadcasts to the tensor's
+        or as :meth:`ParametrisedMerge.masked` takes it; None for 1."""
         return None
 
 
@@ -55,8 +55,17 @@ class ParametrisedMerge:
         total = self.vectors.combined(name, self.coefficients.weights(name))
         mask = self.coefficients.mask(name)
         base = self.vectors.base[name]
-        found = base.to(total.dtype) + (total if mask is None else mask * total)
+        found = base.to(total.dtype) + (total if mask is None else self.masked(name, total, mask))
         return found if wide else found.to(base.dtype)
+
+    def masked(self, name: str, change: Tensor, mask: Tensor) -> Tensor:
+        """A mask's act on a change of a tensor: linear in both, and its own adjoint in the
+        change."""
+        return mask * change
+
+    def slopes(self, name: str, gradient: Tensor, change: Tensor, mask: Tensor) -> Tensor:
+        """⟨gradient, :meth:`masked`⟩ derived by the mask, of the mask's shape."""
+        return (gradient * change).sum_to_size(mask.shape)
 
     def state(self, wide: bool = False) -> dict[str, Tensor]:
         """Every merged tensor, without a gradient."""
@@ -67,13 +76,13 @@ class ParametrisedMerge:
         """Bring the gradient of one merged tensor to those of φ."""
         weights, mask = self.coefficients.weights(name), self.coefficients.mask(name)
         wide = gradient.to(wide_dtype(gradient))
-        seen = wide if mask is None else wide * mask.detach()
         found: list[tuple[Tensor, Tensor]] = []
         if weights.requires_grad:
+            seen = wide if mask is None else self.masked(name, wide, mask.detach())
             found.append((weights, self.vectors.projected(name, seen).to(weights)))
         if mask is not None and mask.requires_grad:
-            total = wide * self.vectors.combined(name, weights.detach())
-            found.append((mask, total.sum_to_size(mask.shape).to(mask)))
+            total = self.vectors.combined(name, weights.detach())
+            found.append((mask, self.slopes(name, wide, total, mask).to(mask)))
         if found:
             outputs, gradients = zip(*found, strict=True)
             torch.autograd.backward(outputs, gradients)

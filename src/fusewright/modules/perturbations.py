@@ -1,4 +1,4 @@
-"""One change of many pictures, kept in a ball and in the range of pixels."""
+"""One change of many inputs, kept in a ball and, of pictures, in the range of pixels."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def added(raw: Tensor, delta: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ball:
-    """All δ (rows, channels, height, width) of size at most ``radius``, each row by itself.
+    """All δ (rows, …) of size at most ``radius``, each row by itself.
 
     The size is max |δ| ("linf"), or the root mean square of δ ("l2": ‖δ‖₂ / √numel, so that a
-    radius means the same at every resolution), in raw pixels of [0, 1].
+    radius means the same at every resolution), of pictures in raw pixels of [0, 1].
     """
 
     norm: Norm = "l2"

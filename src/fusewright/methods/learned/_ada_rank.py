@@ -68,7 +68,7 @@ class AdaRank(Learner, Program):
         fitting = Fitting(context, self)
         vectors = fitting.vectors if self.center == "base" else about_mean(fitting.vectors)
         linear = per_group(vectors, "layer", self.scale).requires_grad_(self.weights)
-        directions = decomposed(vectors, lambda name: _matrices(context, vectors, name))
+        directions = decomposed(vectors, lambda name: held_matrices(context, vectors, name))
         masks = DirectionMasks(linear, directions, len(vectors.experts), self.density,
                                self.temperature, _MARGIN)  # fmt: skip
         merge = DirectionMerge(fitting.model, vectors, masks, directions)
@@ -96,7 +96,7 @@ def about_mean(vectors: TaskVectors) -> TaskVectors:
     return moved.kept() if vectors.held else moved
 
 
-def _matrices(context: Context, vectors: TaskVectors, name: str) -> int:
+def held_matrices(context: Context, vectors: TaskVectors, name: str) -> int:
     """How many matrices a tensor holds whose directions are chosen among."""
     layout, shape = context.layout(name), tuple(vectors.base[name].shape)
     if not is_treated("matrices", shape, layout) or 0 in shape:

@@ -1,5 +1,5 @@
-"""A universal perturbation of every task's pictures, as strong as it can be made while a defence is
-learned."""
+"""A universal perturbation of every task's pictures or tokens, as strong as it can be made while a
+defence is learned."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusewright.errors import PlanError
+from fusewright.methods.learned._surfaces import surface_of
 from fusewright.methods.learned.objectives import cross_entropy
 from fusewright.methods.learned.processes import Processes
-from fusewright.modules.perturbations import Ball, added
+from fusewright.modules.perturbations import Ball
 
 if TYPE_CHECKING:
     from fusewright.tasks.adaptation import Question
@@ -22,11 +22,13 @@ Aim = Literal["away", "toward"]
 
 
 class UniversalAttack(nn.Module):
-    """δ of every task, (1, channels, height, width) or, aimed "toward" classes, one for each class.
+    """δ of every task, one or, aimed "toward" classes, one for each class: (rows, channels, height,
+    width) of pictures, (rows, 1, width) of tokens' embeddings.
 
     "away": it raises the cross-entropy of what the model says without it. "toward": in round r it
     raises the probability of class r mod classes, as a backdoor's trigger does. The δ are buffers,
-    so that a killed fit goes on with them. Raises PlanError for data that are no pictures.
+    so that a killed fit goes on with them. Raises PlanError for data that are neither pictures nor
+    tokens.
     """
 
     def __init__(
@@ -35,18 +37,18 @@ class UniversalAttack(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.ball, self.aim, self.rate = ball, aim, rate
-        self.pictures = {task: pictures_of(task, q) for task, q in questions.items()}
+        self.surfaces = {task: surface_of(task, q, model) for task, q in questions.items()}
         self.questions = dict(questions)
         self._at = {task: f"delta{number}" for number, task in enumerate(questions)}
         for task, question in questions.items():
             first = next(question.stream(1, seed))
             with torch.no_grad():
                 rows = 1 if aim == "away" else question.logits(model, first).shape[-1]
-            raw = self.pictures[task].raw(first)
-            self.register_buffer(self._at[task], raw.new_zeros((rows, *raw.shape[1:])))
+            start = self.surfaces[task].start(model, first)
+            self.register_buffer(self._at[task], start.new_zeros((rows, *start.shape[1:])))
 
     def delta(self, task: str, round: int = 0) -> Tensor:
-        """The perturbation of a round: (1, channels, height, width)."""
+        """The perturbation of a round: (1, …)."""
         held: Tensor = getattr(self, self._at[task])
         at = round % len(held)
         return held[at : at + 1]
@@ -54,7 +56,7 @@ class UniversalAttack(nn.Module):
     def ascend(self, model: nn.Module, task: str, batch: Any, clean: Tensor, round: int) -> None:
         """One step; ``clean`` are the model's logits of the batch."""
         delta = self.delta(task, round).clone().requires_grad_()
-        logits = self._logits(model, task, batch, delta)
+        logits = self.surfaces[task].logits(model, batch, delta)
         if self.aim == "away":
             gain = cross_entropy(logits, clean.argmax(-1))
         else:
@@ -65,7 +67,7 @@ class UniversalAttack(nn.Module):
 
     def logits(self, model: nn.Module, task: str, batch: Any, round: int) -> Tensor:
         """What the model says of the batch under δ."""
-        return self._logits(model, task, batch, self.delta(task, round))
+        return self.surfaces[task].logits(model, batch, self.delta(task, round))
 
     def stepped(
         self, model: nn.Module, task: str, batch: Any, round: int
@@ -83,21 +85,3 @@ class UniversalAttack(nn.Module):
         own = {task: getattr(self, self._at[task]) for task in processes.mine(self._at)}
         for task, delta in processes.gathered(own, self._at).items():
             getattr(self, self._at[task]).copy_(delta)
-
-    def _logits(self, model: nn.Module, task: str, batch: Any, delta: Tensor) -> Tensor:
-        pictures = self.pictures[task]
-        changed = pictures.changed(batch, added(pictures.raw(batch), delta))
-        return self.questions[task].logits(model, changed)
-
-
-def pictures_of(task: str, question: Question) -> Any:
-    """Where a task's batches hold pictures. Raises PlanError if nothing says so."""
-    if question.pictures is None:
-        raise PlanError(
-            "the defence perturbs pictures, and none are known in this task's batches",
-            where=f"task {task}", expected="an image task",
-            found="batches without a description of pictures, such as token ids",
-            fix='data=suite.unlabelled() of an image suite, or adaptation(batches, '
-                'pictures=Pictures("pixel_values", mean=..., std=...))',
-        )  # fmt: skip
-    return question.pictures

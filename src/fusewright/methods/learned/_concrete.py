@@ -7,14 +7,17 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from fusewright.methods.contract import Card, Context, Fitted, Program
+from fusewright.methods.learned._ada_rank import held_matrices
 from fusewright.methods.learned._adamerging import AdaMerging, per_group
 from fusewright.methods.learned._fitting import Fitting, Learner
 from fusewright.methods.learned.coefficients import LinearCoefficients, MaskedCoefficients
+from fusewright.modules.bases import Basis, SubspaceMerge, shared_bases
 from fusewright.modules.masks import ConcreteMasks, Masks, Size
 from fusewright.modules.parametrised import ParametrisedMerge
+from fusewright.modules.vectors import TaskVectors
 
 _PAPER = (
     "Concrete Subspace Learning based Interference Elimination for Multi-task Model Fusion"
@@ -34,7 +37,13 @@ class Concrete(Learner, Program):
     down that of the next batch (first order, the draw the same); afterwards the mask is fixed and
     λ learned in ``weight_steps`` steps at ``weight_rate`` between ``low`` and ``high``, all as
     :class:`AdaMerging` does. ``granularity``: of that λ.
-    ``mask``: a number for each "element", or for each "row", which a large model can afford.
+    ``mask``: a number for each "element", or, which a large model can afford, for each "row" or
+    "rank": with U the singular directions of Σ_t τ_t on a matrix' shorter side, θ = θ0 + U diag(m)
+    Uᵀ Σ_t λ_t τ_t (transposed for V on the right), which is θ0 + λ Σ_i m_i σ_i u_i v_iᵀ of the
+    summed task vectors where all λ_t are equal. One mask serves all experts only in directions
+    that they share: each one's own i-th has nothing to do with the others'. m is divided by its
+    mean weighted by σ, which keeps the sum of singular values. Matrices are those of
+    :class:`AdaRank`; other tensors have a number for each row.
     ``temperature``: 0.5. ``steps``, ``rate``, ``batch``: 2000, 1e-3, 16, as the paper's code.
     ``answer``: the final mask is the "expected" one, E[m] / mean(E[m]), or "drawn" by the seed.
     ``inner``: how λ is moved: "normalised", by ``inner_rate`` (0.03) times the gradient over its
@@ -44,7 +53,8 @@ class Concrete(Learner, Program):
 
     Profile "fusionbench": that inner step, one drawn mask, 1000 steps, no guard.
 
-    Memory beyond AdaMerging's: logits and Adam's two moments, three numbers for each of the mask.
+    Memory beyond AdaMerging's: logits and Adam's two moments, three numbers for each of the mask;
+    of ranks also U, at most as large as one task vector, from one SVD of each matrix.
 
     Raises as AdaMerging.
     """
@@ -61,7 +71,7 @@ class Concrete(Learner, Program):
 
     form: Literal["task_arithmetic", "adamerging"] = "task_arithmetic"
     granularity: Literal["layer", "task"] = "layer"
-    mask: Size = "element"
+    mask: Literal["element", "row", "rank"] = "element"
     temperature: float = Field(0.5, gt=0)
     scale: float = 0.3
     steps: int = Field(2000, ge=0)
@@ -78,15 +88,17 @@ class Concrete(Learner, Program):
     def fit(self, context: Context) -> Fitted:
         fitting = Fitting(context, self)
         vectors, adapts = fitting.vectors, self.form == "adamerging"
-        shapes = {name: tensor.shape for name, tensor in vectors.base.items()}
-        masks = self.new_masks(shapes, context.seed)
         if adapts:
             linear = per_group(vectors, self.granularity, self.scale)
         else:  # with λ fixed only Σ λ τ_t is needed
             vectors = vectors.summed([self.scale] * len(vectors.experts))
             linear = per_group(vectors, "task", 1.0)
+        bases = self._bases(context, vectors)
+        shapes = {name: tensor.shape for name, tensor in vectors.base.items()}
+        spectra = {name: basis.sigma for name, basis in bases.items()}
+        masks = self.new_masks(shapes, spectra, context.seed)
         coefficients = MaskedCoefficients(linear, masks, self.answer)
-        merge = ParametrisedMerge(fitting.model, vectors, coefficients)
+        merge = SubspaceMerge(fitting.model, vectors, coefficients, bases)
         fit = self.mask_fit(fitting, merge, coefficients).run()
         coefficients.fix(vectors.names)
         masked = fitting.report(merge, fit)
@@ -95,9 +107,18 @@ class Concrete(Learner, Program):
             report = self._adapted(fitting, merge, coefficients) | {"mask": masked | report["mask"]}
         return Fitted(state={**merge.state(wide=True), **fitting.statistics}, report=report)
 
-    def new_masks(self, shapes: Mapping[str, torch.Size], seed: int) -> Masks:
+    def new_masks(
+        self, shapes: Mapping[str, torch.Size], spectra: Mapping[str, Tensor], seed: int
+    ) -> Masks:
         """The masks that are learned."""
-        return ConcreteMasks(shapes, self.mask, self.temperature, seed)
+        size: Size = "element" if self.mask == "element" else "row"
+        return ConcreteMasks(shapes, size, self.temperature, seed, spectra)
+
+    def _bases(self, context: Context, vectors: TaskVectors) -> dict[str, Basis]:
+        """Of the matrices whose directions are masked."""
+        if self.mask != "rank":
+            return {}
+        return shared_bases(vectors, lambda name: held_matrices(context, vectors, name))
 
     def mask_fit(
         self, fitting: Fitting, merge: ParametrisedMerge, coefficients: MaskedCoefficients

@@ -33,7 +33,8 @@ class DAM(Concrete):
     θ = θ0 + m₁ ∘ m₂ ∘ Σ_t λ_t τ_t. The task-shared mask m₁ and the backdoor-detection mask m₂ are
     :class:`Concrete`'s, learned in turn: even steps move m₁ down L_perf, the objective; odd steps
     move m₂ down L_perf + α L_safe. L_safe is a loss under a universal perturbation δ of each
-    task's pictures, which takes a step of ascent before each: no trigger is known.
+    task's pictures or, of texts, of every token's embedding, which takes a step of ascent before
+    each: no trigger is known.
 
     ``alpha``: α, 0.1; with 0 this is :class:`Concrete`. ``detection``: False is the published
     code's form: one mask, every step down L_perf + α L_safe. ``safe``: "cross_entropy" of the
@@ -41,13 +42,15 @@ class DAM(Concrete):
     answers whatever they are. ``aim``: δ leads "away" from the answers, or "toward" one class in
     turn. ``norm``, ``radius``: the ball of δ (:class:`~fusewright.modules.perturbations.Ball`), in
     raw pixels of [0, 1]; "l2", root mean square 0.1, the size of a bright patch on 1 % of
-    the pixels. ``attack_rate``: a step of δ as a share of the radius, 0.1. Parameters as in
+    the pixels; of texts in root mean squares of the base's embeddings, where it is a tenth of a
+    token's size. ``attack_rate``: a step of δ as a share of the radius, 0.1. Parameters as in
     :class:`Concrete` otherwise. ``guard`` is 0: agreement on clean inputs alone would undo the
     defence.
 
     Profile "fusionbench": one mask, entropy, and Concrete's profile.
 
-    Memory: with ``detection`` twice Concrete's. Raises PlanError for data that are no pictures.
+    Memory: with ``detection`` twice Concrete's. Raises PlanError for data that are neither pictures
+    nor tokens of a model of transformers.
     """
 
     name: ClassVar[str] = "dam"
@@ -70,12 +73,14 @@ class DAM(Concrete):
     radius: float = Field(0.1, gt=0)
     attack_rate: float = Field(0.1, gt=0)
 
-    def new_masks(self, shapes: Mapping[str, torch.Size], seed: int) -> Masks:
-        shared = super().new_masks(shapes, seed)
+    def new_masks(
+        self, shapes: Mapping[str, torch.Size], spectra: Mapping[str, Tensor], seed: int
+    ) -> Masks:
+        shared = super().new_masks(shapes, spectra, seed)
         if not (self.alpha and self.detection):
             return shared
-        assert isinstance(shared, ConcreteMasks)
-        detection = ConcreteMasks(shapes, self.mask, self.temperature, -1 - seed)
+        detection = super().new_masks(shapes, spectra, -1 - seed)
+        assert isinstance(shared, ConcreteMasks) and isinstance(detection, ConcreteMasks)
         return ProductMasks(shared, detection)
 
     def mask_fit(

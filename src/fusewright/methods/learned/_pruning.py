@@ -155,9 +155,9 @@ class AWM(Pruned):
     *One-shot Neural Backdoor Erasing via Adversarial Weight Masking*, arXiv 2207.04497).
 
     Masks m of elements minimise L + α CE(f(x + δ), what f says of x) + γ Σ |m|, where δ, one of
-    each task's pictures and kept in a ball, takes a step of ascent before each. The paper masks one
-    model with labels; here the task vector of ``merger``'s merge, and L is ``objective``, by
-    default agreement with each task's own expert.
+    each task's pictures or tokens and kept in a ball, takes a step of ascent before each. The paper
+    masks one model with labels; here the task vector of ``merger``'s merge, and L is ``objective``,
+    by default agreement with each task's own expert.
 
     ``alpha``: 0.9, ``gamma``: 1e-8; ``norm``, ``radius``, ``attack_rate``: of δ, as :class:`DAM`.
     ``steps``, ``rate`` (Adam's): 500, 0.01; ``batch``, ``guard``, ``every``: as :class:`ANP`.

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusewright.methods.contract import Card
-from fusewright.methods.learned._attack import pictures_of
 from fusewright.methods.learned._fitting import Fitting
 from fusewright.methods.learned._pruning import PlainMasks, Pruned
+from fusewright.methods.learned._surfaces import surface_of
 from fusewright.modules.functional import with_weights
 from fusewright.modules.masks import Size
 from fusewright.modules.parametrised import ParametrisedMerge
-from fusewright.modules.perturbations import Ball, Norm, added
+from fusewright.modules.perturbations import Ball, Norm
 
 _TINY = 1e-6
 """Keeps logarithms finite, as in the code."""
@@ -28,18 +28,18 @@ class SAU(Pruned):
     *Shared Adversarial Unlearning: Backdoor Mitigation by Unlearning Shared Adversarial Examples*,
     arXiv 2307.10562).
 
-    With f the masked merge, f' the merge as it was, and y what f' says of x, each picture gets its
+    With f the masked merge, f' the merge as it was, and y what f' says of x, each input gets its
     own δ in a ball, by ``attack_steps`` of ascent of β₁ ½ [CE(f(x + δ), y) + CE(f'(x + δ), y)] - β₂
     JS(f(x + δ), f'(x + δ)): it fools both alike. Masks m of elements minimise L - λ Σ_x log(1 -
-    f(x + δ)_z) over the pictures where z, what f' says under δ, is not y. The paper fine-tunes one
+    f(x + δ)_z) over the inputs where z, what f' says under δ, is not y. The paper fine-tunes one
     model with labels; here masks of the task vector of ``merger``'s merge are learned, and L is
     ``objective``, by default agreement with each task's own expert.
 
     ``adversarial``: β₁, 0.01; ``similar``: β₂, 1; ``shared``: λ, 1; ``attack_steps``: 5;
-    ``attack_rate``: 1, a whole radius a step, all as the code; ``norm``, ``radius``: the ball, in
-    raw pixels of [0, 1], as :class:`DAM`'s. Profile "dam": 0.5, 0.5 and λ 0.01, as that paper's
-    baseline. ``steps``, ``rate`` (Adam's): 500, 0.01; ``batch``, ``guard``, ``every``: as
-    :class:`ANP`. Raises as DAM.
+    ``attack_rate``: 1, a whole radius a step, all as the code; ``norm``, ``radius``: the ball, of
+    pictures or of tokens' embeddings, as :class:`DAM`'s. Profile "dam": 0.5, 0.5 and λ 0.01, as
+    that paper's baseline. ``steps``, ``rate`` (Adam's): 500, 0.01; ``batch``, ``guard``,
+    ``every``: as :class:`ANP`. Raises as DAM.
     """
 
     name: ClassVar[str] = "sau"
@@ -85,40 +85,37 @@ class _Asked:
     ) -> None:
         self.method, self.fitting, self.task, self.before = method, fitting, task, before
         self.question = fitting.questions[task]
-        self.pictures = pictures_of(task, self.question)
+        self.surface = surface_of(task, self.question, fitting.model)
 
     def loss(self, model: nn.Module, number: int) -> Tensor:
         batch = self.fitting.batch(self.task, number)
         with torch.no_grad():
             said = self._before(model, batch).argmax(-1)
-        under = self._changed(batch, self._shared(model, batch, said))
+        delta = self._shared(model, batch, said)
         with torch.no_grad():
-            fooled = self._before(model, under).argmax(-1)
-        left = unlearned(self.question.logits(model, under), said, fooled)
+            fooled = self._before(model, batch, delta).argmax(-1)
+        left = unlearned(self.surface.logits(model, batch, delta), said, fooled)
         return self.fitting.loss_on(model, self.task, batch) + self.method.shared * left
 
     def _shared(self, model: nn.Module, batch: Any, said: Tensor) -> Tensor:
-        """δ of each picture."""
+        """δ of each item."""
         ball = Ball(self.method.norm, self.method.radius)
-        raw = self.pictures.raw(batch)
-        delta = torch.zeros_like(raw)
+        delta = self.surface.start(model, batch)
         for _ in range(self.method.attack_steps):
             leaf = delta.requires_grad_()
-            under = self._changed(batch, leaf)
             gain = shared_gain(
-                self.question.logits(model, under), self._before(model, under), said,
+                self.surface.logits(model, batch, leaf), self._before(model, batch, leaf), said,
                 self.method.adversarial, self.method.similar,
             )  # fmt: skip
             (gradient,) = torch.autograd.grad(gain, leaf)
             delta = ball.ascended(leaf.detach(), gradient, self.method.attack_rate)
         return delta
 
-    def _changed(self, batch: Any, delta: Tensor) -> Any:
-        return self.pictures.changed(batch, added(self.pictures.raw(batch), delta))
-
-    def _before(self, model: nn.Module, batch: Any) -> Tensor:
+    def _before(self, model: nn.Module, batch: Any, delta: Tensor | None = None) -> Tensor:
         with with_weights(model, self.before):
-            return self.question.logits(model, batch)
+            if delta is None:
+                return self.question.logits(model, batch)
+            return self.surface.logits(model, batch, delta)
 
 
 def shared_gain(

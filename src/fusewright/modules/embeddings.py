@@ -1,0 +1,60 @@
+"""The input embeddings of a live model of tokens, changed on their way into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ROWS = 4096
+"""Tokens whose embeddings are measured, evenly over the vocabulary."""
+
+
+def input_embeddings(model: nn.Module) -> nn.Embedding | None:
+    """What turns tokens into vectors, of an encoder and decoder the encoder's; None for a model
+    that is not of ``transformers``, or takes no tokens."""
+    ask = getattr(_reader(model), "get_input_embeddings", None)
+    try:
+        found = None if ask is None else ask()
+    except NotImplementedError:  # what models without embeddings raise there
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
+@torch.no_grad()
+def embedding_size(embeddings: nn.Embedding) -> float:
+    """The root mean square of tokens' embeddings, as the model gets them."""
+    count = embeddings.num_embeddings
+    places = torch.linspace(0, count - 1, min(count, _ROWS), device=embeddings.weight.device)
+    found: Tensor = embeddings(places.long())
+    return float(found.double().square().mean().sqrt())
+
+
+@contextmanager
+def embedded(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Until the block ends, the model gets ``change(embeddings)`` of its tokens (n, tokens, width)
+    instead, before it adds positions. A decoder beside an encoder is left alone, even where both
+    have one table."""
+    embeddings, reader = input_embeddings(model), _reader(model)
+    assert embeddings is not None
+    reads = [reader is model]
+    enter = lambda module, args: reads.append(True)  # noqa: E731
+    leave = lambda module, args, output: (reads.pop(), None)[1]  # noqa: E731
+    act = lambda module, args, output: change(output) if reads[-1] else output  # noqa: E731
+    handles = [embeddings.register_forward_hook(act)]
+    if reader is not model:
+        handles += [reader.register_forward_pre_hook(enter), reader.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reader(model: Any) -> Any:
+    """What tokens are read by: the encoder of a model that has a decoder beside it."""
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return model.get_encoder() if both else model
