@@ -119,16 +119,19 @@ class FeatureRouting(Routing):
     @contextmanager
     def heard(self, model: nn.Module) -> Iterator[list[Tensor]]:
         """Inside, experts add nothing, and the features of all that the model is called with are
-        collected: (samples, width) for each call."""
+        collected: (samples, width) for each call. What goes on from a cache is left out: its
+        prompt was seen."""
         found: list[Tensor] = []
+        text = self.mixture.text
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(features(output, self.mixture.text).float())
+            if text is None or not text.continues:
+                found.append(features(output, text).float())
 
         entry = model.get_submodule(self.mixture.entry)
         hooks = [entry.register_forward_hook(note)]
-        for text in self._texts.values():
-            hooks.append(entry.register_forward_pre_hook(text.note, with_kwargs=True))
+        for each in self._texts.values():
+            hooks.append(entry.register_forward_pre_hook(each.note, with_kwargs=True))
         try:
             with self.mixture.shared():
                 yield found

@@ -185,6 +185,12 @@ def fixed(routing: Routing) -> bool:
     return all(mixture.router.depth == 0 for mixture in routing.mixtures)
 
 
+def looks_ahead(model: nn.Module) -> bool:
+    """Whether layers are mixed by all that a model is given at once, so that what it answers at one
+    token depends on those after it, too."""
+    return any(isinstance(part, Routing) and not fixed(part) for part in model.modules())
+
+
 def weights_of(mixture: Mixture) -> Tensor:
     """One w (experts,): that of a router without input, or the mean of what was routed last."""
     if mixture.router.depth == 0:
