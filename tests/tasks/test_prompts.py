@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from routed_toys import experts_of, gpt2, llama, loud
 
 import fusewright as fw
 from fusewright.errors import FusewrightWarning
 from fusewright.tasks import DataError, LanguageModelling, Rows, evaluate
 from fusewright.tasks.adaptation import Adaptation, Question
-
-sys.path.append(str(Path(__file__).parent.parent / "methods"))
-from routed_toys import experts_of, gpt2, llama, loud
 
 LINES = ["the cat sat on the mat\n", "and saw a dog\n", "so good\n", "the dog run\n"]
 PLAIN = pytest.mark.parametrize("make", [gpt2, llama], ids=["gpt2", "llama"])

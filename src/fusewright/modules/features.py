@@ -84,17 +84,16 @@ class SharedMixture(Mixture):
             self.asleep = before
 
     def weights_for(self, inputs: Tensor) -> Tensor | None:  # type: ignore[override]
-        """w, for inputs (samples, …), or (1, …) for all; where a text has become several rows, one
-        behind the other (beams), each has its w. None where experts add nothing."""
+        """w, for inputs (samples, …), or (1, …) for all. None where experts add nothing."""
         if self.asleep:
             return None
-        rows, count = len(inputs), 0 if self.weights is None else len(self.weights)
-        if self.weights is not None and count > 1 and rows != count:
-            if rows == 1:
-                return self.weights
-            if self.text is not None and rows % count == 0:
-                return self.weights.repeat_interleave(rows // count, dim=0)
+        if self.weights is not None and len(inputs) == 1:
+            return self.weights
         return super().weights_for(inputs)
+
+    @property
+    def _multiplies(self) -> bool:
+        return self.text is not None  # T5's decoder is given beams of what its encoder read
 
 
 class FeatureRouting(Routing):

@@ -113,21 +113,11 @@ class LanguageModelling(BatchedTask):
         (n, tokens - max(1, prompt), vocabulary)."""
         ids, mask = batch["input_ids"][:, :-1], batch["attention_mask"][:, :-1]
         if self.prompt:
-            return self._continued(model, ids, mask)
+            own, rest = slice(self.prompt), slice(self.prompt, None)
+            begun = prompted(model, ids[:, own], mask[:, own])
+            return begun.going_on(ids[:, rest], mask[:, rest])
         found = model(input_ids=ids, attention_mask=mask)
         return getattr(found, "logits", found)
-
-    def _continued(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-        """The same, of the prompt's last token, and of the others given the prompt's cache."""
-        import torch
-
-        own, rest = (ids[:, at] for at in (slice(self.prompt), slice(self.prompt, None)))
-        found, cache = prompted(model, input_ids=own, attention_mask=mask[:, : self.prompt])
-        last = found.logits[:, -1:]
-        if not rest.shape[1]:
-            return last
-        later = model(input_ids=rest, attention_mask=mask, past_key_values=cache, use_cache=True)
-        return torch.cat([last, later.logits], dim=1)
 
     def caveat(self, model: nn.Module) -> str:
         from fusewright.modules.mixture import looks_ahead
