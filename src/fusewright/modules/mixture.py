@@ -69,12 +69,21 @@ class Mixture:
         self.weights = weights.mean(dim=0, keepdim=True) if self.per == "batch" else weights
 
     def weights_for(self, inputs: Tensor) -> Tensor:
-        """w, for inputs inside the part."""
+        """w, for inputs inside the part. Where samples have become several rows each, one behind
+        the other (beams, or continuations of a cached prompt), each has its sample's w."""
         if self.weights is None:
             raise PlanError("a mixed layer was called before its mixture", where=self.entry,
                             fix="call the whole model, or at least that module")  # fmt: skip
+        rows, count = len(inputs), len(self.weights)
+        if 1 < count < rows and rows % count == 0 and self._multiplies:
+            return self.weights.repeat_interleave(rows // count, dim=0)
         check_samples(inputs, self.weights, self.entry)
         return self.weights
+
+    @property
+    def _multiplies(self) -> bool:
+        """Whether a sample may have become several rows."""
+        return self.text is not None and self.text.continues
 
     def _mask(self, tokens: Tensor) -> Tensor | None:
         mask = None if self.text is None else self.text.mask
@@ -87,7 +96,7 @@ class Mixture:
         return mask != 0
 
     def _check_prompt(self, inputs: Tensor) -> None:
-        if self.weights is None or len(self.weights) not in (1, len(inputs)):
+        if self.weights is None or len(inputs) % len(self.weights):
             raise PlanError("a cache is given whose prompt was not the last that was routed here",
                             where=self.entry, found=f"{len(inputs)} samples",
                             expected=f"{0 if self.weights is None else len(self.weights)} samples",
@@ -183,6 +192,12 @@ def _takes(model: nn.Module, path: str) -> set[str]:
 def fixed(routing: Routing) -> bool:
     """Whether no mixture depends on the input."""
     return all(mixture.router.depth == 0 for mixture in routing.mixtures)
+
+
+def looks_ahead(model: nn.Module) -> bool:
+    """Whether layers are mixed by all that a model is given at once, so that what it answers at one
+    token depends on those after it, too."""
+    return any(isinstance(part, Routing) and not fixed(part) for part in model.modules())
 
 
 def weights_of(mixture: Mixture) -> Tensor:

@@ -35,17 +35,23 @@ Loss = Callable[[nn.Module, str, int], Tensor]
 """Of (model, task, batch's number)."""
 
 
+LAST_LOOK = 32
+"""Inputs of each task on which a fit without a guard is compared with the experts at its end."""
+
+
 class Learner(Method, ABC):
     """A method that descends on few numbers by the answers to every task's inputs. What it answers
     with says what it is beside: a :class:`~fusewright.methods.contract.Program`, or a
     :class:`~fusewright.methods.contract.Routed`.
 
-    ``objective``: "entropy"; "self_label" (what each task's own expert predicts), "soft_label" (how
-    sure it is of each class) and "matching" (its logits) cost a forward pass of the expert more;
-    "cross_entropy" needs labels.
+    ``objective``: "entropy"; "diverse_entropy", for which one class for everything is the worst,
+    not the best (:func:`~fusewright.methods.learned.objectives.diverse_entropy`); "self_label"
+    (what each task's own expert predicts), "soft_label" (how sure it is of each class) and
+    "matching" (its logits) cost a forward pass of the expert more; "cross_entropy" needs labels.
     ``batch``: inputs of each task in a step. ``guard``: inputs of each task on which the merge's
     predictions are compared with those of the task's own expert, every ``every`` steps; the numbers
-    that agreed best are kept, since entropy can fall while errors rise. 0 turns it off.
+    that agreed best are kept, since entropy can fall while errors rise. 0 turns it off; a few
+    inputs are then looked at in the end alone, to warn where all are given one class.
     """
 
     objective: objectives.Name = "entropy"
@@ -78,12 +84,7 @@ class Fitting:
                          for task, question in self.questions.items()}  # fmt: skip
         self._plain: nn.Module | None = None
         self._trained = 0  # numbers, in the largest stage
-        self._agreement: Agreement | None = None
-        if method.guard:
-            self._agreement = Agreement(
-                self.model, self._experts, self.questions, method.batch, method.guard, context.seed,
-                self.processes,
-            )  # fmt: skip
+        self._agreement = self._asked_experts(method.guard) if method.guard else None
 
     def put_in(self, parts: Parts) -> None:
         """Put layers and tensors into the model; experts are asked in its plain form still, which
@@ -189,13 +190,15 @@ class Fitting:
     def report(self, merge: ParametrisedMerge | nn.Module, fit: Fit) -> dict[str, Any]:
         """How the fit went; warns where the merge's predictions collapsed."""
         guard = {}
-        if self._agreement is not None:
+        if (agreement := self._agreement or self._last_look) is not None:
             with _live(merge) as model:
-                guard = self._agreement.measured(model)
+                guard = agreement.measured(model)
         if fallen := collapsed(guard):
+            entropy = self.method.objective == "entropy"
             warn(
                 f"the merge names one class of {', '.join(fallen)} far more often than the expert "
-                "does: look at report['fitted']['guard']",
+                "does: look at report['fitted']['guard']"
+                + ("; objective=diverse_entropy counts it against the merge" if entropy else ""),
                 FusewrightWarning, stacklevel=2,
             )  # fmt: skip
         return {
@@ -203,6 +206,16 @@ class Fitting:
             "kept": fit.kept, "tasks": {t: list(losses) for t, losses in fit.tasks.items()},
             "guard": guard, "trained": self._trained,
         }  # fmt: skip
+
+    def _asked_experts(self, rows: int) -> Agreement:
+        plain = self.model if self._plain is None else self._plain
+        return Agreement(plain, self._experts, self.questions, self.method.batch, rows,
+                         self.context.seed, self.processes)  # fmt: skip
+
+    @cached_property
+    def _last_look(self) -> Agreement | None:
+        """Without a guard: a few inputs, unless answers are numbers or features."""
+        return None if self.method.objective == "matching" else self._asked_experts(LAST_LOOK)
 
     @cached_property
     def digest(self) -> str:

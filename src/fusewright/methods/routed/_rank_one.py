@@ -41,7 +41,9 @@ class RankOneMoE(WEMoE):
     ``schedule``: constant. All from FusionBench's configuration. ``modules``, ``start``, ``per``,
     ``steps``, ``rate``, ``batch``, ``objective``, ``guard``, ``every`` are WEMoE's.
 
-    It stores T k (in + out) numbers a map where WEMoE stores T in · out. Raises as WEMoE.
+    It stores T k (in + out) numbers a map where WEMoE stores T in · out. What is said there of text
+    holds here: without a prompt, a language model's routers see the tokens that it is scored on.
+    Raises as WEMoE.
     """
 
     name: ClassVar[str] = "rank_one_moe"

@@ -52,7 +52,10 @@ class Twin(Routed):
     ``inputs``: most inputs of a task that are looked at, 5500; a tenth of them chooses the epoch.
     ``epochs``: 50; 0 keeps w at 1/T, which needs no data and can be unloaded into a plain model.
     ``rate``, ``batch``, ``dropout``: Adam's 5e-4, 1024 and 0.5, the paper's. Every input costs one
-    forward pass more. With a key-value cache w is that of the prompt.
+    forward pass more. With a key-value cache w is that of the prompt; a language model that is
+    given a whole text at once is routed by all of it, also by what comes later, so that its
+    perplexity is no likelihood: score it with a ``prompt``
+    (:class:`~fusewright.tasks.LanguageModelling`).
 
     Raises PlanError where experts change no linear layer, an expert has no data, or fewer than two
     inputs.

@@ -46,7 +46,9 @@ class WEMoE(Learner, Routed):
     close. ``objective``, ``guard``, ``every``: see :class:`Learner`.
 
     Of text, padding does not count. With a key-value cache w is that of the prompt; a language
-    model that is given a whole text at once routes by all of it, also by what comes later.
+    model that is given a whole text at once routes by all of it, also by what comes later, so that
+    its perplexity is no likelihood: score it with a ``prompt``
+    (:class:`~fusewright.tasks.LanguageModelling`).
 
     Raises PlanError where nothing is selected or an expert has no data, NumericError for a loss
     that is not finite.
@@ -146,7 +148,8 @@ class EWEMoE(WEMoE):
     tensor by tensor and expert by expert, biases too: 0.1, the paper's, which lost nothing there
     (0.01 lost two points). Modules of one width share one router. ``schedule``: constant, as
     there. ``modules``, ``router``, ``start``, ``per``, ``steps``, ``rate``, ``batch``,
-    ``objective``, ``guard``, ``every`` are WEMoE's.
+    ``objective``, ``guard``, ``every`` are WEMoE's. So is what is said there of text: without a
+    prompt, a language model's routers see the tokens that it is scored on.
     """
 
     name: ClassVar[str] = "e_wemoe"
