@@ -20,6 +20,7 @@ from fusewright.methods.routed import RepresentationSurgery, Twin, WEMoE
 from fusewright.tasks import DataError
 from fusewright.tasks.adaptation import adaptation
 from fusewright.tasks.pictures import Pictures
+from fusewright.testing._network import network as small_network
 from fusewright.testing._network import problem, quick
 
 GIVEN = problem(2)
@@ -318,3 +319,14 @@ def test_what_is_no_shortage_stays_as_it_is() -> None:
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
         merged("wemoe", GIVEN.batches, dict.fromkeys((FIRST, SECOND), broken))
+
+
+# -- other models --------------------------------------------------------------------------------
+
+
+@EACH
+def test_an_expert_of_another_width_is_refused_with_its_tensor(name: str) -> None:
+    method, other = quick(type(parse_method(name))), {**GIVEN.experts, SECOND: small_network(6)}
+    asked = adaptation(GIVEN.batches, pictures=Pictures())
+    with pytest.raises(fw.FusewrightError, match=rf"{SECOND}[\s\S]*(embed|layers)"):
+        fw.merge(method, base=GIVEN.base, experts=other, data=asked)

@@ -282,6 +282,33 @@ def test_memory_that_runs_out_loses_nothing(how: str, tmp_path) -> None:
         Fitter(20, 0.1).run(Point(), short)
 
 
+def test_what_a_step_drew_and_wrote_before_memory_ran_out_is_taken_back(tmp_path) -> None:
+    class Noisy(Point):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("sum", torch.zeros(()))
+
+    def step_of(noisy: Noisy, short: int | None = None):
+        def step(number: int):
+            noisy.sum += torch.rand(())
+            if number == short:
+                raise MemoryError
+            loss = (noisy.at * noisy.sum).square().sum()
+            loss.backward()
+            return {"a": float(loss.detach())}
+
+        return step
+
+    whole, stopped, again = Noisy(), Noisy(), Noisy()
+    torch.manual_seed(0)
+    Fitter(9, 0.1).run(whole, step_of(whole))
+    fitter = Fitter(9, 0.1, checkpoint=tmp_path / "fit")
+    with pytest.raises(MemoryShortage):
+        fitter.run(stopped, step_of(stopped, 6))
+    fitter.run(again, step_of(again))
+    assert again.at.equal(whole.at) and again.sum.equal(whole.sum)
+
+
 def test_other_errors_of_a_step_are_not_taken_for_a_shortage() -> None:
     def wrong(number: int):
         raise RuntimeError("shapes do not match")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from warnings import warn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fusewright.errors import FusewrightWarning, MemoryShortage, NumericError
 from fusewright.methods.learned.processes import Processes
@@ -89,6 +89,7 @@ class Fitter:
                 if not is_shortage(error):
                     raise
                 if not run.moving:
+                    run.rewind()
                     run.save()
                 raise self._shortage(run.done, error) from error
             finally:
@@ -106,6 +107,7 @@ class Fitter:
             self.ending()
 
     def _move(self, run: _Run, step: Step) -> None:
+        run.begin()
         run.optimiser.zero_grad()
         for group in run.optimiser.param_groups:
             group["lr"] = self._rate(run.done)
@@ -120,7 +122,7 @@ class Fitter:
         if self.constrain is not None:
             self.constrain()
         run.moving = False
-        run.done += 1
+        run.end()
         run.note(losses)
         if self.tell is not None:
             self.tell(run.done, self.steps, run.losses[-1])
@@ -167,6 +169,22 @@ class _Run:
         self._saved = monotonic()
         self.scores: list[tuple[int, float]] = []
         self._best: dict[str, Any] | None = None
+        self._began: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    def begin(self) -> None:
+        """A step begins: it may draw and write to buffers before it moves what is learned."""
+        buffers = {name: buffer.clone() for name, buffer in self.trained.named_buffers()}
+        self._began = torch.get_rng_state(), buffers
+
+    def end(self) -> None:
+        self.done, self._began = self.done + 1, None
+
+    def rewind(self) -> None:
+        """To where the step began that memory ran out in."""
+        if self._began is not None:
+            draws, buffers = self._began
+            torch.set_rng_state(draws)
+            self.trained.load_state_dict(buffers, strict=False)
 
     def note(self, losses: Mapping[str, float]) -> None:
         """A step was made."""

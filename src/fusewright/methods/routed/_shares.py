@@ -40,7 +40,7 @@ class Shares:
         of every task, or no mixture's weights differ between tasks by more than one per cent."""
         if len(self.tasks) < 2 or not self.weights.numel():
             return None
-        means = self.weights.mean(dim=1).abs()
+        means = self.weights.abs().mean(dim=1)
         shares = means / means.sum(dim=1, keepdim=True).clamp(min=torch.finfo(means.dtype).tiny)
         least, first = shares.amin(dim=0), int(shares.amin(dim=0).argmax())
         if float(least[first]) > _ALL:
