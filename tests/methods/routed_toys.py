@@ -125,6 +125,40 @@ def sides(make, count: int = 8) -> dict[str, list]:
     return found
 
 
+class Sum(nn.Module):
+    """One linear map of 16 numbers to 4 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(16, 4)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.mlp(inputs)
+
+
+def leaning() -> dict[str, Any]:
+    """Models and data of which entropy is least where expert "a" is added without end: it leans to
+    class 0, and "b" changes nothing. Inputs tell their class (0 most often) and their task, and
+    have much in common, so that a fast router learns to answer all of them with "a"."""
+    base = Sum().eval()
+    with torch.no_grad():
+        base.mlp.weight.copy_(torch.eye(16)[:4])
+        base.mlp.bias.zero_()
+    experts = {name: copy.deepcopy(base) for name in ("a", "b")}
+    with torch.no_grad():
+        experts["a"].mlp.weight[0, 15] += 2
+    draw = torch.Generator().manual_seed(0)
+    classes = {"a": [0] * 6 + [1, 1, 1, 2, 2, 2], "b": [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]}
+    data: dict[str, list[torch.Tensor]] = {}
+    for name, size, side in (("a", 3.0, 3.0), ("b", 2.0, -3.0)):
+        batches = torch.ones(4, 12, 16)
+        batches[..., :4] = size * torch.eye(4)[torch.tensor(classes[name])]
+        batches[..., :4] += 0.1 * torch.randn(4, 12, 4, generator=draw)
+        batches[..., 4] = side
+        data[name] = list(batches)
+    return {"base": base, "experts": experts, "data": data}
+
+
 def saved(made: Any, make, folder: Path, name: str = "out") -> Path:
     """The folder of a routed model that was built of modules in memory."""
     base_of(make).save_pretrained(folder / f"base-{make.__name__}")

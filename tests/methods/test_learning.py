@@ -263,7 +263,7 @@ def test_running_statistics_are_the_experts_mean_while_others_are_learned(method
         seen.append(model[2].running_mean.clone())
         return model(batch)
 
-    found = merged(method, base, heads={"a": look}).state_dict()
+    found = merged(method, base, heads={"a": look, "b": None}).state_dict()
     for name in ("2.running_mean", "2.running_var"):
         mean = sum(model.state_dict()[name] for model in models.values()) / 2
         torch.testing.assert_close(found[name], mean)
@@ -432,9 +432,10 @@ def test_answers_without_logits_ask_for_a_head() -> None:
     with pytest.raises(fw.FusewrightError, match=r"logits[\s\S]*task a[\s\S]*heads="):
         merged(AdaMerging(**QUICK), Features())
     with pytest.raises(fw.FusewrightError, match=r"heads are given[\s\S]*zebra"):
-        merged(AdaMerging(**QUICK), heads={"zebra": torch.randn(3, 4)})
+        merged(AdaMerging(**QUICK), heads={"a": None, "b": None, "zebra": torch.randn(3, 4)})
     with pytest.raises(PlanError, match=r"one class[\s\S]*task a"):
-        merged(AdaMerging(**QUICK), heads={"a": lambda model, batch: model(batch)[:, :1]})
+        one = lambda model, batch: model(batch)[:, :1]  # noqa: E731
+        merged(AdaMerging(**QUICK), heads={"a": one, "b": None})
 
 
 def test_experts_on_other_modules_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -22,17 +23,20 @@ from routed_toys import (
     experts_of,
     gpt2,
     images,
+    leaning,
     llama,
     loud,
     saved,
+    sides,
     t5,
     vit,
 )
 from torch import nn
 
 import fusewright as fw
-from fusewright.errors import NumericError, PlanError, WeightsError
-from fusewright.methods.routed import EWEMoE, WEMoE
+from fusewright.errors import FusewrightWarning, NumericError, PlanError, WeightsError
+from fusewright.methods.routed import EWEMoE, RankOneMoE, WEMoE
+from fusewright.methods.routed._shares import Shares
 from fusewright.modules.mixed import MixedLinear
 
 WEIGHTS = {clip: 4, vit: 4, bert: 4, gpt2: 4, llama: 6, t5: 8}
@@ -278,11 +282,104 @@ def test_a_loss_that_is_no_number_ends_the_fit() -> None:
         built(WEMoE(**{**QUICK, "guard": 0}), vit, data=data)
 
 
-def test_collapsed_routers_are_undone() -> None:
-    made = built(WEMoE(**{**QUICK, "rate": 5.0}), vit, data=images())
-    found = made.report["fitted"]
-    steps, shares = zip(*found["agreement"], strict=True)
-    assert shares[steps.index(found["kept"])] == max(shares)
+LEANS = {"modules": "mlp$", "router": 1, "start": 0.4, "steps": 40, "batch": 12, "every": 10,
+         "schedule": "constant"}  # fmt: skip
+EACH = {"wemoe": WEMoE(**LEANS), "e_wemoe": EWEMoE(**LEANS, density=1),
+        "rank_one_moe": RankOneMoE(**LEANS, rank=2)}  # fmt: skip
+
+
+def fitted(method, **changes):
+    """A fit of the toy whose routers collapse at a high rate, and the warnings."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        made = fw.merge(method.model_copy(update=changes), **leaning())
+    return made, [str(one.message) for one in told if one.category is FusewrightWarning]
+
+
+def agreement(model: nn.Module) -> float:
+    """The share of all inputs that a model answers as their own expert does."""
+    toy = leaning()
+    with torch.no_grad():
+        alike = [model(x).argmax(1) == toy["experts"][name](x).argmax(1)
+                 for name, batches in toy["data"].items() for x in batches]  # fmt: skip
+    return float(torch.cat(alike).double().mean())
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_collapsed_routers_are_undone_and_told_of(name: str) -> None:
+    made, told = fitted(EACH[name], rate=0.1, guard=24)
+    found, plain = made.report["fitted"], fitted(EACH[name], rate=0.1, guard=0)
+    shares = dict(found["agreement"])
+    assert shares[40] < 0.5 < 0.9 < shares[found["kept"]] and found["losses"][-1] < 0.01
+    assert agreement(made.module()) > 0.9  # it does what was kept
+    assert agreement(plain[0].module()) < 0.5  # and would not without the guard
+    assert any("agreement with the experts is 1.00 in the state of step 0" in one for one in told)
+    assert any("in the last state they give expert a nearly all weight" in one for one in told)
+    kept, last = found["routing"], found["routing_at_end"]
+    for task in ("a", "b"):
+        assert 0.3 < kept[task]["a"] < 0.5 and last[task]["a"] > 9 * abs(last[task]["b"])
+    assert not any(one.startswith("the routers give") for one in told)
+    of_all = plain[0].report["fitted"]["routing"]  # of more inputs than the guard's
+    assert all(last[task] == pytest.approx(of_all[task], rel=0.01) for task in ("a", "b"))
+    assert "routing_at_end" not in plain[0].report["fitted"]
+    assert any(one.startswith("the routers give expert a") for one in plain[1])
+
+
+def test_routers_that_tell_tasks_apart_are_no_collapse() -> None:
+    made, told = fitted(EACH["wemoe"], rate=1e-3, guard=24)
+    assert not [one for one in told if "router" in one or "collapse" in one]
+    model, toy, table = made.module(), leaning(), made.report["fitted"]["routing"]
+    for task, row in table.items():
+        with torch.no_grad():
+            model(torch.cat(toy["data"][task][:2]))  # the guard's
+        (mixture,) = model.get_submodule("routing").mixtures
+        assert list(row.values()) == pytest.approx(mixture.weights.mean(0).tolist(), rel=1e-5)
+
+
+def test_the_table_is_the_mean_over_mixtures_and_directions() -> None:
+    data = sides(vit, 22)  # as many as are looked at without a guard
+    made = built(RankOneMoE(steps=1, rank=3, batch=6, guard=0), vit, data=data)
+    model, table = made.module(), made.report["fitted"]["routing"]
+    for task, batches in data.items():
+        with torch.no_grad():
+            model(pixel_values=torch.cat([batch["pixel_values"] for batch in batches]))
+        found = [m.weights for m in model.get_submodule("routing").mixtures]
+        assert {w.shape for w in found} == {(132, 6)} and len(found) == 2
+        for at, expert in enumerate("ab"):
+            mean = torch.cat([w[:, 3 * at : 3 * at + 3] for w in found]).mean()
+            assert table[task][expert] == pytest.approx(float(mean), rel=1e-4)
+
+
+def test_what_counts_as_a_collapse() -> None:
+    def shares(*tasks) -> str | None:
+        weights = torch.tensor(tasks)
+        return Shares(weights, "xyz"[: len(tasks)], ("a", "b")).collapse()
+
+    apart = [[0.9, 0.1], [0.2, 0.3]], [[0.1, 0.9], [0.2, 0.3]]  # (mixtures, experts) of each task
+    assert shares(*apart) is None
+    assert "expert b" in shares([[0.1, 0.95], [0.0, 1.0]], [[0.02, 0.3], [0.0, -2.0]])
+    assert shares([[0.1, 0.89]], [[0.02, 0.3]]) is None
+    alike = [[0.5, 0.3], [0.1, 0.4]]
+    assert "alike" in shares(alike, alike, [[0.504, 0.3], [0.1, 0.397]])
+    assert shares(alike, alike, [[0.506, 0.3], [0.1, 0.4]]) is None
+    assert shares(alike) is None  # of one task there is nothing to tell
+
+
+def test_routers_without_input_are_never_told_of() -> None:
+    made, told = fitted(EACH["wemoe"], rate=1e-3, guard=0, router=0)
+    table = made.report["fitted"]["routing"]
+    assert table["a"] == table["b"] and not [one for one in told if "router" in one]
+
+
+def test_how_the_fit_went_is_saved(tmp_path) -> None:
+    made = built(WEMoE(steps=1, batch=6, guard=6), vit, data=sides(vit))
+    base_of(vit).save_pretrained(tmp_path / "base")
+    made.source = tmp_path / "base"
+    written = made.save(tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "routed.json").read_text())["fitted"]
+    assert said == json.loads(json.dumps(made.report["fitted"])) and set(said["routing"]) == {*"ab"}
+    assert written.report["fitted"] == made.report["fitted"]
+    assert answer(fw.load(tmp_path / "out"), vit).equal(answer(made.module(), vit))
 
 
 def test_an_expert_without_data_is_named() -> None:

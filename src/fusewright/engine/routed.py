@@ -34,11 +34,14 @@ from fusewright.modules.mixed import Mixed
 from fusewright.modules.mixture import ROUTING, Routing, fixed, weights_of
 from fusewright.modules.preferences import PREFERENCES, Preferences
 from fusewright.modules.surgery import SURGERY
+from fusewright.plain import finite
 from fusewright.weights import open_weights
 from fusewright.weights.locate import ROUTED_STEM
 from fusewright.weights.names import canonical_names
 
 DESCRIPTION, FORMAT = "routed.json", 1
+_TOLD = ("parameters", "fitted")
+"""What the report of a saved model has of that in memory."""
 
 
 @dataclass
@@ -66,17 +69,19 @@ class RoutedModel(Merged):
 
     def save(self, out: str | Path, **options: Any) -> Merged:
         """Write it as a folder that :func:`fusewright.load` opens: the tensors of base and layers,
-        the base's config and tokenizer, and ``routed.json``. Other libraries find no weights in it:
-        they would leave the layers out, and say so at most. Raises PlanError for a layer without a
-        kind of its own, which nothing could open."""
+        the base's config and tokenizer, and ``routed.json``, which also says how the fit went.
+        Other libraries find no weights in it: they would leave the layers out, and say so at most.
+        Raises PlanError for a layer without a kind of its own, which nothing could open."""
         described = {path: _described(path, layer) for path, layer in self._layers()}
         said = {
             "routed": FORMAT, "method": self.report["method"], "left": list(self.left),
-            "layers": described,
+            "layers": described, "fitted": finite(self.report.get("fitted", {})),
         }  # fmt: skip
         files = {DESCRIPTION: json.dumps(said, indent=1).encode()}
         source = MergedWeights(self.state_dict(), self.source, files, ROUTED_STEM)
-        return merge("passthrough", experts={"merged": source}, out=out, **options)
+        made = merge("passthrough", experts={"merged": source}, out=out, **options)
+        made.report |= {key: self.report[key] for key in _TOLD if key in self.report}
+        return made
 
     def unload(self, inputs: Any = None) -> Merged:
         """A plain model of the base's architecture, with one w for each mixture: that of routers

@@ -16,10 +16,11 @@ from fusewright.methods.contract import Card, Context, Parts, Routed
 from fusewright.methods.learned._fitting import asked
 from fusewright.methods.learned._rest import summed
 from fusewright.methods.learned._resume import Numbered, digest
-from fusewright.methods.learned.fitter import Fitter
+from fusewright.methods.learned.fitter import Fit, Fitter
 from fusewright.methods.learned.processes import Processes
 from fusewright.methods.routed._linears import is_routable, turned
-from fusewright.methods.routed._named import Named
+from fusewright.methods.routed._named import Named, check_finite
+from fusewright.methods.routed._shares import Shares, shares_of, told
 from fusewright.modules.architecture import Architecture, describe_module
 from fusewright.modules.deltas import Delta, Dense, Factors, Sparse, leading
 from fusewright.modules.features import FeatureRouter, FeatureRouting, SharedMixture
@@ -57,8 +58,11 @@ class Twin(Routed):
     perplexity is no likelihood: score it with a ``prompt``
     (:class:`~fusewright.tasks.LanguageModelling`).
 
+    The report has the mean w of each task's held-out inputs ("routing"), and how often the task of
+    these was recognised.
+
     Raises PlanError where experts change no linear layer, an expert has no data, or fewer than two
-    inputs.
+    inputs, DataError for batches that are empty, NumericError for features that are not finite.
     """
 
     name: ClassVar[str] = "twin"
@@ -130,6 +134,7 @@ class Twin(Routed):
                 raise PlanError("a router needs inputs to learn from and to be judged by",
                                 where=f"task {task}", expected="two inputs or more",
                                 found=len(features))  # fmt: skip
+            check_finite(task, features)
         return list(found.values())
 
     def _trained(
@@ -140,17 +145,18 @@ class Twin(Routed):
         router = FeatureRouter(seen[0].shape[1], len(seen), self.dropout, context.seed)
         with torch.random.fork_rng(devices=[]):  # dropout draws from torch's own generator
             torch.manual_seed(context.seed)
-            fit = self._descent(router, learned, held, context)
+            fit, last = self._descent(router, learned, held, context)
+        names, kept = tuple(context.experts), _shares(router, held, tuple(context.experts))
         with torch.no_grad():
             right = router.eval()(held.features).argmax(dim=1) == held.tasks
-        names = list(context.experts)
         shares = {n: float(right[held.tasks == t].float().mean()) for t, n in enumerate(names)}
-        return router, {"losses": list(fit.losses), "kept": fit.kept, "recognised": shares,
-                        "scores": [list(score) for score in fit.scores]}  # fmt: skip
+        return router, {"losses": list(fit.losses), "kept": fit.kept, "stopped": fit.stopped,
+                        "recognised": shares, "scores": [list(score) for score in fit.scores],
+                        **told(kept, last)}  # fmt: skip
 
     def _descent(
         self, router: FeatureRouter, learned: Named, held: Named, context: Context
-    ) -> Any:
+    ) -> tuple[Fit, Shares | None]:
         batches = Numbered(learned.batches(self.batch, context.seed))
         each = learned.count(self.batch)
 
@@ -166,11 +172,13 @@ class Twin(Routed):
             with torch.no_grad():
                 return -float(nn.functional.cross_entropy(router(held.features), held.tasks))
 
+        last: list[Shares] = []
         fitter = Fitter(
             self.epochs * each, self.rate, every=each, score=score, tell=context.tell,
             checkpoint=context.checkpoint("router", lambda: digest(vars(learned))),
+            ending=lambda: last.append(_shares(router, held, tuple(context.experts))),
         )  # fmt: skip
-        return fitter.run(router, step)
+        return fitter.run(router, step), last[0] if last else None
 
 
 class _Layers:
@@ -286,6 +294,13 @@ class _Layers:
 def uniform(experts: int) -> Router:
     """w = 1/T for every input."""
     return Router(0, experts, 0, start=1 / experts)
+
+
+@torch.no_grad()
+def _shares(router: FeatureRouter, held: Named, experts: Sequence[str]) -> Shares:
+    """w of the held-out inputs, by task."""
+    weights = router.eval()(held.features).softmax(dim=1)
+    return shares_of({e: weights[held.tasks == t] for t, e in enumerate(experts)}, experts)
 
 
 def _factors(delta: Delta) -> Factors | None:

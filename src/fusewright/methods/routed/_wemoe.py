@@ -15,6 +15,7 @@ from fusewright.methods.learned._fitting import Fitting, Learner
 from fusewright.methods.learned._rest import summed
 from fusewright.methods.routed._linears import turned
 from fusewright.methods.routed._mixtures import MLP, Part, parts_of
+from fusewright.methods.routed._shares import Shares, asked_weights, told
 from fusewright.methods.settings import PerTensor, resolve
 from fusewright.methods.static._fields import Number
 from fusewright.modules.critical import critical
@@ -50,8 +51,12 @@ class WEMoE(Learner, Routed):
     its perplexity is no likelihood: score it with a ``prompt``
     (:class:`~fusewright.tasks.LanguageModelling`).
 
-    Raises PlanError where nothing is selected or an expert has no data, NumericError for a loss
-    that is not finite.
+    The report has the mean w of each task's held-out inputs, over all mixtures ("routing"; of the
+    last state too, where another is kept). Warns where these routers, or the last ones, have
+    collapsed: an expert has nine tenths of every task's |w|, or no mixture's w differs between
+    tasks by more than one per cent.
+
+    Raises PlanError where nothing is selected or an expert has no data, and as :class:`Learner`.
     """
 
     name: ClassVar[str] = "wemoe"
@@ -132,11 +137,15 @@ class WEMoE(Learner, Routed):
 
     def _fitted(self, fitting: Fitting) -> dict[str, Any]:
         model, routers = fitting.model, fitting.model.get_submodule(ROUTING)
+        assert isinstance(routers, Routing)
+        last: list[Shares] = []
         fit = fitting.descend(
             "routers", routers, lambda number: fitting.gradients_in(routers, number),
             lambda: fitting.score(model), steps=self.steps, rate=self.rate, schedule=self.schedule,
+            ending=lambda: last.append(asked_weights(fitting, routers)),
         )  # fmt: skip
-        return fitting.report(model, fit)
+        kept, ended = asked_weights(fitting, routers), last[0] if last else None
+        return fitting.report(model, fit) | told(kept, ended, self.router == 0)
 
 
 class EWEMoE(WEMoE):
