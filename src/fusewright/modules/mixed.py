@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from fusewright.errors import PlanError
+from fusewright.modules import patches
 from fusewright.modules.layer import Replacement, Saved
 from fusewright.modules.stacks import FactorStack, Stack, restored
 from fusewright.modules.tensors import wide_dtype
@@ -32,6 +33,8 @@ _LINES = 128
 """Rows that are merged at once by a loop, of as many samples as then fit into a block."""
 _PANEL = 7 << 22
 """Bytes of the base's and all experts' rows that are brought together at once."""
+_PATCHES = 1 << 27
+"""Bytes of a convolution's patches that are there at once, but for those of a single sample."""
 _BYTE = 4
 """Multiplications that a processor does while one byte comes from memory."""
 
@@ -47,17 +50,23 @@ class Mixed(Replacement):
     def merged(self, weights: Tensor) -> dict[str, Tensor]:
         """The base layer's own tensors for one w (experts,): {"weight": …, "bias": …}."""
 
+    def plain(self) -> dict[str, Tensor]:
+        own = self.base.state_dict()
+        return {**own, **self.merged(self.mixture.settled())}
+
     @property
     def active(self) -> int:
         return self.added
 
 
 class MixedLinear(Mixed):
-    """y = (W_0 + Σ_t w_t Δ_t) x + b_0 + Σ_t w_t s_t, in the place of a Linear or Conv1D ``base``.
+    """y = (W_0 + Σ_t w_t Δ_t) x + b_0 + Σ_t w_t s_t, in the place of a Linear, a Conv1D or a
+    convolution ``base``, whose x are patches (:mod:`fusewright.modules.patches`).
 
     w is (samples, experts), or (1, experts) for all samples: what ``mixture`` routed last, shared
-    by all linear maps of that mixture. Inputs are (samples, …, in). ``stack`` holds Δ, ``shift``
-    (experts, out) s or None; neither is trained. Sums are in float32 or better.
+    by all linear maps of that mixture. Inputs are (samples, …, in), a convolution's (samples,
+    channels, …). ``stack`` holds Δ, ``shift`` (experts, out) s or None; neither is trained. Sums
+    are in float32 or better.
     """
 
     kind: ClassVar[str] = "mixed"
@@ -74,14 +83,33 @@ class MixedLinear(Mixed):
     @property
     def matrix(self) -> Tensor:
         """W_0, (out, in)."""
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        return weight if isinstance(self.base, nn.Linear) else weight.T
+        return patches.matrix(self.base)
 
     def forward(self, inputs: Tensor) -> Tensor:
         weights = self.mixture.weights_for(inputs)
         if weights is None:
             return self.base(inputs)
-        x = inputs.reshape(len(weights), -1, inputs.shape[-1])
+        if isinstance(self.base, patches.Convolution):
+            return self._convolved(self.base, inputs, weights)
+        return self._answered(inputs, weights)
+
+    def _convolved(self, base: patches.Convolution, inputs: Tensor, weights: Tensor) -> Tensor:
+        """One w for all: a convolution with what is merged. Else by patches, of so many samples at
+        a time as they take memory; where there is a gradient they are all kept."""
+        learned = torch.is_grad_enabled() and (inputs.requires_grad or weights.requires_grad)
+        if len(weights) == 1 and not weights.requires_grad:
+            whole = self.stack.combined(self.matrix, weights[0].to(wide_dtype(self.matrix)))
+            bias = self._bias(weights)
+            return patches.convolved(base, inputs, whole, None if bias is None else bias[0])
+        if learned or len(weights) == 1:
+            return self._answered(inputs, weights)
+        count = max(1, _PATCHES // (inputs[0].nbytes * prod(base.kernel_size)))
+        return torch.cat([self._answered(x, w) for x, w in
+                          zip(inputs.split(count), weights.split(count), strict=True)])  # fmt: skip
+
+    def _answered(self, inputs: Tensor, weights: Tensor) -> Tensor:
+        x = patches.rows(self.base, inputs)
+        x = x.reshape(len(weights), -1, x.shape[-1])
         form = cheapest(len(weights), x.shape[0] * x.shape[1], self.stack)
         if form == "factors":
             assert isinstance(self.stack, FactorStack)
@@ -91,16 +119,15 @@ class MixedLinear(Mixed):
         bias = self._bias(weights)
         if bias is not None:
             found += bias[:, None].to(found.dtype)
-        return found.reshape(*inputs.shape[:-1], found.shape[-1])
+        return patches.answered(self.base, inputs, found)
 
     def merged(self, weights: Tensor) -> dict[str, Tensor]:
-        base, wide = dict(self.base.named_parameters()), wide_dtype(self.matrix)
-        total = self.stack.combined(self.matrix, weights.to(wide))
-        found = {"weight": total if isinstance(self.base, nn.Linear) else total.T.contiguous()}
-        bias = self._bias(weights[None])
+        matrix, bias = self.matrix, self._bias(weights[None])
+        total = self.stack.combined(matrix, weights.to(wide_dtype(matrix)))
+        found = {"weight": patches.stored(self.base, total)}
         if bias is not None:
             found["bias"] = bias[0]
-        return {name: tensor.to(base[name].dtype) for name, tensor in found.items()}
+        return {n: tensor.to(getattr(self.base, n).dtype) for n, tensor in found.items()}
 
     def _bias(self, weights: Tensor) -> Tensor | None:
         """b_0 + Σ_t w_t s_t: (n, out)."""

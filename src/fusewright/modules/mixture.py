@@ -38,7 +38,7 @@ class Text:
 
 class Mixture:
     """Linear maps that share one w: routed at the input of the module ``entry``, the first floating
-    tensor that it is called with, (samples, …, width).
+    tensor that it is called with, (samples, …, width), or of ``maps`` (samples, width, …).
 
     ``per`` "sample": every sample has its own w, whatever it is in one batch with. "batch": the
     mean over the batch, for all. With a filled cache the w of the prompt stays: what is cached was
@@ -46,16 +46,19 @@ class Mixture:
     """
 
     def __init__(
-        self, number: int, entry: str, router: Router, per: Per, text: Text | None
-    ) -> None:
+        self, number: int, entry: str, router: Router, per: Per, text: Text | None,
+        maps: bool = False,
+    ) -> None:  # fmt: skip
         self.number, self.entry, self.per = number, entry, per
-        self.router, self.text = router, text
+        self.router, self.text, self.maps = router, text, maps
         self.weights: Tensor | None = None
 
     def route(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before the forward of the entry."""
         inputs = next((v for v in (*args, *kwargs.values())
                        if isinstance(v, Tensor) and v.is_floating_point()), None)  # fmt: skip
+        if inputs is not None and self.maps and inputs.dim() > 2:
+            inputs = inputs.movedim(1, -1)
         if inputs is None or inputs.dim() < 2 or inputs.shape[-1] != self.router.inputs:
             raise PlanError("a mixture is routed by tensors (samples, ..., width)",
                             where=self.entry, expected=f"(samples, ..., {self.router.inputs})",
@@ -75,6 +78,16 @@ class Mixture:
                             fix="call the whole model, or at least that module")  # fmt: skip
         check_samples(inputs, self.weights, self.entry)
         return self.weights
+
+    def settled(self) -> Tensor:
+        """One w (experts,) for all inputs: that of a router without input, or the mean of what was
+        routed last."""
+        if self.router.depth == 0:
+            return self.router.chosen(self.router.bias.detach()[None])[0]
+        if self.weights is None:
+            raise PlanError("nothing was routed yet", where=self.entry,
+                            fix="unload(inputs)")  # fmt: skip
+        return self.weights.detach().mean(dim=0)
 
     def _mask(self, tokens: Tensor) -> Tensor | None:
         mask = None if self.text is None else self.text.mask
@@ -102,6 +115,7 @@ class Routing(Layer):
     mixtures share it. A child of the model under :data:`ROUTING`."""
 
     kind: ClassVar[str] = "routing"
+    turn: ClassVar[int] = 1
 
     def __init__(self, routers: Sequence[Router]) -> None:
         super().__init__()
@@ -110,14 +124,18 @@ class Routing(Layer):
         self._texts: dict[str, Text] = {}
         self._listens = False
 
-    def add(self, model: nn.Module, entry: str, router: int, per: Per) -> Mixture:
+    def add(
+        self, model: nn.Module, entry: str, router: int, per: Per, maps: bool = False
+    ) -> Mixture:
         """A mixture of the part of ``model`` that begins at ``entry``."""
         reader, text = text_model(model, entry), None
         if reader is not None:
             text = self._texts.setdefault(reader, Text())
         gate = self.routers[router]
         assert isinstance(gate, Router)
-        self.mixtures.append(Mixture(len(self.mixtures), entry, gate, per, text))
+        if per == "sample" and gate.depth:
+            check_order(model)
+        self.mixtures.append(Mixture(len(self.mixtures), entry, gate, per, text, maps))
         return self.mixtures[-1]
 
     def listen(self, model: nn.Module) -> None:
@@ -141,8 +159,8 @@ class Routing(Layer):
         places = {id(router): at for at, router in enumerate(self.routers)}
         return {
             "routers": [router.described() for router in self.routers],  # type: ignore
-            "mixtures": [{"entry": m.entry, "router": places[id(m.router)], "per": m.per}
-                         for m in self.mixtures],
+            "mixtures": [{"entry": m.entry, "router": places[id(m.router)], "per": m.per,
+                          **({"maps": True} if m.maps else {})} for m in self.mixtures],
         }  # fmt: skip
 
     @classmethod
@@ -185,13 +203,13 @@ def fixed(routing: Routing) -> bool:
     return all(mixture.router.depth == 0 for mixture in routing.mixtures)
 
 
-def weights_of(mixture: Mixture) -> Tensor:
-    """One w (experts,): that of a router without input, or the mean of what was routed last."""
-    if mixture.router.depth == 0:
-        return mixture.router.chosen(mixture.router.bias.detach()[None])[0]
-    if mixture.weights is None:
-        raise PlanError("nothing was routed yet", where=mixture.entry,
-                        fix="unload(inputs)")  # fmt: skip
-    return mixture.weights.detach().mean(dim=0)
+def check_order(model: nn.Module) -> None:
+    """Refuse a model whose tokens come before its samples: no layer could tell them apart."""
+    for path, part in model.named_modules():
+        if isinstance(part, nn.MultiheadAttention) and not part.batch_first:
+            raise PlanError("the model attends to (tokens, samples, width), so that no sample can "
+                            "have its own weights", where=path, expected="batch_first=True",
+                            found="batch_first=False",
+                            fix="per='batch', or the model with batch_first=True")  # fmt: skip
 
 

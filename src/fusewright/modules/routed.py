@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from fusewright.modules import patches
 from fusewright.modules.layer import Replacement, Saved
 
 
@@ -14,9 +15,10 @@ class RoutedLinear(Replacement):
     """y = f_0(x) + Σ_{t ∈ top} p_t (U_t D_t x + s_t), for every row x of the input.
 
     ``base`` is the layer f_0 as it was, of any class whose inputs and outputs are (…, in) and
-    (…, out). ``up`` (experts, out, k) and ``down`` (experts, k, in) are the experts' changes of its
-    weight, ``shift`` (experts, out) those of its bias or None. The gate is
-    p = softmax(‖G_t x‖_2), ``gate`` (experts, g, in), of which the ``top`` largest are kept and
+    (…, out), or a convolution, whose rows are patches and every place of its answer one of them
+    (:mod:`fusewright.modules.patches`). ``up`` (experts, out, k) and ``down`` (experts, k, in) are
+    the experts' changes of its weight, ``shift`` (experts, out) those of its bias or None. The gate
+    is p = softmax(‖G_t x‖_2), ``gate`` (experts, g, in), of which the ``top`` largest are kept and
     scaled to the sum 1. Norms and the softmax are in float32.
     """
 
@@ -41,12 +43,13 @@ class RoutedLinear(Replacement):
         return len(self.up)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        rows = inputs.reshape(-1, inputs.shape[-1])
+        rows = patches.rows(self.base, inputs)
+        rows = rows.reshape(-1, rows.shape[-1])
         shares, chosen = self.routed(rows)
-        found = self.base(inputs)
-        total = found.reshape(-1, found.shape[-1])
-        added = [self._one(rows, shares[:, k], chosen[:, k]) for k in range(shares.shape[1])]
-        return (total + sum(added)).reshape(found.shape)
+        found: Tensor = self.base(inputs)
+        for one, expert in zip(shares.T, chosen.T, strict=True):
+            found = found + patches.answered(self.base, inputs, self._one(rows, one, expert))
+        return found
 
     def routed(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The shares (n, top) and numbers (n, top) of the experts that each row is sent to."""

@@ -12,8 +12,16 @@ from torch import nn
 
 from fusewright.errors import FusewrightWarning, PlanError
 from fusewright.methods.contract import Card, Context, Parts, Routed
-from fusewright.methods.learned._rest import summed
-from fusewright.methods.routed._linears import is_routable, turned
+from fusewright.methods.learned._rest import is_statistic, summed
+from fusewright.methods.routed._linears import (
+    changed,
+    matrices,
+    opened,
+    part_of,
+    routable,
+    shifts,
+    warn_of_left,
+)
 from fusewright.methods.settings import PerTensor, Range, resolve
 from fusewright.methods.static._fields import Number
 from fusewright.modules.architecture import describe_module
@@ -59,39 +67,44 @@ class Smile(Routed):
 
     def build(self, context: Context) -> Parts:
         model, vectors = context.module(), context.vectors()
+        described = describe_module(model)
         found: dict[str, Layer] = {}
         taken: set[str | None] = set()
-        for linear in describe_module(model).linears.values():
-            inside = linear.block is not None
-            if inside and is_routable(linear, model) and linear.weight in vectors.base:
-                layer = self._layer(linear, model.get_submodule(linear.module), vectors)
+        for linear in routable(described, model):
+            if linear.block is not None and linear.weight in vectors.base:
+                layer = self._layer(linear, part_of(linear, model), vectors)
                 if layer is not None:
                     found[linear.module] = layer
                     taken |= {linear.weight, linear.bias}
         if not found:
             raise PlanError("no linear layer of a block is changed by an expert",
-                            expected="nn.Linear or Conv1D inside blocks",
+                            expected="nn.Linear, Conv1D or a convolution inside blocks",
                             fix="`fusewright inspect` shows what the experts change")  # fmt: skip
         _warn_of_blind(found)
-        others = vectors.select(
-            lambda name: name not in taken and resolve(self.rest, context.layout(name)) != 0
-        )
-        return Parts(found, summed(context, others, self.rest))
+        rest = vectors.select(lambda name: name not in taken)
+        scaled = rest.select(lambda name: self._is_scaled(name, context))
+        left = changed(rest.select(lambda name: name not in scaled.base))
+        maps = {name for name, linear in described.linears.items() if linear.block is not None}
+        warn_of_left([n for n in left if n in maps], "stay the base's, unless `rest` is for them")
+        layers = {**opened(found, model), **found}
+        return Parts(layers, summed(context, scaled, self.rest), {"left": left})
+
+    def _is_scaled(self, name: str, context: Context) -> bool:
+        return resolve(self.rest, context.layout(name)) != 0 or is_statistic(context, name)
 
     def _layer(
         self, linear: LinearMap, base: nn.Module, vectors: TaskVectors
     ) -> RoutedLinear | None:
         wide = max(self.rank, self.gate)
-        split = [triples(turned(d, linear.in_first), wide) for d in vectors.at(linear.weight)]
+        split = [triples(delta, wide) for delta in matrices(linear, vectors)]
         if not any(bool(values.any()) for _, values, _ in split):
             return None
         dtype = vectors.base[linear.weight].dtype
         up = _stacked([(u * s)[:, : self.rank] for u, s, _ in split]).to(dtype)
         down = _stacked([v[:, : self.rank] for *_, v in split]).mT.contiguous().to(dtype)
         gate = _stacked([v[:, : self.gate] for *_, v in split]).mT.contiguous().to(dtype)
-        bias = None
-        if linear.bias is not None and linear.bias in vectors.base:
-            bias = torch.stack([d.dense() for d in vectors.at(linear.bias)]).to(dtype)
+        each = shifts(linear, vectors)
+        bias = None if each is None else torch.stack(each).to(dtype)
         return RoutedLinear(base, up, down, gate, bias, self.top)
 
 

@@ -13,8 +13,14 @@ from torch import Tensor, nn
 from fusewright.methods.contract import Card, Context, Parts, Routed
 from fusewright.methods.learned._fitting import Fitting, Learner
 from fusewright.methods.learned._rest import summed
-from fusewright.methods.routed._linears import turned
-from fusewright.methods.routed._mixtures import MLP, Part, parts_of
+from fusewright.methods.routed._linears import (
+    matrices,
+    opened,
+    part_of,
+    shifts,
+    warn_of_left,
+)
+from fusewright.methods.routed._mixtures import MLP, Part, left_of, parts_of
 from fusewright.methods.settings import PerTensor, resolve
 from fusewright.methods.static._fields import Number
 from fusewright.modules.critical import critical
@@ -76,7 +82,10 @@ class WEMoE(Learner, Routed):
     def build(self, context: Context) -> Parts:
         fitting = Fitting(context, self) if self.steps else None
         model, vectors = context.module(), context.vectors()
-        parts, report = self._parts(context, model, vectors), {"critical": critical(vectors, model)}
+        report: dict[str, Any] = {"critical": critical(vectors, model)}
+        report["left"] = left_of(model, vectors, self.modules)
+        warn_of_left(report["left"], "are merged as all other tensors")
+        parts = self._parts(context, model, vectors)
         if fitting is not None:
             fitting.put_in(parts)
             report |= self._fitted(fitting)
@@ -93,12 +102,13 @@ class WEMoE(Learner, Routed):
         layers: dict[str, Layer] = {}
         taken: set[str | None] = set()
         for part, place in zip(found, places, strict=True):
-            mixture = routing.add(model, part.entry, place, self.per)
+            mixture = routing.add(model, part.entry, place, self.per, part.maps)
             for linear in part.linears:
                 layers[linear.module] = self._layer(linear, model, vectors, mixture)
                 taken |= {linear.weight, linear.bias}
         rest = vectors.select(lambda name: name not in taken)
-        return Parts({**layers, ROUTING: routing}, summed(context, rest, self.start))
+        layers = {**opened(layers, model), **layers, ROUTING: routing}
+        return Parts(layers, summed(context, rest, self.start))
 
     def _routing(
         self, context: Context, parts: Sequence[Part], experts: int
@@ -120,13 +130,11 @@ class WEMoE(Learner, Routed):
         self, linear: LinearMap, model: nn.Module, vectors: TaskVectors, mixture: Mixture
     ) -> MixedLinear:
         density, dtype = self._density(), vectors.base[linear.weight].dtype
-        deltas = [turned(delta, linear.in_first) for delta in vectors.at(linear.weight)]
+        each, stack = shifts(linear, vectors), stacked(matrices(linear, vectors), density, dtype)
         shift = None
-        if linear.bias is not None and linear.bias in vectors.base:
-            kept = (d.dense() for d in vectors.at(linear.bias))
-            shift = torch.stack([_pruned(b, density) for b in kept]).to(dtype)
-        base = model.get_submodule(linear.module)
-        return MixedLinear(base, stacked(deltas, density, dtype), shift, mixture)
+        if each is not None:
+            shift = torch.stack([_pruned(bias, density) for bias in each]).to(dtype)
+        return MixedLinear(part_of(linear, model), stack, shift, mixture)
 
     def _fitted(self, fitting: Fitting) -> dict[str, Any]:
         model, routers = fitting.model, fitting.model.get_submodule(ROUTING)
