@@ -35,6 +35,12 @@ def vit():
         **TINY, intermediate_size=32, image_size=8, patch_size=4, num_labels=4))  # fmt: skip
 
 
+def resnet():
+    return hf.ResNetForImageClassification(hf.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[2, 1], num_labels=4,
+        layer_type="basic"))  # fmt: skip
+
+
 def bert():
     return hf.BertForSequenceClassification(hf.BertConfig(**TEXT, num_labels=4))
 
@@ -55,6 +61,7 @@ def t5():
 
 INPUTS = {
     clip: {"pixel_values": PIXELS}, vit: {"pixel_values": PIXELS},
+    resnet: {"pixel_values": PIXELS},
     bert: WORDS, gpt2: WORDS, llama: WORDS,
     t5: {**WORDS, "decoder_input_ids": IDS[:, :4], "decoder_attention_mask": MASK[:, 2:6]},
 }  # fmt: skip
@@ -67,12 +74,15 @@ def base_of(make) -> nn.Module:
 
 
 def expert_of(base: nn.Module, seed: int) -> nn.Module:
-    """The base with every parameter moved."""
+    """The base with every parameter and running statistic moved."""
     draw, expert = torch.Generator().manual_seed(seed), copy.deepcopy(base)
     with torch.no_grad():
         for parameter in expert.parameters():
             noise = torch.randn(parameter.shape, generator=draw).to(parameter)
             parameter.add_(0.3 * max(0.05, float(parameter.float().std().nan_to_num())) * noise)
+        for name, buffer in expert.named_buffers():
+            if "running" in name:
+                buffer.add_(0.2 * torch.rand(buffer.shape, generator=draw))
     return expert
 
 

@@ -24,6 +24,7 @@ from routed_toys import (
     images,
     llama,
     loud,
+    resnet,
     saved,
     t5,
     vit,
@@ -35,7 +36,7 @@ from fusewright.errors import NumericError, PlanError, WeightsError
 from fusewright.methods.routed import EWEMoE, WEMoE
 from fusewright.modules.mixed import MixedLinear
 
-WEIGHTS = {clip: 4, vit: 4, bert: 4, gpt2: 4, llama: 6, t5: 8}
+WEIGHTS = {clip: 4, vit: 4, resnet: 7, bert: 4, gpt2: 4, llama: 6, t5: 8}
 BY_TENSOR = [{"filter": "embed", "value": 1.0}, {"layers": [0.2, 0.4]}]
 UNTRAINED = [WEMoE(steps=0), EWEMoE(steps=0)]
 METHODS = pytest.mark.parametrize("method", UNTRAINED, ids=lambda method: method.name)
