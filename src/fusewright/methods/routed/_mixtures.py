@@ -64,9 +64,10 @@ def _groups(
 ) -> dict[str, list[LinearMap]]:
     """The selected ones by the block, or the module, that they are of."""
     if modules == MLP:
-        known = list(described.linears.values())
-        role = Role.MLP if _of_role(known, described, Role.MLP) else Role.CONV
-        return _of_role(linears, described, role)
+        inside = [each for each in linears if each.block is not None]
+        if any(_feeds(each, described) for each in described.linears.values()):
+            return _by_block([each for each in inside if _feeds(each, described)], described)
+        return _by_block([each for each in inside if each.kernel], described)
     groups: dict[str, list[LinearMap]] = defaultdict(list)
     for linear in linears:
         if (outer := _outermost(linear.module, modules)) is not None:
@@ -74,16 +75,21 @@ def _groups(
     return groups
 
 
-def _of_role(
-    linears: Sequence[LinearMap], described: Architecture, role: Role
+def _feeds(linear: LinearMap, described: Architecture) -> bool:
+    """Whether it is of a block's feed-forward part."""
+    return linear.block is not None and described.layout[linear.weight].role is Role.MLP
+
+
+def _by_block(
+    linears: Sequence[LinearMap], described: Architecture
 ) -> dict[str, list[LinearMap]]:
-    """Those of blocks; of convolutions, those inside the block's own module."""
+    """By their block's path; convolutions outside its module (a stage's down-sampling) are left."""
     groups: dict[str, list[LinearMap]] = defaultdict(list)
     for linear in linears:
-        if linear.block is not None and described.layout[linear.weight].role is role:
-            path = described.blocks[linear.block].path
-            if role is Role.MLP or linear.module.startswith(f"{path}."):
-                groups[path].append(linear)
+        assert linear.block is not None
+        path = described.blocks[linear.block].path
+        if not linear.kernel or f"{linear.module}.".startswith(f"{path}."):
+            groups[path].append(linear)
     return groups
 
 
