@@ -100,6 +100,12 @@ def built(method, make, **options):
     return fw.merge(method, base=base, experts=experts_of(base), **options)
 
 
+def said(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of each input: of texts those of the last token."""
+    found = model(**batch)[0]
+    return found if found.dim() == 2 else found[:, -1]
+
+
 def loud(model: nn.Module, seed: int = 7) -> nn.Module:
     """Routers that tell inputs apart plainly."""
     draw = torch.Generator().manual_seed(seed)

@@ -33,8 +33,6 @@ _LINES = 128
 """Rows that are merged at once by a loop, of as many samples as then fit into a block."""
 _PANEL = 7 << 22
 """Bytes of the base's and all experts' rows that are brought together at once."""
-_PATCHES = 1 << 27
-"""Bytes of a convolution's patches that are there at once, but for those of a single sample."""
 _BYTE = 4
 """Multiplications that a processor does while one byte comes from memory."""
 
@@ -94,18 +92,16 @@ class MixedLinear(Mixed):
         return self._answered(inputs, weights)
 
     def _convolved(self, base: patches.Convolution, inputs: Tensor, weights: Tensor) -> Tensor:
-        """One w for all: a convolution with what is merged. Else by patches, of so many samples at
-        a time as they take memory; where there is a gradient they are all kept."""
-        learned = torch.is_grad_enabled() and (inputs.requires_grad or weights.requires_grad)
+        """One w for all: a convolution with what is merged. Else by patches."""
         if len(weights) == 1 and not weights.requires_grad:
             whole = self.stack.combined(self.matrix, weights[0].to(wide_dtype(self.matrix)))
             bias = self._bias(weights)
             return patches.convolved(base, inputs, whole, None if bias is None else bias[0])
-        if learned or len(weights) == 1:
-            return self._answered(inputs, weights)
-        count = max(1, _PATCHES // (inputs[0].nbytes * prod(base.kernel_size)))
-        return torch.cat([self._answered(x, w) for x, w in
-                          zip(inputs.split(count), weights.split(count), strict=True)])  # fmt: skip
+        parts = patches.portions(base, inputs)
+        each = weights.expand(len(inputs), -1).split([len(part) for part in parts])
+        shared = len(weights) == 1
+        return torch.cat([self._answered(x, w[:1] if shared else w)
+                          for x, w in zip(parts, each, strict=True)])  # fmt: skip
 
     def _answered(self, inputs: Tensor, weights: Tensor) -> Tensor:
         x = patches.rows(self.base, inputs)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from math import prod
+
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, unfold
 
 ConvNd = nn.modules.conv._ConvNd
 Convolution = nn.Conv1d | nn.Conv2d
+_BYTES = 1 << 27
+"""Of patches that are there at once, but for those of a single sample."""
 
 
 def is_convolution(base: nn.Module) -> bool:
@@ -43,6 +48,15 @@ def rows(base: nn.Module, inputs: Tensor) -> Tensor:
     flat = x.dim() == 3
     kernel, dilation, stride = ((1, *each) if flat else each for each in windows)
     return unfold(x[:, :, None] if flat else x, kernel, dilation, 0, stride).mT
+
+
+def portions(base: nn.Module, inputs: Tensor) -> tuple[Tensor, ...]:
+    """Inputs, so many samples at a time as their patches take memory; whole if they are asked for a
+    gradient, for which all patches are kept."""
+    if not isinstance(base, Convolution) or (torch.is_grad_enabled() and inputs.requires_grad):
+        return (inputs,)
+    one = max(1, inputs[:1].nbytes * prod(base.kernel_size))
+    return inputs.split(max(1, _BYTES // one))
 
 
 def answered(base: nn.Module, inputs: Tensor, found: Tensor) -> Tensor:

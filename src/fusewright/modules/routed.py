@@ -43,13 +43,17 @@ class RoutedLinear(Replacement):
         return len(self.up)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        parts = [self._added(part) for part in patches.portions(self.base, inputs)]
+        found: Tensor = self.base(inputs)
+        return found + (parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def _added(self, inputs: Tensor) -> Tensor:
+        """What the experts add to the base's answer."""
         rows = patches.rows(self.base, inputs)
         rows = rows.reshape(-1, rows.shape[-1])
         shares, chosen = self.routed(rows)
-        found: Tensor = self.base(inputs)
-        for one, expert in zip(shares.T, chosen.T, strict=True):
-            found = found + patches.answered(self.base, inputs, self._one(rows, one, expert))
-        return found
+        each = [self._one(rows, *pair) for pair in zip(shares.T, chosen.T, strict=True)]
+        return patches.answered(self.base, inputs, sum(each[1:], each[0]))
 
     def routed(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The shares (n, top) and numbers (n, top) of the experts that each row is sent to."""
