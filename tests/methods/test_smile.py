@@ -226,3 +226,24 @@ def test_transformers_refuses_a_folder_whose_layers_it_would_leave_out(tmp_path)
             type(base).from_pretrained(tmp_path / name)
         again = fw.load(tmp_path / name)
         assert all(again.state_dict()[n].equal(t) for n, t in made.state_dict().items())
+
+
+def test_running_statistics_are_the_experts_mean_and_norms_the_bases() -> None:
+    base = base_of(resnet)
+    experts = {name: moved(expert_of(base, seed), seed) for seed, name in enumerate("ab", 1)}
+    with torch.no_grad():
+        for seed, expert in enumerate(experts.values()):
+            for name, buffer in expert.named_buffers():
+                if "running" in name:
+                    buffer.add_(seed + 0.5)
+    made = fw.merge(Smile(rank=4, gate=2), base=base, experts=experts)
+    state, one, two = made.state_dict(), *(e.state_dict() for e in experts.values())
+    for name, tensor in base.state_dict().items():
+        if "running" in name:
+            torch.testing.assert_close(state[name], (one[name] + two[name]) / 2)
+        elif "normalization" in name or "classifier" in name:
+            assert state[name].equal(tensor)
+    left = made.report["fitted"]["left"]
+    assert "classifier.1.weight" in left and not any("running" in name for name in left)
+    assert not any(name.endswith("convolution.weight") and "encoder" in name for name in left)
+    assert all(isinstance(layer.base, nn.Conv2d) for _, layer in made._layers())

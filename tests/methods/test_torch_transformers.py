@@ -75,6 +75,7 @@ KINDS = pytest.mark.parametrize("kind", ["encoder", "layer", "open"])
 EVERY = r"(self_attn|attn|linear\d|mlp)$"
 MIXED = {
     "wemoe": WEMoE(steps=0), "wemoe of attention": WEMoE(steps=0, modules="attn$"),
+    "wemoe of queries": WEMoE(steps=0, modules="q_proj$"),
     "e_wemoe": EWEMoE(steps=0, modules=EVERY, density=0.3),
     "rank_one_moe": RankOneMoE(steps=0, modules=EVERY, rank=3),
     "twin": fw.Twin(mask_rate=0.5, epochs=10, rate=1e-2),

@@ -257,14 +257,13 @@ def _restored(
 ) -> dict[str, Layer]:
     layers: dict[str, Layer] = {}
     described: Mapping[str, Mapping[str, Any]] = said["layers"]
-    kinds = {at: _kind(str(of.get("kind")), f"{path / DESCRIPTION}: {at}", said)
-             for at, of in described.items()}  # fmt: skip
-    for at in sorted(described, key=lambda at: kinds[at].turn):
+    for at in sorted(described, key=lambda at: (at != ROUTING, at)):  # what others need is first
+        kind = _kind(str(described[at].get("kind")), f"{path / DESCRIPTION}: {at}", said)
         tensors = {n.removeprefix(f"{at}."): t for n, t in state.items() if n.startswith(f"{at}.")}
         routing = layers.get(ROUTING)
         assert routing is None or isinstance(routing, Routing)
         try:
-            layers[at] = kinds[at].restored(Saved(model, at, described[at], tensors, routing))
+            layers[at] = kind.restored(Saved(model, at, described[at], tensors, routing))
         except (KeyError, AttributeError) as error:
             raise WeightsError("a routed layer is not complete", where=f"{path}: {at}",
                                expected=str(error)) from error  # fmt: skip

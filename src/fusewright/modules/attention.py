@@ -71,7 +71,6 @@ class OpenAttention(Replacement):
     ``batch_first``: layers may take their places. Its tensors stay the base's."""
 
     kind: ClassVar[str] = "attention"
-    turn: ClassVar[int] = 0
     base: nn.MultiheadAttention
 
     def __init__(self, base: nn.MultiheadAttention) -> None:

@@ -27,8 +27,6 @@ class Layer(nn.Module, ABC):
 
     kind: ClassVar[str]
     """What saved models call it: a name that no other class has."""
-    turn: ClassVar[int] = 2
-    """When it is restored: layers of smaller turns are in their places by then."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -115,7 +115,6 @@ class Routing(Layer):
     mixtures share it. A child of the model under :data:`ROUTING`."""
 
     kind: ClassVar[str] = "routing"
-    turn: ClassVar[int] = 1
 
     def __init__(self, routers: Sequence[Router]) -> None:
         super().__init__()
@@ -195,7 +194,11 @@ def text_model(model: nn.Module, path: str) -> str | None:
 
 
 def _takes(model: nn.Module, path: str) -> set[str]:
-    return set(inspect.signature(model.get_submodule(path).forward).parameters)
+    try:
+        part = model.get_submodule(path)
+    except AttributeError:  # a map of an attention that is not taken apart yet
+        return set()
+    return set(inspect.signature(part.forward).parameters)
 
 
 def fixed(routing: Routing) -> bool:
