@@ -286,3 +286,21 @@ def test_maps_that_no_layer_can_take_are_told_of() -> None:
         mixed = fw.merge(WEMoE(steps=0), base=base, experts=experts)
     assert mixed.report["fitted"]["left"] == ["blocks.0.deep.weight"]
     assert list(mixed.layers) == ["blocks.0.wide", "routing"]
+
+
+@pytest.mark.parametrize("cls", [WEMoE, RankOneMoE])
+def test_routers_of_attention_learn_beside_experts_that_are_asked(cls) -> None:
+    base = base_of("open")
+    draw = torch.Generator().manual_seed(1)
+    data = {name: [{"input_values": torch.randn(6, 5, 6, generator=draw)} for _ in range(4)]
+            for name in ("a", "b")}  # fmt: skip
+    method = cls(modules=EVERY, steps=20, rate=3e-2, batch=6, guard=6, every=10,
+                 objective="matching")  # fmt: skip
+    made = fw.merge(method, base=base, experts=experts_of(base), data=data)
+    losses = made.report["fitted"]["losses"]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    model = made.module()
+    for parameter in model.get_submodule("routing").parameters():
+        parameter.requires_grad_()
+    model(X).square().sum().backward()
+    assert all(bool(p.grad.any()) for p in model.get_submodule("routing").parameters())

@@ -40,12 +40,17 @@ class Smile(Routed):
     ΔW_t = U_t Σ_t V_tᵀ; y = W_0 x + b_0 + Σ_{t ∈ top} p_t (U_{t,:k} Σ_{t,:k} V_{t,:k}ᵀ x + Δb_t),
     p = softmax(‖V_{t,:g}ᵀ x‖_2), the ``top`` largest renormalised.
 
+    In every linear map of the blocks: Linear, Conv1D, q, k, v and out of ``nn.MultiheadAttention``,
+    and convolutions of one group, where x are patches and a token is a place of the answer; the
+    paper has no convolutions.
+
     ``rank``: k, 32, and ``gate``: g, 16: the paper's smaller setting of CLIP, 1.6 times the
     parameters. ``top``: 1; more experts did worse there. ``rest``: λ, 0; all other tensors, those
-    outside blocks too, are θ_0 + λ Σ_t τ_t, so that they stay the base's as in the paper. Where
-    experts changed word embeddings that leaves out most of what they learned: text-mini gained 3
-    points by ``[{"filter": "word_embeddings", "value": 1}, 0]``. Of LoRA experts a rank of theirs
-    or more is exact.
+    outside blocks too, are θ_0 + λ Σ_t τ_t, so that they stay the base's as in the paper (the
+    report names those that experts changed: "left"); running statistics are the experts' mean.
+    Where experts changed word embeddings that leaves out most of what they learned: text-mini
+    gained 3 points by ``[{"filter": "word_embeddings", "value": 1}, 0]``. Of LoRA experts a rank of
+    theirs or more is exact.
 
     Raises PlanError if no linear layer of the blocks is changed.
     """

@@ -46,8 +46,9 @@ class Twin(Routed):
 
     ``scale``: γ, 0.3. ``mask_rate``: 0.9; of LoRA experts, r is a limit for the product, not for
     its two factors. Biases, norms, convolutions and what is added before the first block are v_t
-    as they are; tables of embeddings are matrices. What is left (bare tensors inside blocks, packed
-    attention) is θ* alone, and named in the report; running statistics are the experts' mean.
+    as they are; tables of embeddings are matrices, q, k, v of packed attention one each. What is
+    left (bare tensors inside blocks) is θ* alone, and named in the report; running statistics are
+    the experts' mean.
 
     ``inputs``: most inputs of a task that are looked at, 5500; a tenth of them chooses the epoch.
     ``epochs``: 50; 0 keeps w at 1/T, which needs no data and can be unloaded into a plain model.

@@ -42,10 +42,14 @@ class WEMoE(Learner, Routed):
     r(x) (:class:`~fusewright.modules.routers.Router`); all other tensors are θ_0 + λ Σ_t τ_t.
     Routers alone are trained: Σ_t mean H(softmax f_t(x)) over inputs x of every task t, by Adam.
 
-    ``modules``: "mlp", the feed-forward part of every block, as published; any other text is a
-    regular expression for modules' paths. ``router``: its depth, 2, the paper's best; 0 does not
-    see the input and can be unloaded into a plain model. ``start``: λ, and w at first, 0.3, so
-    that it begins as task arithmetic; a module has that of its first weight. ``per``: each
+    ``modules``: "mlp", the feed-forward part of every block, as published (in a model without any,
+    as a ResNet, the convolutions of its blocks); any other text is a regular expression for
+    modules' paths. A selected map that no layer can take (a convolution of several groups) is
+    merged as all other tensors, and named in the report: "left".
+
+    ``router``: its depth, 2, the paper's best; 0 does not see the input and can be unloaded into a
+    plain model. ``start``: λ, and w at first, 0.3, so that it begins as task arithmetic; a module
+    has that of its first weight. ``per``: each
     "sample" has its own w, whatever else is in the batch; "batch" takes the mean, which is faster,
     and tells the tasks apart only where batches do. ``steps``, ``rate``, ``batch`` (inputs of each
     task in a step), ``schedule``: 1000, 1e-4, 16 and cosine, as the official code; 200 steps come
