@@ -49,11 +49,11 @@ class WEMoE(Learner, Routed):
 
     ``router``: its depth, 2, the paper's best; 0 does not see the input and can be unloaded into a
     plain model. ``start``: λ, and w at first, 0.3, so that it begins as task arithmetic; a module
-    has that of its first weight. ``per``: each
-    "sample" has its own w, whatever else is in the batch; "batch" takes the mean, which is faster,
-    and tells the tasks apart only where batches do. ``steps``, ``rate``, ``batch`` (inputs of each
-    task in a step), ``schedule``: 1000, 1e-4, 16 and cosine, as the official code; 200 steps come
-    close. ``objective``, ``guard``, ``every``: see :class:`Learner`.
+    has that of its first weight. ``per``: each "sample" has its own w, whatever else is in the
+    batch; "batch" takes the mean, which is faster, and tells the tasks apart only where batches do.
+    ``steps``, ``rate``, ``batch`` (inputs of each task in a step), ``schedule``: 1000, 1e-4, 16 and
+    cosine, as the official code; 200 steps come close. ``objective``, ``guard``, ``every``: see
+    :class:`Learner`.
 
     Of text, padding does not count. With a key-value cache w is that of the prompt; a language
     model that is given a whole text at once routes by all of it, also by what comes later.
