@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusewright.modules import patches
+from fusewright.modules import mixed, patches
 from fusewright.modules.deltas import Dense, Factors
 from fusewright.modules.mixed import MixedLinear
 from fusewright.modules.mixture import Mixture
@@ -54,7 +54,7 @@ def test_a_convolution_is_its_matrix_times_patches(kind: str) -> None:
     bias = 0 if base.bias is None else base.bias.view(-1, *[1] * (x.dim() - 2))
     torch.testing.assert_close(answer + bias, base(x))
     assert patches.stored(base, matrix).equal(base.weight)
-    torch.testing.assert_close(patches.convolved(base, x, matrix, base.bias), base(x))
+    torch.testing.assert_close(patches.convolved(base, x, matrix[None]) + bias, base(x))
 
 
 def layer(base: nn.Module, density: float, low: bool) -> tuple[MixedLinear, torch.Tensor]:
@@ -69,12 +69,16 @@ def layer(base: nn.Module, density: float, low: bool) -> tuple[MixedLinear, torc
     return MixedLinear(base, stack, shift, mixture), stack.whole(torch.float64)
 
 
-@pytest.mark.parametrize("limit", [1, 2 * IN * 7 * 6 * 9 * 8, 1 << 30])
+@pytest.mark.parametrize("limit", [1, 2 * OUT * IN * 9 * 8, 1 << 30])
 @pytest.mark.parametrize(("density", "low"), [(1.0, False), (0.3, False), (1.0, True)])
 @pytest.mark.parametrize("samples", [1, SAMPLES])
+@pytest.mark.parametrize("few", [True, False])
 @EACH
-def test_every_sample_has_its_own_weights(kind, samples, density, low, limit, monkeypatch) -> None:
-    monkeypatch.setattr(patches, "_BYTES", limit)
+def test_every_sample_has_its_own_weights(
+    kind, few, samples, density, low, limit, monkeypatch
+) -> None:
+    monkeypatch.setattr(mixed, "by_patches", lambda *_: few)
+    monkeypatch.setattr(mixed, "_MERGED", limit)
     base, x = made(kind)
     own, deltas = layer(base, density, low)
     w = draw(samples, EXPERTS, seed=2)
@@ -101,24 +105,46 @@ def test_every_sample_has_its_own_weights(kind, samples, density, low, limit, mo
         torch.testing.assert_close(one, two)
 
 
-def test_patches_are_made_of_few_samples_at_a_time(monkeypatch) -> None:
+@pytest.mark.parametrize(("size", "few"), [(3, True), (4, False)])
+def test_patches_are_made_where_they_are_far_smaller(size: int, few: bool, monkeypatch) -> None:
+    torch.manual_seed(0)
+    base = nn.Conv2d(IN, 64, 3, padding=1).double()
+    stack = stacked([Dense(draw(64, 27, seed=t)) for t in range(EXPERTS)], 1.0, torch.float64)
+    mixture = Mixture(0, "here", Router(IN, EXPERTS, 0), "sample", None)
+    mixture.weights = draw(SAMPLES, EXPERTS)
+    calls, rows = [], patches.rows
+    monkeypatch.setattr(patches, "rows", lambda *of: calls.append(1) or rows(*of))
+    with torch.no_grad():
+        MixedLinear(base, stack, None, mixture)(draw(SAMPLES, IN, size, size))
+    assert bool(calls) is few
+
+
+def test_kernels_are_merged_for_few_samples_at_a_time(monkeypatch) -> None:
     base, x = made("plain")
     own, _ = layer(base, 1.0, False)
-    own.mixture.weights = draw(SAMPLES, EXPERTS)
-    seen, rows = [], patches.rows
-    monkeypatch.setattr(patches, "rows", lambda base, x: seen.append(len(x)) or rows(base, x))
-    monkeypatch.setattr(patches, "_BYTES", 2 * 9 * x[0].nbytes)
-    with torch.no_grad():
-        own(x)
-        assert seen == [2, 2, 1]
-        routed(base, 2)(x)
-        assert seen == 2 * [2, 2, 1]
-    routed(base, 2)(x.requires_grad_())
-    assert seen == [*2 * [2, 2, 1], 5]
-    own.mixture.weights = draw(1, EXPERTS)
-    with torch.no_grad():
-        own(x)
-    assert seen == [*2 * [2, 2, 1], 5]  # one w: a convolution with what is merged
+    seen, convolved = [], patches.convolved
+    monkeypatch.setattr(patches, "convolved", lambda base, x, matrices: (
+        seen.append((len(x), len(matrices))) or convolved(base, x, matrices)))  # fmt: skip
+    monkeypatch.setattr(mixed, "_MERGED", 2 * OUT * IN * 9 * 8)
+    for rows in (SAMPLES, 1):
+        own.mixture.weights = draw(rows, EXPERTS)
+        with torch.no_grad():
+            own(x)
+    assert seen == [(2, 2), (2, 2), (1, 1), (SAMPLES, 1)]
+
+
+def test_sixteen_bits_of_a_convolution_are_summed_in_32() -> None:
+    base = nn.Conv2d(2, 3, 2, padding=1).bfloat16()
+    nn.init.constant_(base.weight, -512)
+    nn.init.constant_(base.bias, -512)
+    mixture = Mixture(0, "here", Router(2, 1, 0), "sample", None)
+    stack = stacked([Dense(torch.full((3, 8), 512.0))], 1.0, torch.bfloat16)
+    own = MixedLinear(base, stack, torch.full((1, 3), 512.0).bfloat16(), mixture)
+    for rows in (1, 2):
+        mixture.weights = torch.full((rows, 1), 1 + 2**-9)
+        with torch.no_grad():
+            inside = own(torch.ones(2, 2, 3, 3).bfloat16())[:, :, 1:3, 1:3]
+        assert inside.dtype is torch.bfloat16 and bool((inside == 9).all())
 
 
 def routed(base: nn.Module, top: int) -> RoutedLinear:
@@ -130,8 +156,7 @@ def routed(base: nn.Module, top: int) -> RoutedLinear:
 
 @pytest.mark.parametrize("top", [1, 2])
 @EACH
-def test_every_place_goes_where_its_patch_says(kind: str, top: int, monkeypatch) -> None:
-    monkeypatch.setattr(patches, "_BYTES", 1)
+def test_every_place_goes_where_its_patch_says(kind: str, top: int) -> None:
     base, x = made(kind)
     own = routed(base, top)
     up, down, gate, shift = own.up, own.down, own.gate, own.shift

@@ -31,6 +31,8 @@ _SAMPLES = 8
 """Samples whose rows are merged at once by a product."""
 _LINES = 128
 """Rows that are merged at once by a loop, of as many samples as then fit into a block."""
+_MERGED = 1 << 27
+"""Bytes of a convolution's kernels or patches that are there at once, but for one sample's."""
 _PANEL = 7 << 22
 """Bytes of the base's and all experts' rows that are brought together at once."""
 _BYTE = 4
@@ -92,16 +94,34 @@ class MixedLinear(Mixed):
         return self._answered(inputs, weights)
 
     def _convolved(self, base: patches.Convolution, inputs: Tensor, weights: Tensor) -> Tensor:
-        """One w for all: a convolution with what is merged. Else by patches."""
-        if len(weights) == 1 and not weights.requires_grad:
-            whole = self.stack.combined(self.matrix, weights[0].to(wide_dtype(self.matrix)))
-            bias = self._bias(weights)
-            return patches.convolved(base, inputs, whole, None if bias is None else bias[0])
-        parts = patches.portions(base, inputs)
-        each = weights.expand(len(inputs), -1).split([len(part) for part in parts])
-        shared = len(weights) == 1
-        return torch.cat([self._answered(x, w[:1] if shared else w)
-                          for x, w in zip(parts, each, strict=True)])  # fmt: skip
+        """By patches, if they are needed for a gradient or far smaller than kernels; else with
+        merged kernels. Of so many samples at a time as either takes memory."""
+        if torch.is_grad_enabled() and (inputs.requires_grad or weights.requires_grad):
+            return self._answered(inputs, weights)
+        if len(weights) == 1:
+            return self._by_kernels(base, inputs, weights)
+        few = by_patches(prod(patches.places(base, inputs)), len(self.matrix))
+        count = max(1, _MERGED // (self.matrix.numel() * wide_dtype(self.matrix).itemsize))
+        pairs = zip(inputs.split(count), weights.split(count), strict=True)
+        return torch.cat([self._answered(x, w) if few else self._by_kernels(base, x, w)
+                          for x, w in pairs])  # fmt: skip
+
+    def _by_kernels(self, base: patches.Convolution, inputs: Tensor, weights: Tensor) -> Tensor:
+        found, bias = patches.convolved(base, inputs, self._merged(weights)), self._bias(weights)
+        if bias is not None:
+            found += bias[(..., *[None] * (found.dim() - 2))].to(found.dtype)
+        return found
+
+    def _merged(self, weights: Tensor) -> Tensor:
+        """W_b for every row of w: (n, out, in)."""
+        matrix = self.matrix
+        shares = _with_base(weights, matrix)
+        if len(weights) == 1:
+            return self.stack.combined(matrix, weights[0].to(shares.dtype))[None]
+        found = shares.new_empty(len(weights), *matrix.shape)
+        for some, rows, merged in _merged_blocks(shares, self.stack, matrix):
+            found[some, rows] = merged
+        return found
 
     def _answered(self, inputs: Tensor, weights: Tensor) -> Tensor:
         x = patches.rows(self.base, inputs)
@@ -144,6 +164,12 @@ class MixedLinear(Mixed):
 
     def extra_repr(self) -> str:
         return f"experts={self.stack.experts}, {self.stack.kind}"
+
+
+def by_patches(places: int, outputs: int) -> bool:
+    """Whether a sample's patches are so much smaller than a kernel of its own that they are faster:
+    where both are as large, kernels are."""
+    return 4 * places < outputs
 
 
 def cheapest(samples: int, tokens: int, stack: Stack) -> Form:

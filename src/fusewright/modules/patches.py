@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from math import prod
-
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, unfold
+from torch.nn.functional import conv1d, conv2d, pad, unfold
 
 ConvNd = nn.modules.conv._ConvNd
 Convolution = nn.Conv1d | nn.Conv2d
-_BYTES = 1 << 27
-"""Of patches that are there at once, but for those of a single sample."""
 
 
 def is_convolution(base: nn.Module) -> bool:
@@ -50,31 +45,30 @@ def rows(base: nn.Module, inputs: Tensor) -> Tensor:
     return unfold(x[:, :, None] if flat else x, kernel, dilation, 0, stride).mT
 
 
-def portions(base: nn.Module, inputs: Tensor) -> tuple[Tensor, ...]:
-    """Inputs, so many samples at a time as their patches take memory; whole if they are asked for a
-    gradient, for which all patches are kept."""
-    if not isinstance(base, Convolution) or (torch.is_grad_enabled() and inputs.requires_grad):
-        return (inputs,)
-    one = max(1, inputs[:1].nbytes * prod(base.kernel_size))
-    return inputs.split(max(1, _BYTES // one))
-
-
 def answered(base: nn.Module, inputs: Tensor, found: Tensor) -> Tensor:
     """The products (…, out) as the layer's answer to ``inputs``."""
     if not isinstance(base, Convolution):
         return found.reshape(*inputs.shape[:-1], found.shape[-1])
+    whole = found.reshape(len(inputs), -1, found.shape[-1]).mT
+    return whole.unflatten(2, places(base, inputs))
+
+
+def places(base: Convolution, inputs: Tensor) -> list[int]:
+    """How large a convolution's answer is, axis by axis."""
     sizes = _padded(base, inputs[:1, :1].detach()).shape[2:]
     windows = zip(sizes, base.kernel_size, base.dilation, base.stride, strict=True)
-    places = [(size - d * (k - 1) - 1) // s + 1 for size, k, d, s in windows]
-    return found.reshape(len(inputs), -1, found.shape[-1]).mT.unflatten(2, places)
+    return [(size - d * (k - 1) - 1) // s + 1 for size, k, d, s in windows]
 
 
-def convolved(base: Convolution, inputs: Tensor, whole: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution with another matrix and bias."""
-    bias = None if bias is None else bias.to(inputs.dtype)
-    kernel = stored(base, whole.to(inputs.dtype))
-    found: Tensor = base._conv_forward(inputs, kernel, bias)
-    return found
+def convolved(base: Convolution, inputs: Tensor, matrices: Tensor) -> Tensor:
+    """The convolution, without its bias, with another matrix (1, out, in), of any number of
+    outputs, or with one for each sample (samples, out, in)."""
+    kernels = matrices.to(inputs.dtype).flatten(0, 1).unflatten(1, base.weight.shape[1:])
+    x, groups = _padded(base, inputs), len(matrices)
+    x = x.reshape(-1, groups * x.shape[1], *x.shape[2:])
+    run = conv1d if isinstance(base, nn.Conv1d) else conv2d
+    found: Tensor = run(x, kernels, None, base.stride, 0, base.dilation, groups)
+    return found.reshape(len(inputs), -1, *found.shape[2:])
 
 
 def _padded(base: Convolution, inputs: Tensor) -> Tensor:
