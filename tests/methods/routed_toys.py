@@ -35,6 +35,12 @@ def vit():
         **TINY, intermediate_size=32, image_size=8, patch_size=4, num_labels=4))  # fmt: skip
 
 
+def resnet():
+    return hf.ResNetForImageClassification(hf.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[2, 1], num_labels=4,
+        layer_type="basic"))  # fmt: skip
+
+
 def bert():
     return hf.BertForSequenceClassification(hf.BertConfig(**TEXT, num_labels=4))
 
@@ -55,6 +61,7 @@ def t5():
 
 INPUTS = {
     clip: {"pixel_values": PIXELS}, vit: {"pixel_values": PIXELS},
+    resnet: {"pixel_values": PIXELS},
     bert: WORDS, gpt2: WORDS, llama: WORDS,
     t5: {**WORDS, "decoder_input_ids": IDS[:, :4], "decoder_attention_mask": MASK[:, 2:6]},
 }  # fmt: skip
@@ -67,12 +74,15 @@ def base_of(make) -> nn.Module:
 
 
 def expert_of(base: nn.Module, seed: int) -> nn.Module:
-    """The base with every parameter moved."""
+    """The base with every parameter and running statistic moved."""
     draw, expert = torch.Generator().manual_seed(seed), copy.deepcopy(base)
     with torch.no_grad():
         for parameter in expert.parameters():
             noise = torch.randn(parameter.shape, generator=draw).to(parameter)
             parameter.add_(0.3 * max(0.05, float(parameter.float().std().nan_to_num())) * noise)
+        for name, buffer in expert.named_buffers():
+            if "running" in name:
+                buffer.add_(0.2 * torch.rand(buffer.shape, generator=draw))
     return expert
 
 
@@ -88,6 +98,12 @@ def answer(model: nn.Module, make, **changes) -> torch.Tensor:
 def built(method, make, **options):
     base = base_of(make)
     return fw.merge(method, base=base, experts=experts_of(base), **options)
+
+
+def said(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of each input: of texts those of the last token."""
+    found = model(**batch)[0]
+    return found if found.dim() == 2 else found[:, -1]
 
 
 def loud(model: nn.Module, seed: int = 7) -> nn.Module:

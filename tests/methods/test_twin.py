@@ -16,13 +16,11 @@ from routed_toys import (
     base_of,
     bert,
     clip,
-    elsewhere,
     expert_of,
     experts_of,
     gpt2,
     images,
     llama,
-    saved,
     sides,
     t5,
     vit,
@@ -133,16 +131,6 @@ def test_each_sample_is_answered_by_its_own_merge(make) -> None:
         plain.load_state_dict(made.unload(one).state_dict())
         torch.testing.assert_close(whole[row : row + 1], answer(plain, make, **one),
                                    rtol=1e-4, atol=1e-5)  # fmt: skip
-
-
-def test_all_are_saved_and_loaded_in_another_process(tmp_path) -> None:
-    asked, expected = [], []
-    for make in INPUTS:
-        made = built(make)
-        at = saved(made, make, tmp_path, f"{make.__name__}-twin")
-        asked.append((at, INPUTS[make], {}))
-        expected.append(answer(made.module(), make))
-    torch.testing.assert_close(elsewhere(tmp_path, asked), expected)
 
 
 def test_padding_has_no_say() -> None:

@@ -19,27 +19,29 @@ from routed_toys import (
     bert,
     built,
     clip,
-    elsewhere,
     experts_of,
     gpt2,
     images,
     leaning,
     llama,
     loud,
+    resnet,
+    said,
     saved,
     sides,
     t5,
     vit,
 )
-from torch import nn
+from torch import Tensor, nn
 
 import fusewright as fw
 from fusewright.errors import FusewrightWarning, NumericError, PlanError, WeightsError
 from fusewright.methods.routed import EWEMoE, RankOneMoE, WEMoE
 from fusewright.methods.routed._shares import Shares
 from fusewright.modules.mixed import MixedLinear
+from fusewright.modules.stacks import DenseStack, SparseStack
 
-WEIGHTS = {clip: 4, vit: 4, bert: 4, gpt2: 4, llama: 6, t5: 8}
+WEIGHTS = {clip: 4, vit: 4, resnet: 7, bert: 4, gpt2: 4, llama: 6, t5: 8}
 BY_TENSOR = [{"filter": "embed", "value": 1.0}, {"layers": [0.2, 0.4]}]
 UNTRAINED = [WEMoE(steps=0), EWEMoE(steps=0)]
 METHODS = pytest.mark.parametrize("method", UNTRAINED, ids=lambda method: method.name)
@@ -85,18 +87,6 @@ def test_alike_samples_are_answered_as_the_unloaded_model_does(make) -> None:
                                rtol=1e-4, atol=1e-4)  # fmt: skip
 
 
-def test_all_are_saved_and_loaded_in_another_process(tmp_path) -> None:
-    asked, expected = [], []
-    for make in INPUTS:
-        for method in UNTRAINED:
-            made = built(method, make)
-            loud(made.module())
-            at = saved(made, make, tmp_path, f"{make.__name__}-{method.name}")
-            asked.append((at, INPUTS[make], {}))
-            expected.append(answer(made.module(), make))
-    torch.testing.assert_close(elsewhere(tmp_path, asked), expected)
-
-
 def test_a_density_of_one_is_wemoe_with_one_router() -> None:
     one, two = (built(method, gpt2).module() for method in
                 (EWEMoE(steps=0, density=1.0), EWEMoE(steps=0)))  # fmt: skip
@@ -107,6 +97,44 @@ def test_a_density_of_one_is_wemoe_with_one_router() -> None:
         router.load_state_dict(loud(one).get_submodule("routing").routers[0].state_dict())
     assert answer(one, gpt2).equal(answer(many, gpt2))
     assert not answer(loud(two), gpt2).equal(answer(one, gpt2))
+
+
+@MODELS
+def test_sparse_changes_answer_and_learn_as_the_same_ones_whole(make) -> None:
+    """E-WEMoE against WEMoE on experts that were pruned by hand, with the same routers."""
+    density, base = 0.3, base_of(make)
+    sparse = fw.merge(EWEMoE(steps=0, density=density), base=base, experts=experts_of(base))
+    named = dict(base.named_parameters())
+    mixed = {n for n in named if n.rpartition(".")[0] in sparse.layers}
+    pruned = experts_of(base)
+    with torch.no_grad():
+        for expert in pruned.values():
+            for name in mixed:
+                tau = (expert.get_parameter(name) - named[name]).flatten()
+                least = tau.abs().sort(descending=True).values[int(density * len(tau)) - 1]
+                kept = torch.where(tau.abs() >= least, tau, 0.0)
+                expert.get_parameter(name).copy_(named[name] + kept.view_as(named[name]))
+    whole = fw.merge(WEMoE(steps=0), base=base, experts=pruned)
+    found = []
+    for made, kind in ((sparse, SparseStack), (whole, DenseStack)):
+        model = made.module()
+        layers = [layer for layer in model.modules() if isinstance(layer, MixedLinear)]
+        assert layers and all(type(layer.stack) is kind for layer in layers)
+        routers = list(dict.fromkeys(m.router for m in model.get_submodule("routing").mixtures))
+        for router in routers:  # of one width one router, or several alike
+            draw = torch.Generator().manual_seed(router.inputs)
+            for parameter in router.requires_grad_().parameters():
+                drawn = torch.randn(parameter.shape, generator=draw) / 2
+                parameter.data.copy_(drawn)
+        said = model(**INPUTS[make])[0]
+        said.square().sum().backward()
+        gradients: dict[int, Tensor] = {}
+        for router in routers:
+            before = gradients.get(router.inputs, 0)
+            gradients[router.inputs] = before + router.weight.grad
+        found.append((said.detach(), gradients))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(found[0][0], answer(base, make), atol=1e-3)
 
 
 def test_what_e_wemoe_stores() -> None:
@@ -246,6 +274,19 @@ def test_routers_alone_learn_and_entropy_falls(cls) -> None:
     changed = {n for n, t in made.module().state_dict().items() if not t.equal(start[n])}
     assert all(name.startswith("routing.") for name in changed)
     assert bool(changed) == bool(fitted["kept"])
+
+
+@MODELS
+@pytest.mark.parametrize("cls", [WEMoE, EWEMoE])
+def test_the_same_method_learns_on_every_kind(cls, make) -> None:
+    method = cls(steps=3, rate=1e-2, batch=6, guard=0)
+    made = built(method, make, data=sides(make, 3), heads={"a": said, "b": said})
+    assert len(made.report["fitted"]["losses"]) == 3 and not made.report["fitted"]["left"]
+    start, model = built(cls(steps=0), make).module().state_dict(), made.module()
+    changed = {n for n, t in model.state_dict().items() if not t.equal(start[n])}
+    learned = {f"routing.{n}" for n, _ in model.get_submodule("routing").named_parameters()}
+    assert changed == learned
+    assert answer(model, make).isfinite().all()
 
 
 def test_the_same_seed_learns_the_same() -> None:

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from fusewright.errors import PlanError
 from fusewright.modules.architecture import describe_module
 from fusewright.modules.layer import Saved
-from fusewright.modules.mixture import Mixture, Routing, Text, input_reader, text_model
+from fusewright.modules.mixture import (
+    Mixture,
+    Routing,
+    Text,
+    check_order,
+    input_reader,
+    text_model,
+)
 from fusewright.modules.routers import Router
 
 
@@ -104,6 +111,8 @@ class FeatureRouting(Routing):
     def __init__(self, model: nn.Module, router: Router | FeatureRouter) -> None:
         super().__init__([router])  # type: ignore[list-item]
         entry = entry_of(model)
+        if router.depth:
+            check_order(model)
         text = Text() if text_model(model, entry) == entry else None
         if text is not None:
             self._texts[entry] = text

@@ -38,7 +38,7 @@ class Text:
 
 class Mixture:
     """Linear maps that share one w: routed at the input of the module ``entry``, the first floating
-    tensor that it is called with, (samples, …, width).
+    tensor that it is called with, (samples, …, width), or of ``maps`` (samples, width, …).
 
     ``per`` "sample": every sample has its own w, whatever it is in one batch with. "batch": the
     mean over the batch, for all. With a filled cache the w of the prompt stays: what is cached was
@@ -46,16 +46,19 @@ class Mixture:
     """
 
     def __init__(
-        self, number: int, entry: str, router: Router, per: Per, text: Text | None
-    ) -> None:
+        self, number: int, entry: str, router: Router, per: Per, text: Text | None,
+        maps: bool = False,
+    ) -> None:  # fmt: skip
         self.number, self.entry, self.per = number, entry, per
-        self.router, self.text = router, text
+        self.router, self.text, self.maps = router, text, maps
         self.weights: Tensor | None = None
 
     def route(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before the forward of the entry."""
         inputs = next((v for v in (*args, *kwargs.values())
                        if isinstance(v, Tensor) and v.is_floating_point()), None)  # fmt: skip
+        if inputs is not None and self.maps and inputs.dim() > 2:
+            inputs = inputs.movedim(1, -1)
         if inputs is None or inputs.dim() < 2 or inputs.shape[-1] != self.router.inputs:
             raise PlanError("a mixture is routed by tensors (samples, ..., width)",
                             where=self.entry, expected=f"(samples, ..., {self.router.inputs})",
@@ -84,6 +87,16 @@ class Mixture:
     def _multiplies(self) -> bool:
         """Whether a sample may have become several rows."""
         return self.text is not None and self.text.continues
+
+    def settled(self) -> Tensor:
+        """One w (experts,) for all inputs: that of a router without input, or the mean of what was
+        routed last."""
+        if self.router.depth == 0:
+            return self.router.chosen(self.router.bias.detach()[None])[0]
+        if self.weights is None:
+            raise PlanError("nothing was routed yet", where=self.entry,
+                            fix="unload(inputs)")  # fmt: skip
+        return self.weights.detach().mean(dim=0)
 
     def _mask(self, tokens: Tensor) -> Tensor | None:
         mask = None if self.text is None else self.text.mask
@@ -119,14 +132,18 @@ class Routing(Layer):
         self._texts: dict[str, Text] = {}
         self._listens = False
 
-    def add(self, model: nn.Module, entry: str, router: int, per: Per) -> Mixture:
+    def add(
+        self, model: nn.Module, entry: str, router: int, per: Per, maps: bool = False
+    ) -> Mixture:
         """A mixture of the part of ``model`` that begins at ``entry``."""
         reader, text = text_model(model, entry), None
         if reader is not None:
             text = self._texts.setdefault(reader, Text())
         gate = self.routers[router]
         assert isinstance(gate, Router)
-        self.mixtures.append(Mixture(len(self.mixtures), entry, gate, per, text))
+        if per == "sample" and gate.depth:
+            check_order(model)
+        self.mixtures.append(Mixture(len(self.mixtures), entry, gate, per, text, maps))
         return self.mixtures[-1]
 
     def listen(self, model: nn.Module) -> None:
@@ -150,8 +167,8 @@ class Routing(Layer):
         places = {id(router): at for at, router in enumerate(self.routers)}
         return {
             "routers": [router.described() for router in self.routers],  # type: ignore
-            "mixtures": [{"entry": m.entry, "router": places[id(m.router)], "per": m.per}
-                         for m in self.mixtures],
+            "mixtures": [{"entry": m.entry, "router": places[id(m.router)], "per": m.per,
+                          **({"maps": True} if m.maps else {})} for m in self.mixtures],
         }  # fmt: skip
 
     @classmethod
@@ -186,7 +203,11 @@ def text_model(model: nn.Module, path: str) -> str | None:
 
 
 def _takes(model: nn.Module, path: str) -> set[str]:
-    return set(inspect.signature(model.get_submodule(path).forward).parameters)
+    try:
+        part = model.get_submodule(path)
+    except AttributeError:  # a map of an attention that is not taken apart yet
+        return set()
+    return set(inspect.signature(part.forward).parameters)
 
 
 def fixed(routing: Routing) -> bool:
@@ -200,13 +221,13 @@ def looks_ahead(model: nn.Module) -> bool:
     return any(isinstance(part, Routing) and not fixed(part) for part in model.modules())
 
 
-def weights_of(mixture: Mixture) -> Tensor:
-    """One w (experts,): that of a router without input, or the mean of what was routed last."""
-    if mixture.router.depth == 0:
-        return mixture.router.chosen(mixture.router.bias.detach()[None])[0]
-    if mixture.weights is None:
-        raise PlanError("nothing was routed yet", where=mixture.entry,
-                        fix="unload(inputs)")  # fmt: skip
-    return mixture.weights.detach().mean(dim=0)
+def check_order(model: nn.Module) -> None:
+    """Refuse a model whose tokens come before its samples: no layer could tell them apart."""
+    for path, part in model.named_modules():
+        if isinstance(part, nn.MultiheadAttention) and not part.batch_first:
+            raise PlanError("the model attends to (tokens, samples, width), so that no sample can "
+                            "have its own weights", where=path, expected="batch_first=True",
+                            found="batch_first=False",
+                            fix="per='batch', or the model with batch_first=True")  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from fusewright.methods.contract import Card, Context, Parts
 from fusewright.methods.learned._rest import summed
-from fusewright.methods.routed._linears import turned
+from fusewright.methods.routed._linears import matrices, part_of
 from fusewright.methods.routed._mixtures import parts_of
 from fusewright.methods.routed._wemoe import WEMoE
 from fusewright.modules.deltas import leading
@@ -76,12 +76,11 @@ class RankOneMoE(WEMoE):
         self, linear: LinearMap, model: nn.Module, vectors: TaskVectors, mixture: Mixture
     ) -> MixedLinear:
         dtype = vectors.base[linear.weight].dtype
-        pools = [leading(turned(delta, linear.in_first), self.rank)
-                 for delta in vectors.at(linear.weight)]  # fmt: skip
+        pools = [leading(delta, self.rank) for delta in matrices(linear, vectors)]
         up = torch.cat([_rows(pool.up.T, self.rank) for pool in pools]).to(dtype)
         down = torch.cat([_rows(pool.down, self.rank) for pool in pools]).to(dtype)
         stack = FactorStack(up[:, :, None], down[:, None].contiguous())
-        return MixedLinear(model.get_submodule(linear.module), stack, None, mixture)
+        return MixedLinear(part_of(linear, model), stack, None, mixture)
 
 
 def _rows(directions: Tensor, count: int) -> Tensor:

@@ -18,7 +18,7 @@ from fusewright.methods.learned._rest import summed
 from fusewright.methods.learned._resume import Numbered, digest
 from fusewright.methods.learned.fitter import Fit, Fitter
 from fusewright.methods.learned.processes import Processes
-from fusewright.methods.routed._linears import is_routable, turned
+from fusewright.methods.routed._linears import matrices, opened, part_of, routable, shifts
 from fusewright.methods.routed._named import Named, check_finite
 from fusewright.methods.routed._shares import Shares, shares_of, told
 from fusewright.modules.architecture import Architecture, describe_module
@@ -47,8 +47,9 @@ class Twin(Routed):
 
     ``scale``: γ, 0.3. ``mask_rate``: 0.9; of LoRA experts, r is a limit for the product, not for
     its two factors. Biases, norms, convolutions and what is added before the first block are v_t
-    as they are; tables of embeddings are matrices. What is left (bare tensors inside blocks, packed
-    attention) is θ* alone, and named in the report; running statistics are the experts' mean.
+    as they are; tables of embeddings are matrices, q, k, v of packed attention one each. What is
+    left (bare tensors inside blocks) is θ* alone, and named in the report; running statistics are
+    the experts' mean.
 
     ``inputs``: most inputs of a task that are looked at, 5500; a tenth of them chooses the epoch.
     ``epochs``: 50; 0 keeps w at 1/T, which needs no data and can be unloaded into a plain model.
@@ -194,9 +195,10 @@ class _Layers:
         self._described, self._mixture = described, mixture
         self._stored = {n: names[0] for names in described.tied for n in names}
         stems = self._stems()
-        for linear in described.linears.values():
-            if is_routable(linear, model) and self._known(linear.weight) in vectors.base:
+        for linear in routable(described, model):
+            if not linear.kernel and self._known(linear.weight) in vectors.base:
                 self._linear(linear)
+        self.made = {**opened(self.made, model), **self.made}
         if not self.made:
             raise PlanError("no linear layer is changed by an expert",
                             expected="nn.Linear or Conv1D",
@@ -224,14 +226,14 @@ class _Layers:
                     name)  # fmt: skip
 
     def _linear(self, linear: LinearMap) -> None:
-        weight, base = self._known(linear.weight), self._model.get_submodule(linear.module)
+        weight, base = self._known(linear.weight), part_of(linear, self._model)
         if not self._changed(weight, linear.bias):
             return
-        deltas = [turned(delta, linear.in_first) for delta in self._vectors.at(weight)]
+        deltas = matrices(linear, self._vectors, weight)
         own, dtype = self._method.exclusive(deltas), self._vectors.base[weight].dtype
         shift = None
-        if linear.bias is not None and linear.bias in self._vectors.base:
-            each = torch.stack([delta.dense() for delta in self._vectors.at(linear.bias)])
+        if linear.bias is not None and (biases := shifts(linear, self._vectors)) is not None:
+            each = torch.stack(biases)
             shift = (each - self._method.scale * each.sum(dim=0)).to(dtype)
             self.taken.add(linear.bias)
         self.made[linear.module] = MixedLinear(
