@@ -49,8 +49,10 @@ def learnt_from(task: LanguageModelling) -> Adaptation:
 
 def routed(name: str, make, task: LanguageModelling):
     base = base_of(make)
-    model = fw.merge(METHODS[name], base=base, experts=experts_of(base),
-                     data=learnt_from(task)).module()  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FusewrightWarning)  # routers have learned nothing yet
+        model = fw.merge(METHODS[name], base=base, experts=experts_of(base),
+                         data=learnt_from(task)).module()  # fmt: skip
     return loud(model) if name != "twin" else _apart(model)
 
 
