@@ -82,7 +82,8 @@ def by_hand(granularity: str) -> tuple[dict[str, torch.Tensor], list[list[float]
         names = [n for n, _ in block.named_parameters()]
         full = {n: f"layers.{at}.{n}" for n in names}
         shape = {"element": lambda x: x.shape, "tensor": lambda x: [1] * x.dim(),
-                 "row": lambda x: [len(x), 1] if x.dim() == 2 else x.shape}[granularity]  # fmt: skip
+                 "row": lambda x: [len(x), 1] if x.dim() == 2 else x.shape,
+                 }[granularity]  # fmt: skip
         lambdas = {t: {n: torch.full(shape(own[full[n]]), start, dtype=WIDE, requires_grad=True)
                        for n in names} for t in "ab"}  # fmt: skip
 

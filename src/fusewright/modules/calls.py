@@ -97,8 +97,8 @@ def copied(call: Call) -> Call:
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Inside, the model fills no key-value cache, so that its blocks answer a call alike however
     often it is repeated."""
-    configs = {id(c): c for part in model.modules()
-               if getattr(c := getattr(part, "config", None), "use_cache", False)}  # fmt: skip
+    held: list[Any] = [getattr(part, "config", None) for part in model.modules()]
+    configs = {id(each): each for each in held if getattr(each, "use_cache", False)}
     try:
         for config in configs.values():
             config.use_cache = False
