@@ -263,6 +263,38 @@ def test_what_is_wrong_is_said() -> None:
         merged(data=odd)
 
 
+def test_a_stage_learns_what_is_its_own_after_the_blocks_inside() -> None:
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(6))
+            self.blocks = nn.ModuleList([Block(), Block()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x, _ = block(self.gain * x, gain=torch.ones(1))
+            return x
+
+    class Staged(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.layers
+            self.stages = nn.ModuleList([Stage()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.stages[0](self.embed(x)))
+
+    torch.manual_seed(0)
+    base = Staged().to(WIDE)
+    found = merged(base)
+    plain = fw.merge(fw.TaskArithmetic(), base=base, experts=experts(base)).state_dict()
+    blocks = found.report["fitted"]["blocks"]
+    assert {path: told["trained"] for path, told in blocks.items()} == {
+        "stages.0.blocks.0": 2 * 123, "stages.0.blocks.1": 2 * 123, "stages.0": 2 * 6}  # fmt: skip
+    for name, tensor in found.state_dict().items():
+        assert torch.allclose(tensor, plain[name], atol=1e-7) == ("stages" not in name), name
+
+
 class Mute(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -24,19 +24,19 @@ class _Enough(Exception):
 
 @torch.no_grad()
 def counted(model: nn.Module, paths: Iterable[str], ask: Ask, into: dict[str, int]) -> None:
-    """Write ``into`` how often each of the modules at ``paths`` is called, in the order of their
-    first calls; so far as it came, where ``ask`` fails."""
+    """Write ``into`` how often each of the modules at ``paths`` answers, in the order of their
+    first answers: what lies inside another comes before it. So far as it came, where ``ask``
+    fails."""
 
     def note(path: str) -> Callable[..., None]:
-        def hook(part: nn.Module, args: Any) -> None:
+        def hook(part: nn.Module, args: Any, output: Any) -> None:
             into[path] = into.get(path, 0) + 1
 
         return hook
 
     with ExitStack() as hooks:
         for path in paths:
-            handle = model.get_submodule(path).register_forward_pre_hook(note(path))
-            hooks.callback(handle.remove)
+            hooks.enter_context(model.get_submodule(path).register_forward_hook(note(path)))
         with without_cache(model):
             ask()
 

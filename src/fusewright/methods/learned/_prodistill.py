@@ -36,7 +36,7 @@ class ProDistill(Program):
     merge's features follow each expert's on its own task (*Scalable Model Merging with Progressive
     Layer-wise Distillation*, arXiv 2502.12706).
 
-    In each block l, in the order in which the model calls them, Adam descends on
+    In each block l, in the order in which they answer, Adam descends on
     Σ_t ‖h_l(z; θ0 + Σ_s Λ_s ∘ τ_s) - h_l(z_t; θ_t)‖² over inputs of every task t: z enters the
     block in the merge of the blocks before, z_t in expert t. Tensors outside blocks are
     θ0 + ``start`` Σ τ_t, running statistics the experts' mean.
@@ -95,13 +95,16 @@ class _Lesson:
 
 @dataclass
 class _Unit:
-    """A module that is learned as a whole, and how often each task calls it."""
+    """A module that is learned as a whole, but for the ``inner`` ones, and how often each task
+    calls it."""
 
     path: str
     calls: dict[str, int] = field(default_factory=dict)
+    inner: tuple[str, ...] = ()
 
     def holds(self, name: str) -> bool:
-        return name.startswith(f"{self.path}.")
+        inner = any(_inside(name, path) for path in self.inner)
+        return _inside(name, self.path) and not inner
 
     def local(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By the names that tensors have inside."""
@@ -136,7 +139,7 @@ class _Distillation:
         return few or [next(question.stream(size, seed))]  # which says that there is none
 
     def _units(self) -> list[_Unit]:
-        """The model's blocks, as far as the tasks call them, in that order."""
+        """The model's blocks, as far as the tasks call them, in the order in which they answer."""
         blocks = describe_module(self.model).blocks
         paths = dict.fromkeys(path for block in blocks for path in (block.path, *block.beside))
         units: dict[str, _Unit] = {}
@@ -154,6 +157,8 @@ class _Distillation:
                             where=type(self.model).__name__, expected="numbered blocks (layers.0)",
                             found=", ".join(paths) or "none",
                             fix="a method that needs no blocks: adamerging, concrete")  # fmt: skip
+        for unit in units.values():
+            unit.inner = tuple(path for path in units if _inside(path, unit.path))
         return list(units.values())
 
     def _ask(self, task: str, number: int) -> Tensor:
@@ -259,6 +264,10 @@ class _Pupil:
                 each = [lesson.error(self.part, number) for number in range(len(lesson.calls))]
                 found[task] = sum(float(e) for e, _ in each), sum(count for _, count in each)
         return self.processes.gathered(found, self.unit.calls)
+
+
+def _inside(name: str, path: str) -> bool:
+    return name.startswith(f"{path}.")
 
 
 def _write(path: Path, held: Mapping[str, Any]) -> None:
