@@ -334,6 +334,38 @@ def test_inputs_are_kept_as_they_were_and_the_model_runs_no_further() -> None:
     assert not each.layers[0]._forward_hooks and not each.layers[0]._forward_pre_hooks
 
 
+def test_blocks_that_write_to_their_inputs_learn_as_others() -> None:
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.up(x)
+
+    class Written(Kept):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.add_(self.up(x.clone()))
+
+    class Twice(nn.Module):
+        def __init__(self, block: type[nn.Module]) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([block(), block()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.clone()
+            for layer in (*self.layers, *self.layers):
+                x = layer(x)
+            return x
+
+    found = []
+    for block in (Kept, Written):
+        torch.manual_seed(0)
+        base = Twice(block).to(WIDE)
+        found.append(merged(base).state_dict())
+    assert all(tensor.equal(found[1][name]) for name, tensor in found[0].items())
+
+
 def test_a_module_that_is_called_twice_learns_from_both_calls() -> None:
     class Shared(Mute):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ class ProDistill(Program):
 
     No labels, heads or answers are needed. Padding counts as text does, as in the code.
 
-    Memory: base, merge, an expert; of one block Λ (4 times while it is learned), the task vectors,
+    Memory: base, merge, an expert; of one block Λ (5 times while it is learned), the task vectors,
     what enters it and the experts' answers. Raises PlanError where an expert has no data, the model
     no blocks or a block no features; NumericError for a loss that is not finite.
     """
@@ -83,14 +83,13 @@ class _Lesson:
 
     def error(self, part: nn.Module, number: int) -> tuple[Tensor, int]:
         """Σ (h - h_t)² of a batch, and over how many numbers."""
-        total, count = torch.zeros(()), 0
-        for call, wanted in zip(self.calls[number], self.wanted[number], strict=True):
-            args, kwargs = copied(call)
+        errors = []
+        for (args, kwargs), wanted in zip(map(copied, self.calls[number]), self.wanted[number],
+                                          strict=True):  # fmt: skip
             found = hidden(part(*args, **kwargs))
             wide = wide_dtype(found)
-            total = (found.to(wide) - wanted.to(wide)).square().sum() + total.to(found.device)
-            count += found.numel()
-        return total, count
+            errors.append((found.to(wide) - wanted.to(wide)).square().sum())
+        return torch.stack(errors).sum(), sum(wanted.numel() for wanted in self.wanted[number])
 
 
 @dataclass
