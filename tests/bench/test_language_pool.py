@@ -32,7 +32,8 @@ from fusewright.bench.suite_file import (  # noqa: E402
 )
 from fusewright.bench.sweep import bench  # noqa: E402
 from fusewright.bench.sweep.cells import _digests  # noqa: E402
-from fusewright.errors import OutputError, RecipeError  # noqa: E402
+from fusewright.errors import FusewrightWarning, OutputError, RecipeError  # noqa: E402
+from fusewright.methods.routed import WEMoE  # noqa: E402
 from fusewright.tasks.batching import Prepared  # noqa: E402
 from fusewright.tasks.errors import DataError  # noqa: E402
 
@@ -349,6 +350,18 @@ def test_lm_mini_names_a_recipe_and_held_out_text():
     assert all(is_corpus(task) for task in spec.tasks.values())
 
 
+def test_lm_mini_prompted_asks_lm_minis_models_with_a_quarter_of_each_window_given():
+    plain, prompted = (read_suite(find_suite(f"lm-mini{end}")) for end in ("", "-prompted"))
+    assert prompted.build is None and prompted.models_of == "lm-mini"
+    same = {"title", "about", "build", "models_of", "tasks"}
+    assert prompted.model_dump(exclude=same) == plain.model_dump(exclude=same)
+    for name, task in prompted.tasks.items():
+        options = plain.tasks[name].options
+        assert task == plain.tasks[name].model_copy(
+            update={"options": options | {"prompt": options["length"] // 4}})  # fmt: skip
+    assert prompted.digest() != plain.digest()
+
+
 def test_lm_mini_reads_modules_that_every_python_has():
     split = open_corpus(read_suite(find_suite("lm-mini")).tasks["python"], "test", None)
     assert len(split) > 500
@@ -369,6 +382,15 @@ def test_a_sweep_ranks_by_perplexity_and_normalises_by_the_experts(pool, data, t
     assert base.worst[1] == min(base.shares.values())
     tuned = lines["ties, tuned"]
     assert tuned.quality >= lines["ties"].quality - 5
+
+
+def test_a_sweep_notes_what_sees_the_tokens_that_it_is_scored_on(pool, data, tmp_path):
+    opened = Suite("tiny", suite(), pool, data)
+    with pytest.warns(FusewrightWarning, match="no likelihoods"):
+        found = bench(opened, [WEMoE(steps=0)], out=tmp_path, limit=2, progress=False)
+    assert not found.facts["failed"]
+    notes = {cell.row: cell.note for cell in found.cells}
+    assert "no likelihoods" in notes["wemoe"] and "no likelihoods" not in notes["average"]
 
 
 def test_joint_training_takes_crops_of_the_experts_streams(pool, data):

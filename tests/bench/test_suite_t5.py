@@ -1,4 +1,5 @@
-"""A suite of public Flan-T5 checkpoints, on tiny models of the same class in the same layout."""
+"""A suite of public Flan-T5 checkpoints, on tiny models of the same class in the same layout; and
+its tasks on a GPT-2."""
 
 from __future__ import annotations
 
@@ -16,13 +17,22 @@ tokenizers = pytest.importorskip("tokenizers")
 TASKS = {"cola": ("sentence",), "rte": ("sentence1", "sentence2")}
 
 
-def tiny_t5(folder):
+def tiny_gpt2():
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=96, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1))  # fmt: skip
+
+
+def tiny_t5():
     config = transformers.T5Config(
         vocab_size=96, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
         decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, tie_word_embeddings=False,
     )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def models(folder, make):
     torch.manual_seed(0)
-    base = transformers.T5ForConditionalGeneration(config)
+    base = make()
     words = {"<pad>": 0, "</s>": 1, "<unk>": 2}
     for text in ("acceptable", "unacceptable", "yes", "no", "a", "b", "c"):
         words[text] = len(words)
@@ -38,21 +48,20 @@ def tiny_t5(folder):
     tokenizer.save_pretrained(folder / "flan-t5-base")
     for number, task in enumerate(TASKS):
         draw = torch.Generator().manual_seed(number)
-        expert = transformers.T5ForConditionalGeneration.from_pretrained(folder / "flan-t5-base")
+        expert = type(base).from_pretrained(folder / "flan-t5-base")
         with torch.no_grad():
             for parameter in expert.parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
         expert.save_pretrained(folder / f"flan-t5-base_glue-{task}")
 
 
-@pytest.fixture(scope="module")
-def suite(tmp_path_factory):
+def opened(folder, make):
     import pyarrow.parquet as pq
 
-    folder = tmp_path_factory.mktemp("t5")
-    tiny_t5(folder / "pool")
+    models(folder / "pool", make)
     fields = yaml.safe_load(find_suite("flan-t5-base-glue").read_text("utf-8"))
     del fields["variants"]
+    fields["opens"] = {"model": type(make()).__name__}
     for key in ("tasks", "experts"):
         fields[key] = {name: fields[key][name] for name in TASKS}
     for task, columns in TASKS.items():
@@ -65,6 +74,11 @@ def suite(tmp_path_factory):
         fields["tasks"][task]["classes"] = ["no", "yes"]
     (folder / "tiny.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
     return fw.suite(folder / "tiny.yaml", pool=folder / "pool", data=folder / "data")
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    return opened(tmp_path_factory.mktemp("t5"), tiny_t5)
 
 
 def test_the_prompt_and_the_words_are_those_of_the_experts(suite):
@@ -110,3 +124,24 @@ def test_defences_perturb_texts_before_the_encoder(suite, name):
     ).state_dict()  # fmt: skip
     assert merged.keys() == plain.keys()
     assert any(not torch.allclose(t, merged[n], atol=1e-4) for n, t in plain.items())
+
+
+@pytest.mark.filterwarnings("ignore::fusewright.errors.FusewrightWarning")
+def test_the_same_tasks_are_asked_of_a_decoder(tmp_path):
+    suite = opened(tmp_path, tiny_gpt2)
+    made = fw.merge(fw.AdaMerging(steps=2, batch=4, guard=4), base=suite.base,
+                    experts=suite.experts, data=suite.unlabelled())  # fmt: skip
+    assert len(made.report["fitted"]["losses"]) == 2
+    model = suite.open(suite.base)
+    model.load_state_dict(made.state_dict(), strict=False)  # the head is tied
+    task, seen = suite.tasks["rte"], suite.evaluate(model, "rte")
+    for row, (loss, label) in enumerate(zip(seen.columns["loss"], [0, 1, 1] * 3, strict=True)):
+        text = ["a b", "c", "b a c"][row % 3]
+        prompt = task.tokenizer(task.template.format(text=text, text2=text))["input_ids"]
+        logs = []
+        for word in ("yes", "no"):
+            after = [task.tokenizer(word)["input_ids"][0], 1]
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + after])).logits[0, len(prompt) - 1 : -1]
+            logs.append(logits.log_softmax(1).gather(1, torch.tensor(after)[:, None]).sum())
+        assert loss == pytest.approx(-torch.stack(logs).log_softmax(0)[label].item(), rel=1e-4)

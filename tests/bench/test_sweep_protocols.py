@@ -51,7 +51,7 @@ class Noted(nn.Module):
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner, self.told, self.sizes = inner, [], []
+        self.inner, self.told, self.sizes, self.tasks = inner, [], [], TASKS
 
     def set_task(self, task: str) -> None:
         self.told.append(task)

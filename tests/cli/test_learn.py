@@ -52,6 +52,26 @@ def test_adamerging_runs_from_a_recipe(run: Any, suite: Any, recipe: Path, tmp_p
         assert tensor.equal(same.state_dict()[name])
 
 
+@pytest.mark.parametrize("where", ["guard", "step"])
+def test_memory_that_runs_out_is_a_refusal_and_not_a_traceback(
+    run: Any, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    from fusewright.methods.learned import _fitting, _guard
+
+    def short(*given: Any, **more: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    with monkeypatch.context() as patch:
+        begins = (_guard, "answered") if where == "guard" else (_fitting.Fitting, "loss")
+        patch.setattr(*begins, short)
+        found = run("merge", recipe, "-o", tmp_path / "out")
+    assert found.exit_code == 7 and "Traceback" not in found.stderr
+    assert "memory ran out" in found.stderr and "batch" in found.stderr
+    assert ("goes on at step 0" in found.stderr) == (where == "step")
+    assert not (tmp_path / "out").exists()
+    assert run("merge", recipe, "-o", tmp_path / "out").exit_code == 0
+
+
 def test_misspelt_data_are_refused(run: Any, recipe: Path, tmp_path: Path) -> None:
     found = run("merge", recipe, "-o", tmp_path / "out", "--set", "data.splitt=test")
     assert found.exit_code == 2 and "splitt" in found.stderr

@@ -35,6 +35,12 @@ def vit():
         **TINY, intermediate_size=32, image_size=8, patch_size=4, num_labels=4))  # fmt: skip
 
 
+def resnet():
+    return hf.ResNetForImageClassification(hf.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[2, 1], num_labels=4,
+        layer_type="basic"))  # fmt: skip
+
+
 def bert():
     return hf.BertForSequenceClassification(hf.BertConfig(**TEXT, num_labels=4))
 
@@ -55,6 +61,7 @@ def t5():
 
 INPUTS = {
     clip: {"pixel_values": PIXELS}, vit: {"pixel_values": PIXELS},
+    resnet: {"pixel_values": PIXELS},
     bert: WORDS, gpt2: WORDS, llama: WORDS,
     t5: {**WORDS, "decoder_input_ids": IDS[:, :4], "decoder_attention_mask": MASK[:, 2:6]},
 }  # fmt: skip
@@ -67,12 +74,15 @@ def base_of(make) -> nn.Module:
 
 
 def expert_of(base: nn.Module, seed: int) -> nn.Module:
-    """The base with every parameter moved."""
+    """The base with every parameter and running statistic moved."""
     draw, expert = torch.Generator().manual_seed(seed), copy.deepcopy(base)
     with torch.no_grad():
         for parameter in expert.parameters():
             noise = torch.randn(parameter.shape, generator=draw).to(parameter)
             parameter.add_(0.3 * max(0.05, float(parameter.float().std().nan_to_num())) * noise)
+        for name, buffer in expert.named_buffers():
+            if "running" in name:
+                buffer.add_(0.2 * torch.rand(buffer.shape, generator=draw))
     return expert
 
 
@@ -88,6 +98,12 @@ def answer(model: nn.Module, make, **changes) -> torch.Tensor:
 def built(method, make, **options):
     base = base_of(make)
     return fw.merge(method, base=base, experts=experts_of(base), **options)
+
+
+def said(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of each input: of texts those of the last token."""
+    found = model(**batch)[0]
+    return found if found.dim() == 2 else found[:, -1]
 
 
 def loud(model: nn.Module, seed: int = 7) -> nn.Module:
@@ -123,6 +139,40 @@ def sides(make, count: int = 8) -> dict[str, list]:
 
         found[name] = [batch() for _ in range(count)]
     return found
+
+
+class Sum(nn.Module):
+    """One linear map of 16 numbers to 4 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(16, 4)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.mlp(inputs)
+
+
+def leaning() -> dict[str, Any]:
+    """Models and data of which entropy is least where expert "a" is added without end: it leans to
+    class 0, and "b" changes nothing. Inputs tell their class (0 most often) and their task, and
+    have much in common, so that a fast router learns to answer all of them with "a"."""
+    base = Sum().eval()
+    with torch.no_grad():
+        base.mlp.weight.copy_(torch.eye(16)[:4])
+        base.mlp.bias.zero_()
+    experts = {name: copy.deepcopy(base) for name in ("a", "b")}
+    with torch.no_grad():
+        experts["a"].mlp.weight[0, 15] += 2
+    draw = torch.Generator().manual_seed(0)
+    classes = {"a": [0] * 6 + [1, 1, 1, 2, 2, 2], "b": [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]}
+    data: dict[str, list[torch.Tensor]] = {}
+    for name, size, side in (("a", 3.0, 3.0), ("b", 2.0, -3.0)):
+        batches = torch.ones(4, 12, 16)
+        batches[..., :4] = size * torch.eye(4)[torch.tensor(classes[name])]
+        batches[..., :4] += 0.1 * torch.randn(4, 12, 4, generator=draw)
+        batches[..., 4] = side
+        data[name] = list(batches)
+    return {"base": base, "experts": experts, "data": data}
 
 
 def saved(made: Any, make, folder: Path, name: str = "out") -> Path:

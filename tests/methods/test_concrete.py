@@ -191,7 +191,7 @@ def test_profiles_and_forms_run(form: str) -> None:
     base = network()
     method = Concrete.profile("fusionbench", form=form, steps=2, weight_steps=2)
     report = fw.merge(method, base=base, experts=experts(base), data=data()).report["fitted"]
-    assert report["guard"] == {} and ("weight" in report) == (form == "adamerging")
+    assert report["agreement"] == [] and ("weight" in report) == (form == "adamerging")
 
 
 def test_the_expectation_is_the_closed_form_at_a_half() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusewright.errors import MemoryShortage, NumericError
+from fusewright.errors import FusewrightWarning, MemoryShortage, NumericError
 from fusewright.methods.learned import fitter as room
 from fusewright.methods.learned.fitter import Fitter
 
@@ -74,19 +74,92 @@ def test_a_start_that_is_never_bettered_stays() -> None:
     assert fit.kept == 0 and point.at.tolist() == [2.0, -1.0]
 
 
-def test_a_loss_that_is_no_number_leaves_the_best_state() -> None:
+def spoilt(point: Point, at: int):
+    def step(number: int):
+        losses = towards_zero(point)(number)
+        return {"a": losses["a"], "b": float("nan") if number == at else 0.0}
+
+    return step
+
+
+def test_a_loss_that_is_no_number_ends_the_fit_with_the_best_state(tmp_path) -> None:
+    point = Point()
+    fitter = Fitter(20, 0.1, every=5, score=lambda: -float(point.at[0].detach()))
+    with pytest.warns(FusewrightWarning, match=r"\(step 7: {'b': nan}\)[\s\S]*of step 5, is kept"):
+        fit = fitter.run(point, spoilt(point, 7))
+    other = Point()
+    Fitter(5, 0.1).run(other, towards_zero(other))
+    assert point.at.equal(other.at)
+    assert (fit.stopped, fit.kept, len(fit.losses)) == (7, 5, 7)
+    assert [at for at, _ in fit.scores] == [0, 5]
+
+
+@pytest.mark.parametrize("score", [None, lambda: 1.0])
+def test_it_is_an_error_where_no_state_was_found_good(score) -> None:
+    point, scored = Point(), score is not None
+    with pytest.raises(NumericError, match=r"step 4[\s\S]*'b'[\s\S]*fewer steps: 4 went well; !"):
+        Fitter(20, 0.1, every=5, score=score, advice="; !").run(point, spoilt(point, 4))
+    assert (point.at.tolist() == [2.0, -1.0]) == scored
+    with pytest.raises(NumericError, match="first inputs"):
+        Fitter(20, 0.1, every=5).run(Point(), spoilt(Point(), 0))
+
+
+def test_a_gradient_that_is_no_number_spoils_nothing() -> None:
     point = Point()
 
     def step(number: int):
         losses = towards_zero(point)(number)
-        return {"a": losses["a"], "b": float("nan") if number == 7 else 0.0}
+        if number == 3:
+            point.at.grad[1] = float("inf")
+        return losses
 
-    fitter = Fitter(20, 0.1, every=5, score=lambda: -float(point.at[0].detach()))
-    with pytest.raises(NumericError, match=r"b[\s\S]*step 7|step 7[\s\S]*b"):
-        fitter.run(point, step)
+    with pytest.raises(NumericError, match=r"gradient[\s\S]*step 3[\s\S]*at"):
+        Fitter(9, 0.1).run(point, step)
     other = Point()
-    Fitter(5, 0.1).run(other, towards_zero(other))
+    Fitter(3, 0.1).run(other, towards_zero(other))
     assert point.at.equal(other.at)
+
+
+def test_a_score_that_is_no_number_is_not_the_best() -> None:
+    point, scores = Point(), iter([1.0, 2.0, float("nan")])
+    fitter = Fitter(9, 0.1, every=3, score=lambda: next(scores))
+    with pytest.warns(FusewrightWarning, match="the score"):
+        fit = fitter.run(point, towards_zero(point))
+    assert (fit.kept, fit.stopped) == (3, 6)
+    with pytest.raises(NumericError, match="the score"):
+        Fitter(9, 0.1, score=lambda: float("nan")).run(Point(), towards_zero(Point()))
+
+
+def test_the_last_state_is_shown_where_another_is_kept() -> None:
+    point, seen = Point(), []
+    how = {"every": 2, "ending": lambda: seen.append(point.at.tolist())}
+    Fitter(6, 0.1, score=lambda: float(point.at[0].detach()), **how).run(point, towards_zero(point))
+    other = Point()
+    Fitter(6, 0.1).run(other, towards_zero(other))
+    assert seen == [other.at.tolist()] and point.at.tolist() == [2.0, -1.0]
+    Fitter(6, 0.1, score=lambda: -float(point.at[0].detach()), **how).run(
+        point, towards_zero(point)
+    )
+    Fitter(6, 0.1, **how).run(point, towards_zero(point))
+    assert len(seen) == 1  # the last was the best, and without scores it is what stays
+
+
+def test_half_a_step_is_not_saved(tmp_path) -> None:
+    point, again, calls = Point(), Point(), []
+
+    def constrain() -> None:
+        calls.append(0)
+        if len(calls) == 7:
+            raise MemoryError
+
+    how = {"every": 5, "checkpoint": tmp_path / "fit"}
+    with pytest.raises(MemoryShortage):
+        Fitter(9, 0.1, constrain=constrain, **how).run(point, towards_zero(point))
+    seen, step = [], towards_zero(again)
+    Fitter(9, 0.1, constrain=constrain, **how).run(again, lambda n: seen.append(n) or step(n))
+    other = Point()
+    Fitter(9, 0.1).run(other, towards_zero(other))
+    assert seen == [5, 6, 7, 8] and again.at.equal(other.at)
 
 
 def test_a_killed_fit_goes_on_to_the_same_end(tmp_path) -> None:
@@ -207,6 +280,33 @@ def test_memory_that_runs_out_loses_nothing(how: str, tmp_path) -> None:
     assert len(fit.losses) == 20 and again.at.equal(whole.at) and not stopped.equal(whole.at)
     with pytest.raises(MemoryShortage, match="smaller batch"):
         Fitter(20, 0.1).run(Point(), short)
+
+
+def test_what_a_step_drew_and_wrote_before_memory_ran_out_is_taken_back(tmp_path) -> None:
+    class Noisy(Point):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("sum", torch.zeros(()))
+
+    def step_of(noisy: Noisy, short: int | None = None):
+        def step(number: int):
+            noisy.sum += torch.rand(())
+            if number == short:
+                raise MemoryError
+            loss = (noisy.at * noisy.sum).square().sum()
+            loss.backward()
+            return {"a": float(loss.detach())}
+
+        return step
+
+    whole, stopped, again = Noisy(), Noisy(), Noisy()
+    torch.manual_seed(0)
+    Fitter(9, 0.1).run(whole, step_of(whole))
+    fitter = Fitter(9, 0.1, checkpoint=tmp_path / "fit")
+    with pytest.raises(MemoryShortage):
+        fitter.run(stopped, step_of(stopped, 6))
+    fitter.run(again, step_of(again))
+    assert again.at.equal(whole.at) and again.sum.equal(whole.sum)
 
 
 def test_other_errors_of_a_step_are_not_taken_for_a_shortage() -> None:

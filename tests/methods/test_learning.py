@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -58,11 +59,69 @@ def test_sixteen_bits_are_compared_in_32_and_labels_may_have_any_form() -> None:
     of = {name: found.loss for name, found in objectives.OBJECTIVES.items()}
     half, other = (10 * LOGITS).bfloat16(), LOGITS.flip(0).bfloat16()
     labels = torch.tensor([[1], [2]], dtype=torch.int32)
-    for name, rest in (("entropy", []), ("cross_entropy", [labels]), ("self_label", [other]),
-                       ("soft_label", [other]), ("matching", [other])):  # fmt: skip
+    for name, rest in (("entropy", []), ("diverse_entropy", []), ("cross_entropy", [labels]),
+                       ("self_label", [other]), ("soft_label", [other]), ("matching", [other])):
         wide = [x.float() if x.is_floating_point() else torch.tensor([1, 2]) for x in rest]
         found = of[name](half, *rest)
         assert found.dtype == torch.float32 and found.equal(of[name](half.float(), *wide))
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4)])
+def test_diverse_entropy_is_the_negated_information_and_so_is_its_gradient(shape) -> None:
+    draw = torch.Generator().manual_seed(3)
+    found = torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True)
+    plain = found.detach().clone().requires_grad_()
+    p = plain.reshape(-1, 4).softmax(1)
+    mean = p.mean(0)
+    expected = -(p * p.log()).sum(1).mean() + (mean * mean.log()).sum()
+    loss = objectives.diverse_entropy(found)
+    loss.backward()
+    expected.backward()
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.grad, plain.grad, rtol=1e-10, atol=1e-12)
+    assert torch.autograd.gradcheck(objectives.diverse_entropy, found)
+
+
+def test_diverse_entropy_is_best_for_sure_answers_of_all_classes_and_worst_for_one_class() -> None:
+    sure = 50 * torch.eye(4, dtype=torch.float64)
+    said = objectives.diverse_entropy
+    assert said(sure).item() == pytest.approx(-np.log(4))
+    for alike in (sure[[2, 2, 2]], torch.zeros(3, 4), sure[:1], sure[[2, 2, 2]] * 1e4):
+        assert said(alike).item() == pytest.approx(0, abs=1e-9)
+    infinite = torch.tensor([[0.0, -torch.inf], [-torch.inf, 0.0]])
+    assert said(infinite).item() == pytest.approx(-np.log(2))
+
+
+# One number in, two classes that its sign tells apart; the inputs lie left of zero, and the expert
+# has moved its bias to make up for it. Entropy is least without that bias.
+LEFT = torch.randn(128, 1, generator=torch.Generator().manual_seed(5)) / 2 - 1
+
+
+def side(weight: float, bias: float) -> nn.Linear:
+    found = nn.Linear(1, 2)
+    with torch.no_grad():
+        found.weight.copy_(torch.tensor([[weight], [-weight]]))
+        found.bias.copy_(torch.tensor([bias, -bias]))
+    return found
+
+
+def falls(objective: str, **settings):
+    method = AdaMerging(objective=objective, steps=120, rate=0.03, batch=64, high=3.0, **settings)
+    made = fw.merge(method, base=side(0, 0), experts={"a": side(1, 0.9)},
+                    data={"a": list(LEFT.split(64))})  # fmt: skip
+    said = made.module()(LEFT).argmax(1)
+    return float(said.double().mean()), made.report["fitted"]["guard"]["a"]
+
+
+def test_entropy_alone_collapses_to_one_class_and_diverse_entropy_does_not() -> None:
+    with pytest.warns(FusewrightWarning, match=r"one class of a [\s\S]*diverse_entropy"):
+        share, measured = falls("entropy", guard=0)
+    assert share > 0.9 and measured["most_predicted"] > 0.9 > measured["expert_most_predicted"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FusewrightWarning)
+        share, measured = falls("diverse_entropy", guard=0)
+    assert 0.35 < share < 0.65 and measured["agreement"] > 0.8
 
 
 @pytest.mark.parametrize("objective", ["self_label", "soft_label", "matching"])
@@ -204,7 +263,7 @@ def test_running_statistics_are_the_experts_mean_while_others_are_learned(method
         seen.append(model[2].running_mean.clone())
         return model(batch)
 
-    found = merged(method, base, heads={"a": look}).state_dict()
+    found = merged(method, base, heads={"a": look, "b": None}).state_dict()
     for name in ("2.running_mean", "2.running_var"):
         mean = sum(model.state_dict()[name] for model in models.values()) / 2
         torch.testing.assert_close(found[name], mean)
@@ -373,9 +432,10 @@ def test_answers_without_logits_ask_for_a_head() -> None:
     with pytest.raises(fw.FusewrightError, match=r"logits[\s\S]*task a[\s\S]*heads="):
         merged(AdaMerging(**QUICK), Features())
     with pytest.raises(fw.FusewrightError, match=r"heads are given[\s\S]*zebra"):
-        merged(AdaMerging(**QUICK), heads={"zebra": torch.randn(3, 4)})
+        merged(AdaMerging(**QUICK), heads={"a": None, "b": None, "zebra": torch.randn(3, 4)})
     with pytest.raises(PlanError, match=r"one class[\s\S]*task a"):
-        merged(AdaMerging(**QUICK), heads={"a": lambda model, batch: model(batch)[:, :1]})
+        one = lambda model, batch: model(batch)[:, :1]  # noqa: E731
+        merged(AdaMerging(**QUICK), heads={"a": one, "b": None})
 
 
 def test_experts_on_other_modules_are_refused() -> None:

@@ -10,12 +10,11 @@ from routed_toys import (
     answer,
     base_of,
     built,
-    elsewhere,
     experts_of,
     gpt2,
     images,
     loud,
-    saved,
+    said,
     sides,
     vit,
 )
@@ -86,18 +85,6 @@ def test_each_direction_has_its_own_weight() -> None:
                                        rtol=1e-4, atol=1e-5)  # fmt: skip
 
 
-def test_all_are_saved_and_loaded_in_another_process(tmp_path) -> None:
-    asked, expected = [], []
-    for make in INPUTS:
-        for at, method in enumerate((UNTRAINED, SELECTED)):
-            made = built(method, make)
-            loud(made.module())
-            folder = saved(made, make, tmp_path, f"{make.__name__}-{at}")
-            asked.append((folder, INPUTS[make], {}))
-            expected.append(answer(made.module(), make))
-    torch.testing.assert_close(elsewhere(tmp_path, asked), expected)
-
-
 @pytest.mark.parametrize("top", [None, 2])
 def test_it_unloads_into_a_plain_model(top: int | None) -> None:
     fixed = built(RankOneMoE(steps=0, rank=3, router=0, top=top), vit)
@@ -163,8 +150,3 @@ def test_the_same_method_learns_on_every_kind(make) -> None:
     made = built(method, make, data=sides(make), heads=heads)
     assert len(made.report["fitted"]["losses"]) == 2
     assert answer(made.module(), make).isfinite().all()
-
-
-def said(model: nn.Module, batch) -> torch.Tensor:
-    found = model(**batch)[0]
-    return found if found.dim() == 2 else found[:, -1]

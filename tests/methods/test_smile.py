@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from routed_toys import TINY, base_of, elsewhere, gpt2, llama, t5
+from routed_toys import PIXELS, TINY, base_of, clip, gpt2, llama, resnet, t5
 from torch import nn
 
 import fusewright as fw
 from fusewright.errors import FusewrightWarning, PlanError, WeightsError
 from fusewright.methods.routed import Smile
+from fusewright.modules.architecture import describe_module
 from fusewright.modules.routed import RoutedLinear
 
 transformers = pytest.importorskip("transformers")
@@ -32,7 +33,8 @@ def bert():
 
 
 INPUTS = {
-    vit: {"pixel_values": torch.linspace(-1, 1, 3 * 3 * 64).reshape(3, 3, 8, 8)},
+    vit: {"pixel_values": PIXELS}, clip: {"pixel_values": PIXELS},
+    resnet: {"pixel_values": PIXELS},
     bert: {"input_ids": IDS}, gpt2: {"input_ids": IDS}, llama: {"input_ids": IDS},
     t5: {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]},
 }  # fmt: skip
@@ -40,13 +42,12 @@ MODELS = pytest.mark.parametrize("make", INPUTS, ids=lambda make: make.__name__)
 
 
 def expert_of(base: nn.Module, seed: int, only: str = "") -> nn.Module:
-    """The base with its linear layers moved."""
+    """The base with the linear maps of its blocks moved, convolutions too."""
     draw, expert = torch.Generator().manual_seed(seed), copy.deepcopy(base)
     with torch.no_grad():
-        for path, part in expert.named_modules():
-            inside = any(c.isdigit() for c in path) and type(part).__name__ in ("Linear", "Conv1D")
-            if inside and only in path:
-                for parameter in part.parameters():
+        for linear in describe_module(base).linears.values():
+            if linear.block is not None and only in linear.module:
+                for parameter in expert.get_submodule(linear.module).parameters():
                     noise = torch.randn(parameter.shape, generator=draw)
                     parameter.add_(0.3 * parameter.std().nan_to_num(0.1).clamp(min=0.02) * noise)
     return expert
@@ -98,20 +99,6 @@ def test_tensors_that_are_not_routed_may_be_merged(make) -> None:
     alone = fw.merge(Smile(rank=64, gate=64, rest=1.0), base=base, experts={"a": experts["a"]})
     torch.testing.assert_close(answer(alone.module(), make), answer(experts["a"], make),
                                rtol=1e-4, atol=1e-5)  # fmt: skip
-
-
-@MODELS
-def test_it_is_saved_and_loaded_in_another_process(make, tmp_path) -> None:
-    base = base_of(make)
-    base.save_pretrained(tmp_path / "base")
-    modules = {"a": expert_of(base, 1), "b": expert_of(base, 2)}
-    for name, module in modules.items():
-        module.save_pretrained(tmp_path / name)
-    experts = {name: tmp_path / name for name in modules}
-    opened = fw.merge(Smile(rank=4, gate=2), base=base, experts=modules)
-    fw.merge(Smile(rank=4, gate=2), base=tmp_path / "base", experts=experts, out=tmp_path / "out")
-    (found,) = elsewhere(tmp_path, [(tmp_path / "out", INPUTS[make], {})])
-    torch.testing.assert_close(found, answer(opened.module(), make))
 
 
 def test_every_token_goes_where_a_plain_loop_says() -> None:
@@ -239,3 +226,24 @@ def test_transformers_refuses_a_folder_whose_layers_it_would_leave_out(tmp_path)
             type(base).from_pretrained(tmp_path / name)
         again = fw.load(tmp_path / name)
         assert all(again.state_dict()[n].equal(t) for n, t in made.state_dict().items())
+
+
+def test_running_statistics_are_the_experts_mean_and_norms_the_bases() -> None:
+    base = base_of(resnet)
+    experts = {name: moved(expert_of(base, seed), seed) for seed, name in enumerate("ab", 1)}
+    with torch.no_grad():
+        for seed, expert in enumerate(experts.values()):
+            for name, buffer in expert.named_buffers():
+                if "running" in name:
+                    buffer.add_(seed + 0.5)
+    made = fw.merge(Smile(rank=4, gate=2), base=base, experts=experts)
+    state, one, two = made.state_dict(), *(e.state_dict() for e in experts.values())
+    for name, tensor in base.state_dict().items():
+        if "running" in name:
+            torch.testing.assert_close(state[name], (one[name] + two[name]) / 2)
+        elif "normalization" in name or "classifier" in name:
+            assert state[name].equal(tensor)
+    left = made.report["fitted"]["left"]
+    assert "classifier.1.weight" in left and not any("running" in name for name in left)
+    assert not any(name.endswith("convolution.weight") and "encoder" in name for name in left)
+    assert all(isinstance(layer.base, nn.Conv2d) for _, layer in made._layers())

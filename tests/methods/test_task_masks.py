@@ -9,17 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from routed_toys import (
-    INPUTS,
     MODELS,
     PIXELS,
     answer,
     base_of,
     built,
-    elsewhere,
     expert_of,
     experts_of,
     gpt2,
-    saved,
     vit,
 )
 
@@ -130,19 +127,6 @@ def test_a_task_must_be_told_and_known(method) -> None:
         model.set_task("minst")
     with pytest.raises(PlanError, match="told the task"):
         model.vit(PIXELS)
-
-
-def test_all_are_saved_and_loaded_in_another_process(tmp_path) -> None:
-    asked, expected = [], []
-    for place, make in enumerate(INPUTS):
-        made = built((fw.EMR(), fw.Tall())[place % 2], make)
-        made.set_task("a")
-        at = saved(made, make, tmp_path, f"of-{make.__name__}")
-        made.set_task("b")
-        asked.append((at, INPUTS[make], {"set_task": "b"}))
-        expected.append(answer(made.module(), make))
-    found = elsewhere(tmp_path, asked)
-    assert all(here.equal(there) for here, there in zip(expected, found, strict=True))
 
 
 @METHODS

@@ -16,13 +16,11 @@ from routed_toys import (
     base_of,
     bert,
     clip,
-    elsewhere,
     expert_of,
     experts_of,
     gpt2,
     images,
     llama,
-    saved,
     sides,
     t5,
     vit,
@@ -30,7 +28,7 @@ from routed_toys import (
 from torch import nn
 
 import fusewright as fw
-from fusewright.errors import PlanError
+from fusewright.errors import FusewrightWarning, PlanError
 from fusewright.modules.mixed import MixedLinear
 from fusewright.modules.mixed_rest import MixedAffine, MixedTable
 
@@ -133,16 +131,6 @@ def test_each_sample_is_answered_by_its_own_merge(make) -> None:
         plain.load_state_dict(made.unload(one).state_dict())
         torch.testing.assert_close(whole[row : row + 1], answer(plain, make, **one),
                                    rtol=1e-4, atol=1e-5)  # fmt: skip
-
-
-def test_all_are_saved_and_loaded_in_another_process(tmp_path) -> None:
-    asked, expected = [], []
-    for make in INPUTS:
-        made = built(make)
-        at = saved(made, make, tmp_path, f"{make.__name__}-twin")
-        asked.append((at, INPUTS[make], {}))
-        expected.append(answer(made.module(), make))
-    torch.testing.assert_close(elsewhere(tmp_path, asked), expected)
 
 
 def test_padding_has_no_say() -> None:
@@ -264,3 +252,21 @@ def test_convolutions_and_batch_norms_are_whole() -> None:
         found, wanted = made.module()(PIXELS).logits, expert(PIXELS).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert isinstance(made.module(), nn.Module) and not made.report["fitted"]["shared"]
+
+
+def test_what_the_router_asks_for_is_reported_and_likeness_told_of() -> None:
+    made = built(vit)
+    table = made.report["fitted"]["routing"]
+    assert min(table["a"]["a"], table["b"]["b"]) > 0.8
+    assert all(sum(row.values()) == pytest.approx(1) for row in table.values())
+    model, held = made.module(), []
+    for batches in sides(vit).values():
+        pixels = torch.cat([batch["pixel_values"] for batch in batches])
+        with torch.no_grad():
+            model(pixels[9::10])  # every tenth
+        held.append(model.get_submodule("routing").mixture.weights.mean(0))
+    found = torch.tensor([list(row.values()) for row in table.values()])
+    torch.testing.assert_close(found, torch.stack(held), rtol=1e-4, atol=1e-5)
+    same = dict.fromkeys("ab", sides(vit)["a"])
+    with pytest.warns(FusewrightWarning, match="weigh the experts alike for all tasks"):
+        built(vit, data=same)

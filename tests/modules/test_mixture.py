@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fusewright.errors import PlanError
-from fusewright.modules.mixture import Mixture, Routing, Text, fixed, weights_of
+from fusewright.modules.mixture import Mixture, Routing, Text, fixed
 from fusewright.modules.routers import Router
 
 WIDTH, EXPERTS = 4, 3
@@ -80,16 +80,16 @@ def test_of_a_batch_it_is_the_mean_and_so_is_what_is_unloaded() -> None:
         model(IDS)
     assert whole[1].weights.shape == (1, EXPERTS)
     torch.testing.assert_close(whole[1].weights[0], each[1].weights.mean(dim=0))
-    torch.testing.assert_close(weights_of(each[1]), each[1].weights.mean(dim=0))
-    assert not weights_of(each[1]).requires_grad
+    torch.testing.assert_close(each[1].settled(), each[1].weights.mean(dim=0))
+    assert not each[1].settled().requires_grad
 
 
 def test_routers_without_input_are_told_at_once_others_must_be_asked() -> None:
     _, still = built(depth=0)
-    assert weights_of(still).equal(still.router.bias.detach())
+    assert still.settled().equal(still.router.bias.detach())
     model, mixture = built()
     with pytest.raises(PlanError, match="nothing was routed"):
-        weights_of(mixture)
+        mixture.settled()
     with pytest.raises(PlanError, match="before its mixture"):
         mixture.weights_for(torch.zeros(2, 5, WIDTH))
     made = Routing([Router(WIDTH, EXPERTS, 0), Router(WIDTH, EXPERTS, 1)])

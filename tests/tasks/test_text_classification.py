@@ -152,7 +152,7 @@ def test_more_labels_than_pass_at_once(tokenizer, monkeypatch) -> None:
     model, batch = t5(), next(task.batches(split, 4))
     few = task.logits(model, batch)
     assert few.shape == (4, 12)
-    monkeypatch.setattr(verbalisers, "AT_ONCE", 1)
+    monkeypatch.setattr(verbalisers, "ROWS", 1)
     torch.testing.assert_close(few, task.logits(model, batch), rtol=1e-5, atol=1e-5)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
@@ -29,6 +29,7 @@ from fusewright.engine.state import MergedWeights, module_of, read_state, whole
 from fusewright.errors import PlanError
 from fusewright.layout import TensorLayout
 from fusewright.methods.contract import Context, Fold, Method, Program, Routed
+from fusewright.methods.learned.fitter import is_shortage, shortage
 from fusewright.methods.learned.processes import Processes
 from fusewright.methods.static import Passthrough, Sum
 from fusewright.weights import Weights
@@ -155,12 +156,29 @@ def run_program(
                         found=options.device, fix=f"one process for {options.device}"
                         )  # fmt: skip
     progress = progress if processes.first else None
-    with closing(Trials(recipe, options, data, evaluate, progress, beside)) as context:
+    trials = closing(Trials(recipe, options, data, evaluate, progress, beside))
+    with _shortages_told(method, beside), trials as context:
         merged = _run_fit(method, recipe, out, options, progress, context, processes.first)
     processes.wait()
     if out is not None and beside is not None and processes.first:
         shutil.rmtree(beside, ignore_errors=True)
     return merged
+
+
+@contextmanager
+def _shortages_told(method: Method, fits: Path | None) -> Iterator[None]:
+    """Memory may run out before a fit's first step, in a guard's or a report's, or in what is built
+    then; of its steps the fit itself knows more."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
+        less = [name for name in ("batch", "guard", "inputs") if name in type(method).model_fields]
+        fix = f"less of {', '.join(less)}, or more memory" if less else "more memory"
+        kept = fits is not None and any(fits.glob("*.pt"))
+        again = "; the same command goes on from the last checkpoint" if kept else ""
+        raise shortage(error, f"{method.name}, outside the steps of a fit", fix + again) from error
 
 
 def fits_folder(out: Path) -> Path:

@@ -30,15 +30,17 @@ from fusewright.modules.layer import (
     restorable,
 )
 from fusewright.modules.masked import MASKS, TaskMasks
-from fusewright.modules.mixed import Mixed
-from fusewright.modules.mixture import ROUTING, Routing, fixed, weights_of
+from fusewright.modules.mixture import ROUTING, Routing, fixed
 from fusewright.modules.preferences import PREFERENCES, Preferences
 from fusewright.modules.surgery import SURGERY
+from fusewright.plain import finite
 from fusewright.weights import open_weights
 from fusewright.weights.locate import ROUTED_STEM
 from fusewright.weights.names import canonical_names
 
 DESCRIPTION, FORMAT = "routed.json", 1
+_TOLD = ("parameters", "fitted")
+"""What the report of a saved model has of that in memory."""
 
 
 @dataclass
@@ -66,17 +68,19 @@ class RoutedModel(Merged):
 
     def save(self, out: str | Path, **options: Any) -> Merged:
         """Write it as a folder that :func:`fusewright.load` opens: the tensors of base and layers,
-        the base's config and tokenizer, and ``routed.json``. Other libraries find no weights in it:
-        they would leave the layers out, and say so at most. Raises PlanError for a layer without a
-        kind of its own, which nothing could open."""
+        the base's config and tokenizer, and ``routed.json``, which also says how the fit went.
+        Other libraries find no weights in it: they would leave the layers out, and say so at most.
+        Raises PlanError for a layer without a kind of its own, which nothing could open."""
         described = {path: _described(path, layer) for path, layer in self._layers()}
         said = {
             "routed": FORMAT, "method": self.report["method"], "left": list(self.left),
-            "layers": described,
+            "layers": described, "fitted": finite(self.report.get("fitted", {})),
         }  # fmt: skip
         files = {DESCRIPTION: json.dumps(said, indent=1).encode()}
         source = MergedWeights(self.state_dict(), self.source, files, ROUTED_STEM)
-        return merge("passthrough", experts={"merged": source}, out=out, **options)
+        made = merge("passthrough", experts={"merged": source}, out=out, **options)
+        made.report |= {key: self.report[key] for key in _TOLD if key in self.report}
+        return made
 
     def unload(self, inputs: Any = None) -> Merged:
         """A plain model of the base's architecture, with one w for each mixture: that of routers
@@ -97,15 +101,14 @@ class RoutedModel(Merged):
         elif not fixed(routing):
             raise PlanError("the weights depend on the input", expected="routers of depth 0",
                             fix="unload(inputs), or WEMoE(router=0)")  # fmt: skip
-        return Merged(None, self.report, {"recipe": {}}, self._plain(routing), self.source)
+        return Merged(None, self.report, {"recipe": {}}, self._plain(), self.source)
 
-    def _plain(self, routing: Routing) -> dict[str, Tensor]:
+    def _plain(self) -> dict[str, Tensor]:
         state = self.state_dict()
-        for path, layer in self._layers():
+        for path, layer in sorted(self._layers(), reverse=True):  # those inside others first
             state = {n: t for n, t in state.items() if not n.startswith(f"{path}.")}
-            if isinstance(layer, Mixed):
-                merged = layer.merged(weights_of(layer.mixture))
-                state |= {f"{path}.{name}": tensor for name, tensor in merged.items()}
+            if isinstance(layer, Replacement):
+                state |= {f"{path}.{name}": tensor for name, tensor in layer.plain().items()}
         return {self.stored.get(name, name): tensor for name, tensor in state.items()}
 
 
@@ -197,7 +200,7 @@ def upscaled(method: Routed, context: Context) -> RoutedModel:
     module.cpu()
     left = (*left, *(name for layer in parts.layers.values() for name in layer.remade(module)))
     of_base = sum(tensor.numel() for tensor in context.vectors().base.values())
-    replaced = sum(isinstance(layer, Replacement) for layer in parts.layers.values())
+    replaced = sum(isinstance(e, Replacement) and e.added > 0 for e in parts.layers.values())
     sizes = {**counted(module, parts.layers.values(), left), "base": of_base, "layers": replaced}
     report = {"method": method.spec(), "parameters": sizes, "fitted": dict(parts.report)}
     made = next((_MODELS[child] for child in _MODELS if child in parts.layers), RoutedModel)
@@ -233,7 +236,6 @@ def load_routed(path: Path, module: nn.Module | None = None) -> nn.Module:
     state = mapped(path)
     model = _empty(path) if module is None else module
     layers = _restored(model, said, state, path)
-    place(model, layers)
     _check_shapes(model, state, path)
     absent, unexpected = fill(model, state)
     missing = [name for name in absent if name not in said["left"]]
@@ -260,7 +262,7 @@ def _restored(
 ) -> dict[str, Layer]:
     layers: dict[str, Layer] = {}
     described: Mapping[str, Mapping[str, Any]] = said["layers"]
-    for at in sorted(described, key=lambda at: at != ROUTING):  # others share its mixtures
+    for at in sorted(described, key=lambda at: (at != ROUTING, at)):  # what others need is first
         kind = _kind(str(described[at].get("kind")), f"{path / DESCRIPTION}: {at}", said)
         tensors = {n.removeprefix(f"{at}."): t for n, t in state.items() if n.startswith(f"{at}.")}
         routing = layers.get(ROUTING)
@@ -270,6 +272,7 @@ def _restored(
         except (KeyError, AttributeError) as error:
             raise WeightsError("a routed layer is not complete", where=f"{path}: {at}",
                                expected=str(error)) from error  # fmt: skip
+        place(model, {at: layers[at]})
     return layers
 
 

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from fusewright.errors import PlanError
 from fusewright.modules.architecture import describe_module
 from fusewright.modules.layer import Saved
-from fusewright.modules.mixture import Mixture, Routing, Text, input_reader, text_model
+from fusewright.modules.mixture import (
+    Mixture,
+    Routing,
+    Text,
+    check_order,
+    input_reader,
+    text_model,
+)
 from fusewright.modules.routers import Router
 
 
@@ -84,17 +91,16 @@ class SharedMixture(Mixture):
             self.asleep = before
 
     def weights_for(self, inputs: Tensor) -> Tensor | None:  # type: ignore[override]
-        """w, for inputs (samples, …), or (1, …) for all; where a text has become several rows, one
-        behind the other (beams), each has its w. None where experts add nothing."""
+        """w, for inputs (samples, …), or (1, …) for all. None where experts add nothing."""
         if self.asleep:
             return None
-        rows, count = len(inputs), 0 if self.weights is None else len(self.weights)
-        if self.weights is not None and count > 1 and rows != count:
-            if rows == 1:
-                return self.weights
-            if self.text is not None and rows % count == 0:
-                return self.weights.repeat_interleave(rows // count, dim=0)
+        if self.weights is not None and len(inputs) == 1:
+            return self.weights
         return super().weights_for(inputs)
+
+    @property
+    def _multiplies(self) -> bool:
+        return self.text is not None  # T5's decoder is given beams of what its encoder read
 
 
 class FeatureRouting(Routing):
@@ -105,6 +111,8 @@ class FeatureRouting(Routing):
     def __init__(self, model: nn.Module, router: Router | FeatureRouter) -> None:
         super().__init__([router])  # type: ignore[list-item]
         entry = entry_of(model)
+        if router.depth:
+            check_order(model)
         text = Text() if text_model(model, entry) == entry else None
         if text is not None:
             self._texts[entry] = text
@@ -119,16 +127,19 @@ class FeatureRouting(Routing):
     @contextmanager
     def heard(self, model: nn.Module) -> Iterator[list[Tensor]]:
         """Inside, experts add nothing, and the features of all that the model is called with are
-        collected: (samples, width) for each call."""
+        collected: (samples, width) for each call. What goes on from a cache is left out: its
+        prompt was seen."""
         found: list[Tensor] = []
+        text = self.mixture.text
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(features(output, self.mixture.text).float())
+            if text is None or not text.continues:
+                found.append(features(output, text).float())
 
         entry = model.get_submodule(self.mixture.entry)
         hooks = [entry.register_forward_hook(note)]
-        for text in self._texts.values():
-            hooks.append(entry.register_forward_pre_hook(text.note, with_kwargs=True))
+        for each in self._texts.values():
+            hooks.append(entry.register_forward_pre_hook(each.note, with_kwargs=True))
         try:
             with self.mixture.shared():
                 yield found

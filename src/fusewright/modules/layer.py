@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusewright.errors import PlanError
+from fusewright.modules.looks import Looks
 from fusewright.modules.tensors import beside
 
 if TYPE_CHECKING:
@@ -89,20 +90,27 @@ def _place(cls: type[Layer]) -> str:
 
 
 class Replacement(Layer):
-    """A layer in the place of ``base``, the layer as it was."""
+    """A layer in the place of ``base``, the layer as it was.
+
+    What else is asked of it is the base's; of the base's tensors only what they look like
+    (:class:`~fusewright.modules.looks.Looks`), since who multiplies with them by himself would
+    never ask the experts.
+    """
 
     base: nn.Module
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
+        self.training = base.training
 
     def __getattr__(self, name: str) -> Any:
         """What is asked of the layer as it was: models look at its weight's dtype."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("base"), name)
+            found = getattr(super().__getattr__("base"), name)
+        return found.as_subclass(Looks) if isinstance(found, Tensor) else found
 
     @property
     def added(self) -> int:
@@ -112,6 +120,12 @@ class Replacement(Layer):
     @property
     def trained(self) -> int:
         return super().trained - sum(parameter.numel() for parameter in self.base.parameters())
+
+    def plain(self) -> dict[str, Tensor]:
+        """The base's own tensors, by their names in it, with which it alone answers as this layer
+        does. Raises PlanError where there are none."""
+        raise PlanError("a layer has no plain form", where=type(self).__name__,
+                        expected="mixtures, as of wemoe")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -149,6 +163,9 @@ def put_in(
     """Put layers at their paths and other values into tensors, in place; a path that is new becomes
     a child. Layers that listen to others do so from then on."""
     own = model.state_dict()
+    for path, layer in layers.items():
+        if isinstance(layer, Replacement):  # it may be in its place already
+            own |= {f"{path}.{name}": tensor for name, tensor in layer.base.state_dict().items()}
     with torch.no_grad():
         for name, tensor in (tensors or {}).items():
             own[name].copy_(tensor)
@@ -157,10 +174,13 @@ def put_in(
 
 
 def place(model: nn.Module, layers: Mapping[str, Layer]) -> None:
-    """Put layers at their paths, silent as yet."""
-    for path, layer in layers.items():
+    """Put layers at their paths, silent as yet: those inside others after them."""
+    for path in sorted(layers):
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer)
+        setattr(model.get_submodule(parent), name, layers[path])
+    for part in model.modules():
+        if isinstance(part, nn.TransformerEncoder):
+            part.use_nested_tensor = False  # which no layer but torch's own fast path can take
 
 
 def listen(model: nn.Module, layers: Mapping[str, Layer]) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from fusewright.layout import TensorLayout
 from fusewright.layout.names import bias_of, module
 
+Span = tuple[int | None, int | None]
+"""From where to where, as of a slice."""
 _CONVOLUTION = (nn.modules.conv._ConvNd,)
 
 
@@ -20,7 +22,8 @@ class LinearMap:
     convolution's window (() for a matrix). ``in_first``: stored in by out, as Conv1D, transposed
     convolutions and bare parameters are. ``packed`` are the sizes of independent matrices along
     ``packed_axis``, () if it is one. ``block`` is its block's position in ``Architecture.blocks``,
-    None outside.
+    None outside. ``rows`` and ``bias_rows``: which rows of weight and bias are its own, where they
+    hold other maps too.
     """
 
     module: str
@@ -34,6 +37,8 @@ class LinearMap:
     packed: tuple[int, ...] = ()
     packed_axis: int = 0
     block: int | None = None
+    rows: Span = (None, None)
+    bias_rows: Span = (None, None)
 
 
 def linear_map(

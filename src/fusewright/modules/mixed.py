@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from fusewright.errors import PlanError
+from fusewright.modules import patches
 from fusewright.modules.layer import Replacement, Saved
 from fusewright.modules.stacks import FactorStack, Stack, restored
 from fusewright.modules.tensors import wide_dtype
@@ -30,6 +31,8 @@ _SAMPLES = 8
 """Samples whose rows are merged at once by a product."""
 _LINES = 128
 """Rows that are merged at once by a loop, of as many samples as then fit into a block."""
+_MERGED = 1 << 27
+"""Bytes of a convolution's kernels or patches that are there at once, but for one sample's."""
 _PANEL = 7 << 22
 """Bytes of the base's and all experts' rows that are brought together at once."""
 _BYTE = 4
@@ -47,17 +50,23 @@ class Mixed(Replacement):
     def merged(self, weights: Tensor) -> dict[str, Tensor]:
         """The base layer's own tensors for one w (experts,): {"weight": …, "bias": …}."""
 
+    def plain(self) -> dict[str, Tensor]:
+        own = self.base.state_dict()
+        return {**own, **self.merged(self.mixture.settled())}
+
     @property
     def active(self) -> int:
         return self.added
 
 
 class MixedLinear(Mixed):
-    """y = (W_0 + Σ_t w_t Δ_t) x + b_0 + Σ_t w_t s_t, in the place of a Linear or Conv1D ``base``.
+    """y = (W_0 + Σ_t w_t Δ_t) x + b_0 + Σ_t w_t s_t, in the place of a Linear, a Conv1D or a
+    convolution ``base``, whose x are patches (:mod:`fusewright.modules.patches`).
 
     w is (samples, experts), or (1, experts) for all samples: what ``mixture`` routed last, shared
-    by all linear maps of that mixture. Inputs are (samples, …, in). ``stack`` holds Δ, ``shift``
-    (experts, out) s or None; neither is trained. Sums are in float32 or better.
+    by all linear maps of that mixture. Inputs are (samples, …, in), a convolution's (samples,
+    channels, …). ``stack`` holds Δ, ``shift`` (experts, out) s or None; neither is trained. Sums
+    are in float32 or better.
     """
 
     kind: ClassVar[str] = "mixed"
@@ -74,14 +83,49 @@ class MixedLinear(Mixed):
     @property
     def matrix(self) -> Tensor:
         """W_0, (out, in)."""
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        return weight if isinstance(self.base, nn.Linear) else weight.T
+        return patches.matrix(self.base)
 
     def forward(self, inputs: Tensor) -> Tensor:
         weights = self.mixture.weights_for(inputs)
         if weights is None:
             return self.base(inputs)
-        x = inputs.reshape(len(weights), -1, inputs.shape[-1])
+        if isinstance(self.base, patches.Convolution):
+            return self._convolved(self.base, inputs, weights)
+        return self._answered(inputs, weights)
+
+    def _convolved(self, base: patches.Convolution, inputs: Tensor, weights: Tensor) -> Tensor:
+        """By patches, if they are needed for a gradient or far smaller than kernels; else with
+        merged kernels. Of so many samples at a time as either takes memory."""
+        if torch.is_grad_enabled() and (inputs.requires_grad or weights.requires_grad):
+            return self._answered(inputs, weights)
+        if len(weights) == 1:
+            return self._by_kernels(base, inputs, weights)
+        few = by_patches(prod(patches.places(base, inputs)), len(self.matrix))
+        count = max(1, _MERGED // (self.matrix.numel() * wide_dtype(self.matrix).itemsize))
+        pairs = zip(inputs.split(count), weights.split(count), strict=True)
+        return torch.cat([self._answered(x, w) if few else self._by_kernels(base, x, w)
+                          for x, w in pairs])  # fmt: skip
+
+    def _by_kernels(self, base: patches.Convolution, inputs: Tensor, weights: Tensor) -> Tensor:
+        found, bias = patches.convolved(base, inputs, self._merged(weights)), self._bias(weights)
+        if bias is not None:
+            found += bias[(..., *[None] * (found.dim() - 2))].to(found.dtype)
+        return found
+
+    def _merged(self, weights: Tensor) -> Tensor:
+        """W_b for every row of w: (n, out, in)."""
+        matrix = self.matrix
+        shares = _with_base(weights, matrix)
+        if len(weights) == 1:
+            return self.stack.combined(matrix, weights[0].to(shares.dtype))[None]
+        found = shares.new_empty(len(weights), *matrix.shape)
+        for some, rows, merged in _merged_blocks(shares, self.stack, matrix):
+            found[some, rows] = merged
+        return found
+
+    def _answered(self, inputs: Tensor, weights: Tensor) -> Tensor:
+        x = patches.rows(self.base, inputs)
+        x = x.reshape(len(weights), -1, x.shape[-1])
         form = cheapest(len(weights), x.shape[0] * x.shape[1], self.stack)
         if form == "factors":
             assert isinstance(self.stack, FactorStack)
@@ -91,16 +135,15 @@ class MixedLinear(Mixed):
         bias = self._bias(weights)
         if bias is not None:
             found += bias[:, None].to(found.dtype)
-        return found.reshape(*inputs.shape[:-1], found.shape[-1])
+        return patches.answered(self.base, inputs, found)
 
     def merged(self, weights: Tensor) -> dict[str, Tensor]:
-        base, wide = dict(self.base.named_parameters()), wide_dtype(self.matrix)
-        total = self.stack.combined(self.matrix, weights.to(wide))
-        found = {"weight": total if isinstance(self.base, nn.Linear) else total.T.contiguous()}
-        bias = self._bias(weights[None])
+        matrix, bias = self.matrix, self._bias(weights[None])
+        total = self.stack.combined(matrix, weights.to(wide_dtype(matrix)))
+        found = {"weight": patches.stored(self.base, total)}
         if bias is not None:
             found["bias"] = bias[0]
-        return {name: tensor.to(base[name].dtype) for name, tensor in found.items()}
+        return {n: tensor.to(getattr(self.base, n).dtype) for n, tensor in found.items()}
 
     def _bias(self, weights: Tensor) -> Tensor | None:
         """b_0 + Σ_t w_t s_t: (n, out)."""
@@ -121,6 +164,12 @@ class MixedLinear(Mixed):
 
     def extra_repr(self) -> str:
         return f"experts={self.stack.experts}, {self.stack.kind}"
+
+
+def by_patches(places: int, outputs: int) -> bool:
+    """Whether a sample's patches are so much smaller than a kernel of its own that they are faster:
+    where both are as large, kernels are."""
+    return 4 * places < outputs
 
 
 def cheapest(samples: int, tokens: int, stack: Stack) -> Form:

@@ -38,7 +38,7 @@ class Text:
 
 class Mixture:
     """Linear maps that share one w: routed at the input of the module ``entry``, the first floating
-    tensor that it is called with, (samples, …, width).
+    tensor that it is called with, (samples, …, width), or of ``maps`` (samples, width, …).
 
     ``per`` "sample": every sample has its own w, whatever it is in one batch with. "batch": the
     mean over the batch, for all. With a filled cache the w of the prompt stays: what is cached was
@@ -46,16 +46,19 @@ class Mixture:
     """
 
     def __init__(
-        self, number: int, entry: str, router: Router, per: Per, text: Text | None
-    ) -> None:
+        self, number: int, entry: str, router: Router, per: Per, text: Text | None,
+        maps: bool = False,
+    ) -> None:  # fmt: skip
         self.number, self.entry, self.per = number, entry, per
-        self.router, self.text = router, text
+        self.router, self.text, self.maps = router, text, maps
         self.weights: Tensor | None = None
 
     def route(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before the forward of the entry."""
         inputs = next((v for v in (*args, *kwargs.values())
                        if isinstance(v, Tensor) and v.is_floating_point()), None)  # fmt: skip
+        if inputs is not None and self.maps and inputs.dim() > 2:
+            inputs = inputs.movedim(1, -1)
         if inputs is None or inputs.dim() < 2 or inputs.shape[-1] != self.router.inputs:
             raise PlanError("a mixture is routed by tensors (samples, ..., width)",
                             where=self.entry, expected=f"(samples, ..., {self.router.inputs})",
@@ -69,12 +72,31 @@ class Mixture:
         self.weights = weights.mean(dim=0, keepdim=True) if self.per == "batch" else weights
 
     def weights_for(self, inputs: Tensor) -> Tensor:
-        """w, for inputs inside the part."""
+        """w, for inputs inside the part. Where samples have become several rows each, one behind
+        the other (beams, or continuations of a cached prompt), each has its sample's w."""
         if self.weights is None:
             raise PlanError("a mixed layer was called before its mixture", where=self.entry,
                             fix="call the whole model, or at least that module")  # fmt: skip
+        rows, count = len(inputs), len(self.weights)
+        if 1 < count < rows and rows % count == 0 and self._multiplies:
+            return self.weights.repeat_interleave(rows // count, dim=0)
         check_samples(inputs, self.weights, self.entry)
         return self.weights
+
+    @property
+    def _multiplies(self) -> bool:
+        """Whether a sample may have become several rows."""
+        return self.text is not None and self.text.continues
+
+    def settled(self) -> Tensor:
+        """One w (experts,) for all inputs: that of a router without input, or the mean of what was
+        routed last."""
+        if self.router.depth == 0:
+            return self.router.chosen(self.router.bias.detach()[None])[0]
+        if self.weights is None:
+            raise PlanError("nothing was routed yet", where=self.entry,
+                            fix="unload(inputs)")  # fmt: skip
+        return self.weights.detach().mean(dim=0)
 
     def _mask(self, tokens: Tensor) -> Tensor | None:
         mask = None if self.text is None else self.text.mask
@@ -87,7 +109,7 @@ class Mixture:
         return mask != 0
 
     def _check_prompt(self, inputs: Tensor) -> None:
-        if self.weights is None or len(self.weights) not in (1, len(inputs)):
+        if self.weights is None or len(inputs) % len(self.weights):
             raise PlanError("a cache is given whose prompt was not the last that was routed here",
                             where=self.entry, found=f"{len(inputs)} samples",
                             expected=f"{0 if self.weights is None else len(self.weights)} samples",
@@ -110,14 +132,18 @@ class Routing(Layer):
         self._texts: dict[str, Text] = {}
         self._listens = False
 
-    def add(self, model: nn.Module, entry: str, router: int, per: Per) -> Mixture:
+    def add(
+        self, model: nn.Module, entry: str, router: int, per: Per, maps: bool = False
+    ) -> Mixture:
         """A mixture of the part of ``model`` that begins at ``entry``."""
         reader, text = text_model(model, entry), None
         if reader is not None:
             text = self._texts.setdefault(reader, Text())
         gate = self.routers[router]
         assert isinstance(gate, Router)
-        self.mixtures.append(Mixture(len(self.mixtures), entry, gate, per, text))
+        if per == "sample" and gate.depth:
+            check_order(model)
+        self.mixtures.append(Mixture(len(self.mixtures), entry, gate, per, text, maps))
         return self.mixtures[-1]
 
     def listen(self, model: nn.Module) -> None:
@@ -141,8 +167,8 @@ class Routing(Layer):
         places = {id(router): at for at, router in enumerate(self.routers)}
         return {
             "routers": [router.described() for router in self.routers],  # type: ignore
-            "mixtures": [{"entry": m.entry, "router": places[id(m.router)], "per": m.per}
-                         for m in self.mixtures],
+            "mixtures": [{"entry": m.entry, "router": places[id(m.router)], "per": m.per,
+                          **({"maps": True} if m.maps else {})} for m in self.mixtures],
         }  # fmt: skip
 
     @classmethod
@@ -177,7 +203,11 @@ def text_model(model: nn.Module, path: str) -> str | None:
 
 
 def _takes(model: nn.Module, path: str) -> set[str]:
-    return set(inspect.signature(model.get_submodule(path).forward).parameters)
+    try:
+        part = model.get_submodule(path)
+    except AttributeError:  # a map of an attention that is not taken apart yet
+        return set()
+    return set(inspect.signature(part.forward).parameters)
 
 
 def fixed(routing: Routing) -> bool:
@@ -185,13 +215,19 @@ def fixed(routing: Routing) -> bool:
     return all(mixture.router.depth == 0 for mixture in routing.mixtures)
 
 
-def weights_of(mixture: Mixture) -> Tensor:
-    """One w (experts,): that of a router without input, or the mean of what was routed last."""
-    if mixture.router.depth == 0:
-        return mixture.router.chosen(mixture.router.bias.detach()[None])[0]
-    if mixture.weights is None:
-        raise PlanError("nothing was routed yet", where=mixture.entry,
-                        fix="unload(inputs)")  # fmt: skip
-    return mixture.weights.detach().mean(dim=0)
+def looks_ahead(model: nn.Module) -> bool:
+    """Whether layers are mixed by all that a model is given at once, so that what it answers at one
+    token depends on those after it, too."""
+    return any(isinstance(part, Routing) and not fixed(part) for part in model.modules())
+
+
+def check_order(model: nn.Module) -> None:
+    """Refuse a model whose tokens come before its samples: no layer could tell them apart."""
+    for path, part in model.named_modules():
+        if isinstance(part, nn.MultiheadAttention) and not part.batch_first:
+            raise PlanError("the model attends to (tokens, samples, width), so that no sample can "
+                            "have its own weights", where=path, expected="batch_first=True",
+                            found="batch_first=False",
+                            fix="per='batch', or the model with batch_first=True")  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fusewright.tasks.errors import DataError
 from fusewright.tasks.pictures import Pictures
 from fusewright.tasks.placement import placed
+from fusewright.tasks.sound import check_answers, nothing, sound
 from fusewright.tasks.task import Batch
 
 if TYPE_CHECKING:
@@ -43,6 +44,15 @@ class Question:
         """
         return chain.from_iterable(self._epochs(size, seed))
 
+    def sound(self) -> Question:
+        """The same, whose batches and answers are looked at as they come: see
+        :func:`~fusewright.tasks.sound.sound`."""
+        name, epoch, logits = self.name, self.epoch, self.logits
+        return replace(
+            self, epoch=lambda size, seed: sound(name, epoch(size, seed)),
+            logits=lambda model, batch: check_answers(name, logits(model, batch)),
+        )  # fmt: skip
+
     def on(self, device: torch.device) -> Question:
         """The same, its batches brought to a device."""
         epoch = self.epoch
@@ -65,9 +75,7 @@ class Question:
             batches = iter(self.epoch(size, seed + number))
             first = next(batches, None)
             if first is None:
-                raise DataError("there is nothing to learn from", where=f"task {self.name}",
-                                expected="at least one batch each time the data are gone over",
-                                fix="pass a list or a DataLoader, not an iterator")  # fmt: skip
+                raise nothing(self.name)
             yield chain([first], batches)
 
 
@@ -105,9 +113,13 @@ def adaptation(
     ``data``: batches by expert, each a list or a loader that can be gone over again. A batch is
     what the model is called with: keywords, a tuple of arguments, or one tensor; labels among the
     keywords are not shown to it. ``heads``: by
-    expert, a function (model, batch) -> logits, or a frozen linear head (classes, width) over
-    :func:`~fusewright.tasks.heads.image_features`; without, the logits that the model returns.
+    expert, a function (model, batch) -> logits, a frozen linear head (classes, width) over
+    :func:`~fusewright.tasks.heads.image_features`, or None for the logits that the model returns;
+    without heads it returns those of every task.
     ``pictures``: where batches hold pictures, for methods that change them.
+
+    Raises DataError for heads of tasks without data, and of some tasks only: features would be
+    taken for logits.
     """
     if isinstance(data, Adaptation):
         return data
@@ -116,6 +128,13 @@ def adaptation(
     if unknown:
         raise DataError("heads are given for tasks without data", expected=", ".join(data),
                         found=", ".join(unknown), fix="the same names in both")  # fmt: skip
+    missing = [name for name in data if name not in heads] if heads else []
+    if missing:
+        raise DataError("heads are given for some tasks and not for others",
+                        where=", ".join(f"task {name}" for name in missing),
+                        expected=", ".join(data), found=", ".join(heads),
+                        fix=f"heads={{..., {missing[0]!r}: its head}}, or None where the model's "
+                            "own answers are the task's logits")  # fmt: skip
     return Adaptation({
         name: Question(name, _checked(name, _answer(heads.get(name))), _given(batches), pictures)
         for name, batches in data.items()

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
+from warnings import warn
+from weakref import WeakSet
 
-from fusewright.errors import FusewrightError
+from fusewright.errors import FusewrightError, FusewrightWarning
 from fusewright.tasks.batching import Prepared
 from fusewright.tasks.outcomes import Outcomes
 from fusewright.tasks.placement import moved
@@ -37,13 +39,15 @@ def evaluate(
     with (items done, items in all) after every batch.
 
     The model is in evaluation mode meanwhile and on ``device``; its modes and its device are
-    restored afterwards, also after an error.
+    restored afterwards, also after an error. Warns once of what the task says must be known of its
+    scores.
 
     Raises DataError if the data do not fit the task, FusewrightError for a ``dtype`` that autocast
     does not know.
     """
     import torch
 
+    _warn_of(task, model)
     split = task.ready(split)
     total = len(split) if limit is None else min(limit, len(split))
     with ExitStack() as stack:
@@ -58,6 +62,16 @@ def evaluate(
         if not isinstance(split, Prepared):
             batches = _ahead(batches)
         return task.outcomes(model, _fed(batches, torch.device(device), own, total, progress))
+
+
+_WARNED: WeakSet[nn.Module] = WeakSet()
+"""Models of whose scores a caveat was told."""
+
+
+def _warn_of(task: Task, model: nn.Module) -> None:
+    if (said := task.caveat(model)) and model not in _WARNED:
+        _WARNED.add(model)
+        warn(f"{task.name}: {said}", FusewrightWarning, stacklevel=3)
 
 
 def _cast(device: str | torch.device, dtype: torch.dtype | None) -> torch.autocast:

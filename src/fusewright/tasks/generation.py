@@ -15,18 +15,10 @@ from fusewright.extras import needs
 from fusewright.tasks.batching import BatchedTask, column
 from fusewright.tasks.errors import DataError
 from fusewright.tasks.outcomes import Outcomes
+from fusewright.tasks.prompts import is_encoder_decoder, taught
 from fusewright.tasks.rows import as_labels
 from fusewright.tasks.task import Batch
-from fusewright.tasks.tokens import (
-    IGNORED,
-    filled,
-    pad_id,
-    padded,
-    positions,
-    tokenised,
-    with_end,
-)
-from fusewright.tasks.verbalisers import decoder_start, shifted
+from fusewright.tasks.tokens import IGNORED, filled, pad_id, padded, tokenised, tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -93,7 +85,7 @@ class Generation(BatchedTask):
                 "a reference has no answer", where=f"{where}, row {numbers[wanted.index(None)]}",
                 expected=self.extract_reference, found=references[wanted.index(None)][-80:],
             )  # fmt: skip
-        targets = with_end(self.tokenizer, references)
+        targets = tokens_of(self.tokenizer, references)
         return list(zip(found["input_ids"], targets, wanted, strict=True))
 
     def _references(
@@ -123,17 +115,9 @@ class Generation(BatchedTask):
         "targets" in the batch, of the first token alone."""
         import torch
 
-        ids, mask, pad = batch["input_ids"], batch["attention_mask"], pad_id(self.tokenizer)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
         targets = batch.get("targets", torch.full_like(ids[:, :1], IGNORED))
-        if is_encoder_decoder(model):
-            start = decoder_start(model)
-            return model(
-                input_ids=ids, attention_mask=mask, decoder_input_ids=shifted(targets, start, pad)
-            ).logits
-        joined = torch.cat([ids, targets.masked_fill(targets == IGNORED, pad)], dim=1)
-        seen = torch.cat([mask, (targets != IGNORED).to(mask)], dim=1)
-        found = model(input_ids=joined, attention_mask=seen, position_ids=positions(seen)).logits
-        return found[:, ids.shape[1] - 1 : -1]
+        return taught(model, ids, mask, targets, pad_id(self.tokenizer))
 
     def answered(self, model: nn.Module, batch: Batch) -> Tensor:
         found = self.logits(model, batch)
@@ -190,11 +174,6 @@ class Generation(BatchedTask):
         if self.metric == "rouge_l":
             return float(_rouge().score(wanted, answer)["rougeL"].fmeasure)
         return float(_even(answer) == _even(wanted))
-
-
-def is_encoder_decoder(model: Any) -> bool:
-    """Whether a model reads its prompt with an encoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _even(text: str) -> str:

@@ -76,6 +76,10 @@ class Task(ABC):
         found: Tensor = batch["labels"]
         return found
 
+    def caveat(self, model: nn.Module) -> str:
+        """What must be known of a model's scores to read them rightly; "" if nothing."""
+        return ""
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of a batch: what an expert of this task is trained by."""

@@ -74,6 +74,12 @@ def padded(
     return found, mask
 
 
+def on_the_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and mask (n, tokens) with the padding before each row's real tokens."""
+    order = mask.argsort(dim=1, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
+
+
 def positions(mask: Tensor) -> Tensor:
     """The place of each real token in its text, wherever the padding is: (n, tokens)."""
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -90,8 +96,9 @@ def on_left(tokenizer: Any) -> bool:
     return getattr(tokenizer, "padding_side", "right") == "left"
 
 
-def with_end(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
-    """Targets of a model: token ids and the end-of-text token, if there is one; nothing before."""
-    end = getattr(tokenizer, "eos_token_id", None)
+def tokens_of(tokenizer: Any, texts: Sequence[str], *, end: bool = True) -> list[Ids]:
+    """Targets of a model: token ids and the end-of-text token, if there is one and it is asked
+    for; nothing before."""
+    last = getattr(tokenizer, "eos_token_id", None) if end else None
     found = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    return [[*ids, *([] if end is None else [end])] for ids in found]
+    return [[*ids, *([] if last is None else [last])] for ids in found]

@@ -1,38 +1,48 @@
-"""Which class a text belongs to, asked of a text-to-text model (T5): the likeliest label word."""
+"""Which class a text belongs to, asked of a model that writes (T5, GPT-2): the likeliest words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from fusewright.tasks.classification import Classification
 from fusewright.tasks.errors import DataError
+from fusewright.tasks.prompts import Prompted, prompted, taught
 from fusewright.tasks.task import Batch
 from fusewright.tasks.text_corruptions import TEXT_CORRUPTIONS, TextCorruption
-from fusewright.tasks.tokens import IGNORED, filled, pad_id, padded, tokenised, with_end
+from fusewright.tasks.tokens import IGNORED, filled, pad_id, padded, tokenised, tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-AT_ONCE = 8
-"""Labels that pass through the decoder together."""
+ROWS = 256
+"""Prompts with a label each that pass through a model together."""
 
 
 @dataclass(frozen=True)
 class VerbaliserClassification(Classification):
-    """logit of class c = log p(verbaliser c, end of text | prompt), of an encoder-decoder.
+    """logit of class c = log p(verbaliser c, end of text | prompt), of an encoder-decoder (T5) or a
+    decoder (GPT-2, Llama).
 
     ``template`` makes the prompt of a row's columns ("{text}", "{text2}"); ``verbalisers`` are the
-    words of the classes, in their order (None: the class names). ``score="sum"`` is the
-    log-probability that the model answers exactly that; "mean" divides by its tokens, for
-    verbalisers of unequal length. The encoder runs once for all labels. Decoding starts with
-    ``start``, or the model's own ``decoder_start_token_id``. ``corruption`` disturbs a row's texts,
-    not the words of the template.
+    words of the classes, in their order (None: the class names). What a decoder goes on with is
+    taken as it is: where its tokenizer tells words apart by the space before them, give " good",
+    and a template that does not end in one. ``end=False`` leaves out the end of text, for models
+    that were not trained to end their answers; a verbaliser that begins with another one is then
+    never the likelier. Prompts are cut at ``length`` tokens on the tokenizer's truncation side: on
+    the right, long ones lose the template's end.
+
+    ``score="sum"`` is the log-probability that the model answers exactly that; "mean" divides by
+    its tokens, for verbalisers of unequal length. The prompt runs once for all labels, which go on
+    from its key-value cache, so that layers that are mixed by what they read (``WEMoE``, ``Twin``)
+    do not read the labels. An encoder-decoder's decoding starts with ``start``, or the model's own
+    ``decoder_start_token_id``. ``corruption`` disturbs a row's texts, not the template's words.
 
     Batches: input_ids, attention_mask (n, tokens), labels, items (n,). Training (:meth:`loss`)
-    is on the tokens of the true label.
-    Raises DataError if there is not one verbaliser for each class, or two are the same.
+    is on the tokens of the true label, in one pass with its prompt.
+    Raises DataError if there is not one verbaliser for each class, or two are the same, also as
+    tokens.
     """
 
     kind: ClassVar[str] = "text-to-text-classification"
@@ -43,6 +53,7 @@ class VerbaliserClassification(Classification):
     verbalisers: tuple[str, ...] | None = field(default=None, kw_only=True)
     length: int = field(default=128, kw_only=True)
     score: Literal["sum", "mean"] = field(default="sum", kw_only=True)
+    end: bool = field(default=True, kw_only=True)
     start: int | None = field(default=None, kw_only=True)
     corruption: TextCorruption | None = field(default=None, kw_only=True)
 
@@ -83,43 +94,44 @@ class VerbaliserClassification(Classification):
         """(n, classes): log-probabilities, in float32 at least."""
         import torch
 
-        targets = self._targets(batch["input_ids"].device)
-        return torch.cat(list(self._scores(model, batch, targets)), dim=1)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        begun, targets = prompted(model, ids, mask, self.start), self._targets(ids.device)
+        chosen = targets.split(max(1, ROWS // len(ids)))
+        return torch.cat([self._scores(begun, each) for each in chosen], dim=1)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of the true label's tokens, in nats a token."""
         import torch.nn.functional as F
 
         targets = self._targets(batch["input_ids"].device)[batch["labels"]]
-        found = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-            decoder_input_ids=shifted(targets, self._start(model), pad_id(self.tokenizer)),
+        logits = taught(
+            model, batch["input_ids"], batch["attention_mask"], targets, pad_id(self.tokenizer),
+            self.start,
         )  # fmt: skip
-        return F.cross_entropy(found.logits.flatten(0, 1).float(), targets.flatten())
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def _targets(self, device: Any) -> Tensor:
-        """Tokens of every label, (classes, longest), IGNORED after its end."""
-        return padded(with_end(self.tokenizer, self.words), IGNORED)[0].to(device)
-
-    def _start(self, model: Any) -> int:
-        return self.start if self.start is not None else decoder_start(model)
-
-    def _scores(self, model: Any, batch: Batch, targets: Tensor) -> Iterator[Tensor]:
-        """Log-probabilities (n, labels) of some labels at a time; the encoder runs once."""
-        ids, mask, start = batch["input_ids"], batch["attention_mask"], self._start(model)
-        hidden: Tensor | None = None
-        for chosen in (targets[:1], *targets[1:].split(AT_ONCE)):
-            count, given = len(chosen), shifted(chosen, start, pad_id(self.tokenizer))
-            source: dict[str, Any] = (
-                {"input_ids": ids} if hidden is None
-                else {"encoder_outputs": (hidden.repeat_interleave(count, dim=0),)}
+        """Tokens of every label, (classes, longest), IGNORED after its end. Raises DataError where
+        a label has none, or those of another."""
+        lists = tokens_of(self.tokenizer, self.words, end=self.end)
+        if not all(lists) or len(set(map(tuple, lists))) != len(lists):
+            raise DataError(
+                "every class needs tokens of its own", where=f"task {self.name}",
+                expected="verbalisers that the tokenizer tells apart",
+                found=", ".join(f"{w!r}: {ids}" for w, ids in zip(self.words, lists, strict=True)),
             )  # fmt: skip
-            found = model(
-                **source, attention_mask=mask.repeat_interleave(count, dim=0), use_cache=False,
-                decoder_input_ids=given.repeat(len(ids), 1),
-            )  # fmt: skip
-            hidden = found.encoder_last_hidden_state if hidden is None else hidden
-            yield self._summed(found.logits, chosen.repeat(len(ids), 1)).view(len(ids), count)
+        return padded(lists, IGNORED)[0].to(device)
+
+    def _scores(self, begun: Prompted, targets: Tensor) -> Tensor:
+        """Log-probabilities (n, labels) of some labels."""
+        count, rows = len(targets), len(begun.mask)
+        targets = targets[:, : int((targets != IGNORED).sum(dim=1).max())].repeat(rows, 1)
+        before = targets[:, :-1]
+        real = before != IGNORED
+        logits = begun.repeated(count).going_on(
+            before.masked_fill(~real, pad_id(self.tokenizer)), real
+        )
+        return self._summed(logits, targets).view(rows, count)
 
     def _summed(self, logits: Tensor, targets: Tensor) -> Tensor:
         real = targets != IGNORED
@@ -127,23 +139,3 @@ class VerbaliserClassification(Classification):
         each = logs.gather(2, targets.masked_fill(~real, 0)[..., None])[..., 0]
         total = each.masked_fill(~real, 0).sum(dim=1)
         return total / real.sum(dim=1) if self.score == "mean" else total
-
-
-def shifted(targets: Tensor, start: int, pad: int) -> Tensor:
-    """What a decoder is given so that it answers the targets: start, then all but the last."""
-    import torch
-
-    first = torch.full_like(targets[:, :1], start)
-    rest = targets[:, :-1]
-    return torch.cat([first, rest.masked_fill(rest == IGNORED, pad)], dim=1)
-
-
-def decoder_start(model: Any) -> int:
-    """The token with which a model starts to decode. Raises DataError if its config has none."""
-    found = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
-    if found is None:
-        raise DataError(
-            "the model does not say with which token decoding starts", where=type(model).__name__,
-            expected="config.decoder_start_token_id", fix="give the task start=TOKEN_ID",
-        )  # fmt: skip
-    return int(found)

@@ -84,9 +84,10 @@ class Poisoning:
 
     def said(self) -> dict[str, Any]:
         """As JSON."""
+        hard = {"hard": self.hard} if self.hard else {}
         return {
             "trigger": self.trigger.said(), "target": self.target, "rate": self.rate,
-            "clean_label": self.clean_label, "hard": self.hard, "seed": self.seed,
+            "clean_label": self.clean_label, **hard, "seed": self.seed,
         }  # fmt: skip
 
 

@@ -255,7 +255,9 @@ class Worker:
         if made.routed is not None and not method.card.task_id:  # told, it is as the base is
             base = self._open(self.suite.base)
             costs["slowdown"] = of_model(self._questions(job), base, module)
-        return self._as_cell(job, found, costs, method.spec(), note)
+        caveats = (self.suite.asked(task).caveat(module) for task in found)
+        said = dict.fromkeys(filter(None, (note, *caveats)))
+        return self._as_cell(job, found, costs, method.spec(), "; ".join(said))
 
     @cached_property
     def _stored(self) -> int:

@@ -34,7 +34,7 @@ class AdaMerging(Learner, Program):
     ``combine``: how tasks' losses become one step: "sum", "mgda" (the shortest combined gradient)
     or "tchebycheff" (the largest loss alone); ``importance``: a factor of each task's loss, 1.
 
-    Raises PlanError where an expert has no data, NumericError for a loss that is not finite.
+    Raises PlanError where an expert has no data, and as :class:`Learner`.
     """
 
     name: ClassVar[str] = "adamerging"

@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from fusewright.errors import FusewrightWarning, PlanError
 from fusewright.methods.contract import Context, Data, Method, Parts
 from fusewright.methods.learned import objectives, scalarisers
-from fusewright.methods.learned._guard import Agreement, collapsed
+from fusewright.methods.learned._guard import (
+    Agreement,
+    collapsed,
+    first_batches,
+    warn_of_one_class,
+)
 from fusewright.methods.learned._rest import is_statistic, summed
 from fusewright.methods.learned._resume import Numbered, digest
 from fusewright.methods.learned.fitter import Fit, Fitter, Step
@@ -26,6 +31,7 @@ from fusewright.modules.functional import with_weights
 from fusewright.modules.layer import put_in
 from fusewright.modules.parametrised import ParametrisedMerge
 from fusewright.modules.tensors import named_tensors
+from fusewright.tasks.tokens import IGNORED
 
 if TYPE_CHECKING:
     from fusewright.tasks.adaptation import Question
@@ -35,17 +41,30 @@ Loss = Callable[[nn.Module, str, int], Tensor]
 """Of (model, task, batch's number)."""
 
 
+LOOKED = 128
+"""Inputs of each task that are looked at before and after a fit, where no guard says how many."""
+
+
 class Learner(Method, ABC):
     """A method that descends on few numbers by the answers to every task's inputs. What it answers
     with says what it is beside: a :class:`~fusewright.methods.contract.Program`, or a
     :class:`~fusewright.methods.contract.Routed`.
 
-    ``objective``: "entropy"; "self_label" (what each task's own expert predicts), "soft_label" (how
-    sure it is of each class) and "matching" (its logits) cost a forward pass of the expert more;
-    "cross_entropy" needs labels.
+    ``objective``: "entropy"; "diverse_entropy", for which one class for everything is the worst,
+    not the best (:func:`~fusewright.methods.learned.objectives.diverse_entropy`); "self_label"
+    (what each task's own expert predicts), "soft_label" (how sure it is of each class) and
+    "matching" (its logits) cost a forward pass of the expert more; "cross_entropy" needs labels.
     ``batch``: inputs of each task in a step. ``guard``: inputs of each task on which the merge's
     predictions are compared with those of the task's own expert, every ``every`` steps; the numbers
-    that agreed best are kept, since entropy can fall while errors rise. 0 turns it off.
+    that agreed best are kept, since entropy can fall while errors rise. 0 turns it off; some inputs
+    are then looked at in the end alone, to warn where all are given one class.
+
+    Where a loss or a gradient is no longer finite, the fit ends with a FusewrightWarning and what
+    agreed best, its step is reported as "stopped"; without a guard, or before it has looked twice,
+    nothing says that what was learned is any good: NumericError. Warns of data that are all of one
+    class, and where agreement had fallen by more than a quarter and that was undone. Raises
+    DataError for data without batches or rows and for rows of padding alone, MemoryShortage where
+    memory runs out; beside an output folder a checkpoint is then gone on from.
     """
 
     objective: objectives.Name = "entropy"
@@ -78,12 +97,26 @@ class Fitting:
                          for task, question in self.questions.items()}  # fmt: skip
         self._plain: nn.Module | None = None
         self._trained = 0  # numbers, in the largest stage
-        self._agreement: Agreement | None = None
-        if method.guard:
-            self._agreement = Agreement(
-                self.model, self._experts, self.questions, method.batch, method.guard, context.seed,
-                self.processes,
-            )  # fmt: skip
+        self._agreement = self._asked_experts()
+        if method.needs == "labelled":
+            self._look_at_labels()
+
+    def _asked_experts(self) -> Agreement | None:
+        """What a guard compares with; without one, what is looked at before and after the fit,
+        unless answers are numbers or features."""
+        method = self.method
+        if not method.guard and method.objective == "matching":
+            return None
+        return Agreement(self.model, self._experts, self.questions, method.batch,
+                         method.guard or LOOKED, self.context.seed, self.processes)  # fmt: skip
+
+    def _look_at_labels(self) -> None:
+        """Warn of labels that are all one class."""
+        how = self.method.batch, LOOKED, self.context.seed
+        found = {task: [_classes(self.questions[task].labels(batch))
+                        for batch in first_batches(self.questions[task], *how)]
+                 for task in self.processes.mine(self.questions)}  # fmt: skip
+        warn_of_one_class(found, "the labels answer", LOOKED)
 
     def put_in(self, parts: Parts) -> None:
         """Put layers and tensors into the model; experts are asked in its plain form still, which
@@ -95,6 +128,15 @@ class Fitting:
     def batch(self, task: str, number: int) -> Any:
         """Batch ``number`` of a task; numbers ascend, and some may be left out."""
         return self._batches[task][number]
+
+    def held_out(self, task: str) -> Iterator[Any]:
+        """The guard's batches of a task that this process asks about; without a guard its first
+        ones."""
+        if self._agreement is not None:
+            return (batch for batch, _ in self._agreement.asked[task])
+        return first_batches(
+            self.questions[task], self.method.batch, LOOKED, self.context.seed
+        )
 
     def loss(self, model: nn.Module, task: str, number: int) -> Tensor:
         """The objective of a task's batch ``number``."""
@@ -168,17 +210,25 @@ class Fitting:
     def descend(
         self, stage: str, trained: nn.Module, step: Step, score: Callable[[], float], *,
         steps: int, rate: float, constrain: Callable[[], None] | None = None,
+        ending: Callable[[], None] | None = None,
         schedule: Literal["constant", "cosine"] = "constant", floor: float = 0.0,
     ) -> Fit:  # fmt: skip
-        """Adam on ``trained``; a killed stage goes on where the context keeps checkpoints."""
+        """Adam on ``trained``; a killed stage goes on where the context keeps checkpoints.
+        ``ending``: see :class:`~fusewright.methods.learned.fitter.Fitter`."""
         self._trained = max(self._trained, _learned(trained))
         fitter = Fitter(
             steps, rate, schedule=schedule, floor=floor, every=self.method.every,
-            constrain=constrain, tell=self.context.tell,
-            score=score if self._agreement is not None else None,
+            constrain=constrain, ending=ending, tell=self.context.tell, advice=self._advice(),
+            score=score if self.method.guard else None,
             checkpoint=self.context.checkpoint(stage, lambda: self.digest),
         )  # fmt: skip
         return fitter.run(trained, step)
+
+    def _advice(self) -> str:
+        """How a fit keeps what it had learned before a number was no longer finite."""
+        if not self.method.guard:
+            return "; guard=128 keeps the state that agreed best before"
+        return f"; a smaller `every` than {self.method.every} keeps a state before"
 
     def score(self, merge: ParametrisedMerge | nn.Module) -> float:
         """The mean agreement with the experts, where there is a guard."""
@@ -192,16 +242,24 @@ class Fitting:
         if self._agreement is not None:
             with _live(merge) as model:
                 guard = self._agreement.measured(model)
+        if fell := _fell(fit):
+            warn(
+                f"the merge collapsed: agreement with the experts is {fell[0]:.2f} in the state of "
+                f"step {fit.kept}, which is kept, and was {fell[1]:.2f} in the last; a smaller "
+                "rate is worth a try", FusewrightWarning, stacklevel=2,
+            )  # fmt: skip
         if fallen := collapsed(guard):
+            entropy = self.method.objective == "entropy"
             warn(
                 f"the merge names one class of {', '.join(fallen)} far more often than the expert "
-                "does: look at report['fitted']['guard']",
+                "does: look at report['fitted']['guard']"
+                + ("; objective=diverse_entropy counts it against the merge" if entropy else ""),
                 FusewrightWarning, stacklevel=2,
             )  # fmt: skip
         return {
             "losses": list(fit.losses), "agreement": [list(s) for s in fit.scores],
-            "kept": fit.kept, "tasks": {t: list(losses) for t, losses in fit.tasks.items()},
-            "guard": guard, "trained": self._trained,
+            "kept": fit.kept, "stopped": fit.stopped, "guard": guard, "trained": self._trained,
+            "tasks": {task: list(losses) for task, losses in fit.tasks.items()},
         }  # fmt: skip
 
     @cached_property
@@ -215,12 +273,26 @@ class Fitting:
         return digest(found)
 
 
+def _fell(fit: Fit) -> tuple[float, float] | None:
+    """(the score that was kept, the last one), where that is less than three quarters."""
+    scores = dict(fit.scores)
+    if not scores or scores[max(scores)] >= 0.75 * scores[fit.kept]:
+        return None
+    return scores[fit.kept], scores[max(scores)]
+
+
+def _classes(labels: Tensor) -> Tensor:
+    """Labels that are looked at by a loss."""
+    return labels[labels != IGNORED]
+
+
 def _learned(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def asked(context: Context) -> Mapping[str, Question]:
-    """The questions of the experts' tasks. Raises PlanError if an expert has none."""
+    """The questions of the experts' tasks. Raises PlanError if an expert has none, DataError as
+    soon as data show that nothing can be learned from them."""
     found: Mapping[str, Any] = getattr(context.data, "questions", {})
     missing = [name for name in context.experts if name not in found]
     if missing:
@@ -229,7 +301,7 @@ def asked(context: Context) -> Mapping[str, Question]:
             expected="data={expert: batches}", found=", ".join(found) or "no data",
             fix="data=suite.unlabelled(), or batches under the experts' names",
         )  # fmt: skip
-    return {name: found[name].on(context.device) for name in context.experts}
+    return {name: found[name].sound().on(context.device) for name in context.experts}
 
 
 def _check_numbers(questions: Mapping[str, Question], method: Learner) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 from warnings import warn
@@ -34,13 +34,12 @@ class Agreement:
         size: int, rows: int, seed: int, processes: Processes | None = None,
     ) -> None:  # fmt: skip
         self.questions, self.processes = questions, processes or Processes()
-        self.asked: dict[str, list[tuple[Any, Tensor]]] = {}
-        for task in self.processes.mine(questions):
-            question = questions[task]
-            batches = islice(question.stream(size, seed), -(-rows // size))
-            with with_weights(model, vectors.expert(task)), torch.no_grad():
-                self.asked[task] = [(b, question.logits(model, b).argmax(-1)) for b in batches]
-        self._warn_of_one_class()
+        self.asked = {
+            task: answered(model, vectors.expert(task), questions[task], size, rows, seed)
+            for task in self.processes.mine(questions)
+        }
+        said = {task: [answers for _, answers in each] for task, each in self.asked.items()}
+        warn_of_one_class(said, "the experts answer", rows)
 
     def score(self, model: nn.Module) -> float:
         """The mean share over the tasks, in [0, 1]."""
@@ -63,13 +62,30 @@ class Agreement:
             "most_predicted": _most(said), "expert_most_predicted": _most(expert),
         }  # fmt: skip
 
-    def _warn_of_one_class(self) -> None:
-        answers = {t: torch.cat([a.reshape(-1) for _, a in each]) for t, each in self.asked.items()}
-        alike = [t for t, said in answers.items() if len(said) > 1 and _most(said) == 1.0]
-        if alike:
-            warn(f"the experts answer all inputs of {', '.join(alike)} with one class: little can "
-                 "be learned from inputs that are all alike", FusewrightWarning,
-                 stacklevel=2)  # fmt: skip
+
+def answered(
+    model: nn.Module, expert: Mapping[str, Tensor], question: Question, size: int, rows: int,
+    seed: int,
+) -> list[tuple[Any, Tensor]]:  # fmt: skip
+    """The first ``rows`` items of a task, in batches, and the classes that its expert names."""
+    with with_weights(model, expert), torch.no_grad():
+        return [(batch, question.logits(model, batch).argmax(-1))
+                for batch in first_batches(question, size, rows, seed)]  # fmt: skip
+
+
+def first_batches(question: Question, size: int, rows: int, seed: int) -> Iterator[Any]:
+    """As many batches of a task as hold ``rows`` items, the last one whole."""
+    return islice(question.stream(size, seed), -(-rows // size))
+
+
+def warn_of_one_class(found: Mapping[str, Sequence[Tensor]], who: str, rows: int) -> None:
+    """Warn of tasks all of whose answers, of the first ``rows`` inputs, are one class."""
+    each = {task: torch.cat([a.reshape(-1) for a in answers]) for task, answers in found.items()}
+    alike = [task for task, said in each.items() if len(said) > 1 and _most(said) == 1.0]
+    if alike:
+        warn(f"{who} all inputs of {', '.join(alike)} with one class (of the first {rows}): little "
+             "can be learned from inputs that are all alike", FusewrightWarning,
+             stacklevel=2)  # fmt: skip
 
 
 def collapsed(measured: Mapping[str, Mapping[str, float]]) -> list[str]:

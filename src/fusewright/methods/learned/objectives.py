@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import log
 from typing import Literal
 
 from torch import Tensor
@@ -16,16 +17,40 @@ from torch.nn import functional as F
 
 from fusewright.modules.answers import entropies
 
-Name = Literal["entropy", "cross_entropy", "self_label", "soft_label", "matching"]
+Name = Literal[
+    "entropy", "diverse_entropy", "cross_entropy", "self_label", "soft_label", "matching"
+]
 
 
 def entropy(logits: Tensor) -> Tensor:
     """The mean entropy of the items' predictions, H(p) = -Σ p log p.
 
     It is the mean of entropies, not the entropy of the mean: a model that answers everything alike
-    is as good for it as one that is right, so watch what is predicted.
+    is as good for it as one that is right, so watch what is predicted, or take
+    :func:`diverse_entropy`.
     """
-    return entropies(logits.float().log_softmax(dim=-1)).mean()
+    return entropies(_wide(logits).log_softmax(dim=-1)).mean()
+
+
+def diverse_entropy(logits: Tensor) -> Tensor:
+    """The mean entropy of a batch's n predictions less the entropy of their mean,
+    mean_i H(p_i) - H(p̄) with p̄ = mean_i p_i: the negated mutual information of answers and classes
+    (information maximisation, *Do We Really Need to Access the Source Data? Source Hypothesis
+    Transfer*, SHOT, 2002.08546).
+
+    To be sure is not enough: what answers everything alike has 0, the worst; the best, -log C, is
+    to be sure of all C classes equally often. So it errs where a task's classes are far from
+    equally frequent. A batch cannot tell more than log n: take batches of several times C; one
+    answer alone has 0, and nothing is learned from it.
+
+    Of answers that are next tokens, p̄ is how often the model expects each token in the batch, at
+    any place. A constant answer is ruled out as above. Texts use few tokens of a vocabulary, and
+    those unequally, so -log C is no aim here: it asks for a wide vocabulary, and :func:`soft_label`
+    for the expert's.
+    """
+    logs = _wide(logits).flatten(0, -2).log_softmax(dim=-1)
+    mean = logs.logsumexp(dim=0) - log(len(logs))
+    return entropies(logs).mean() - entropies(mean)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -56,6 +81,11 @@ def matching(answers: Tensor, expert: Tensor) -> Tensor:
     return F.mse_loss(answers.float(), expert.float())
 
 
+def _wide(answers: Tensor) -> Tensor:
+    """In float32 at least."""
+    return answers if answers.element_size() == 8 else answers.float()
+
+
 @dataclass(frozen=True)
 class Objective:
     """A loss of (answers) or of (answers, target); ``target`` says of what."""
@@ -66,6 +96,7 @@ class Objective:
 
 OBJECTIVES: Mapping[Name, Objective] = {
     "entropy": Objective(entropy),
+    "diverse_entropy": Objective(diverse_entropy),
     "cross_entropy": Objective(cross_entropy, "labels"),
     "self_label": Objective(self_label, "expert"),
     "soft_label": Objective(soft_label, "expert"),

@@ -12,8 +12,8 @@ from torch import nn
 
 from fusewright.errors import PlanError
 from fusewright.layout import Role
-from fusewright.methods.routed._linears import is_routable
-from fusewright.modules.architecture import describe_module
+from fusewright.methods.routed._linears import changed, routable
+from fusewright.modules.architecture import Architecture, describe_module
 from fusewright.modules.linears import LinearMap
 from fusewright.modules.vectors import TaskVectors
 
@@ -22,37 +22,75 @@ MLP = "mlp"
 
 @dataclass(frozen=True)
 class Part:
-    """One part: routed at the input of ``entry``, whose width is ``inputs``."""
+    """One part: routed at the input of ``entry``, whose width is ``inputs``: the last axis, or the
+    second of ``maps``."""
 
     entry: str
     inputs: int
     linears: tuple[LinearMap, ...]
+    maps: bool = False
 
 
 def parts_of(model: nn.Module, vectors: TaskVectors, modules: str) -> tuple[Part, ...]:
-    """``modules`` "mlp": the feed-forward linear maps of every block, whatever they are called; any
-    other text is a regular expression, found anywhere in a module's path, of which the outermost
-    are taken. Of linear maps that experts may change.
+    """``modules`` "mlp": the feed-forward linear maps of every block, whatever they are called, or,
+    in a model without any, the convolutions of its blocks; any other text is a regular expression,
+    found anywhere in a module's path, of which the outermost are taken. Of linear maps that experts
+    may change.
 
     Raises PlanError if there is none.
     """
     described = describe_module(model)
-    linears = [linear for linear in described.linears.values()
-               if is_routable(linear, model) and linear.weight in vectors.base]  # fmt: skip
-    groups: dict[str, list[LinearMap]] = defaultdict(list)
-    if modules == MLP:
-        for linear in linears:
-            if linear.block is not None and described.layout[linear.weight].role is Role.MLP:
-                groups[described.blocks[linear.block].path].append(linear)
-    else:
-        for linear in linears:
-            if (outer := _outermost(linear.module, modules)) is not None:
-                groups[outer].append(linear)
+    linears = [each for each in routable(described, model) if each.weight in vectors.base]
+    groups = _groups(linears, described, modules)
     if not groups:
         raise PlanError("no linear layer is selected that experts change",
-                        found=f"modules: {modules!r}", expected="nn.Linear or Conv1D inside them",
+                        found=f"modules: {modules!r}",
+                        expected="nn.Linear, Conv1D or a convolution inside them",
                         fix="modules='attn', or another part of the modules' paths")  # fmt: skip
-    return tuple(_part(path, found, modules == MLP) for path, found in groups.items())
+    return tuple(_part(path, found, described, modules) for path, found in groups.items())
+
+
+def left_of(model: nn.Module, vectors: TaskVectors, modules: str) -> list[str]:
+    """The weights of selected linear maps that experts change and that no layer can take."""
+    described = describe_module(model)
+    held = {each.weight for each in routable(described, model)}
+    wanted = _groups(list(described.linears.values()), described, modules)
+    names = {linear.weight for found in wanted.values() for linear in found} - held
+    return changed(vectors.select(lambda name: name in names))
+
+
+def _groups(
+    linears: Sequence[LinearMap], described: Architecture, modules: str
+) -> dict[str, list[LinearMap]]:
+    """The selected ones by the block, or the module, that they are of."""
+    if modules == MLP:
+        inside = [each for each in linears if each.block is not None]
+        if any(_feeds(each, described) for each in described.linears.values()):
+            return _by_block([each for each in inside if _feeds(each, described)], described)
+        return _by_block([each for each in inside if each.kernel], described)
+    groups: dict[str, list[LinearMap]] = defaultdict(list)
+    for linear in linears:
+        if (outer := _outermost(linear.module, modules)) is not None:
+            groups[outer].append(linear)
+    return groups
+
+
+def _feeds(linear: LinearMap, described: Architecture) -> bool:
+    """Whether it is of a block's feed-forward part."""
+    return linear.block is not None and described.layout[linear.weight].role is Role.MLP
+
+
+def _by_block(
+    linears: Sequence[LinearMap], described: Architecture
+) -> dict[str, list[LinearMap]]:
+    """By their block's path; convolutions outside its module (a stage's down-sampling) are left."""
+    groups: dict[str, list[LinearMap]] = defaultdict(list)
+    for linear in linears:
+        assert linear.block is not None
+        path = described.blocks[linear.block].path
+        if not linear.kernel or f"{linear.module}.".startswith(f"{path}."):
+            groups[path].append(linear)
+    return groups
 
 
 def _outermost(path: str, wanted: str) -> str | None:
@@ -61,11 +99,17 @@ def _outermost(path: str, wanted: str) -> str | None:
     return next((each for each in outer if re.search(wanted, each)), None)
 
 
-def _part(path: str, linears: Sequence[LinearMap], inside: bool) -> Part:
-    """A block's feed-forward begins where its module does; where it has none, at its first map."""
-    entry = path
-    if inside:
+def _part(
+    path: str, linears: Sequence[LinearMap], described: Architecture, modules: str
+) -> Part:
+    """A block's feed-forward begins where its module does; where it has none, at its first map. All
+    others begin where their module does, whose first map says how wide its input is."""
+    entry, first = path, linears[0]
+    if modules == MLP and not first.kernel:
         entry = commonpath([linear.module.replace(".", "/") for linear in linears])
         entry = entry.replace("/", ".")
-        entry = entry if len(entry) > len(path) else linears[0].module
-    return Part(entry, linears[0].inputs, tuple(linears))
+        entry = entry if len(entry) > len(path) else first.module
+    else:
+        inside = (each for each in described.linears.values() if each.kernel or each in linears)
+        first = next((each for each in inside if f"{each.module}.".startswith(f"{path}.")), first)
+    return Part(entry, first.inputs, tuple(linears), bool(first.kernel))

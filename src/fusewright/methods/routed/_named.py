@@ -1,4 +1,4 @@
-"""Features whose task is known, for a router that learns to name it."""
+"""Features whose task is known, and what they must be to be learned from."""
 
 from __future__ import annotations
 
@@ -7,8 +7,19 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fusewright.errors import NumericError
+
 _HELD_OUT = 10
 """Every tenth input is kept from the router's training, to choose its best state."""
+
+
+def check_finite(task: str, features: Tensor) -> None:
+    """Raises NumericError, naming the task, for features that nothing can be learned from."""
+    odd = (~features.isfinite()).any(dim=1).nonzero()[:, 0].tolist()
+    if odd:
+        raise NumericError("what the model sees in inputs is not finite", where=f"task {task}",
+                           found=f"{len(odd)} of {len(features)}, first number {odd[0]}",
+                           fix="look at these inputs, or at the models' weights")  # fmt: skip
 
 
 class Named:

@@ -63,8 +63,7 @@ class ParetoSet(Learner, Program, Routed):
 
     Memory while learning is base, merge and gradients of the selected tensors, and one task vector
     of one tensor. Raises PlanError where nothing is selected, for what is no preference and where
-    an expert has no data, DataError where labels are missing, NumericError for a loss that is not
-    finite.
+    an expert has no data, DataError where labels are missing, and as :class:`Learner`.
     """
 
     name: ClassVar[str] = "pwe_moe"

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from fusewright.methods.contract import Card, Context, Parts
 from fusewright.methods.learned._rest import summed
-from fusewright.methods.routed._linears import turned
+from fusewright.methods.routed._linears import matrices, part_of
 from fusewright.methods.routed._mixtures import parts_of
 from fusewright.methods.routed._wemoe import WEMoE
 from fusewright.modules.deltas import leading
@@ -41,7 +41,9 @@ class RankOneMoE(WEMoE):
     ``schedule``: constant. All from FusionBench's configuration. ``modules``, ``start``, ``per``,
     ``steps``, ``rate``, ``batch``, ``objective``, ``guard``, ``every`` are WEMoE's.
 
-    It stores T k (in + out) numbers a map where WEMoE stores T in · out. Raises as WEMoE.
+    It stores T k (in + out) numbers a map where WEMoE stores T in · out. What is said there of text
+    holds here: without a prompt, a language model's routers see the tokens that it is scored on.
+    Raises as WEMoE.
     """
 
     name: ClassVar[str] = "rank_one_moe"
@@ -74,12 +76,11 @@ class RankOneMoE(WEMoE):
         self, linear: LinearMap, model: nn.Module, vectors: TaskVectors, mixture: Mixture
     ) -> MixedLinear:
         dtype = vectors.base[linear.weight].dtype
-        pools = [leading(turned(delta, linear.in_first), self.rank)
-                 for delta in vectors.at(linear.weight)]  # fmt: skip
+        pools = [leading(delta, self.rank) for delta in matrices(linear, vectors)]
         up = torch.cat([_rows(pool.up.T, self.rank) for pool in pools]).to(dtype)
         down = torch.cat([_rows(pool.down, self.rank) for pool in pools]).to(dtype)
         stack = FactorStack(up[:, :, None], down[:, None].contiguous())
-        return MixedLinear(model.get_submodule(linear.module), stack, None, mixture)
+        return MixedLinear(part_of(linear, model), stack, None, mixture)
 
 
 def _rows(directions: Tensor, count: int) -> Tensor:

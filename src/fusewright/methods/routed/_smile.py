@@ -12,8 +12,16 @@ from torch import nn
 
 from fusewright.errors import FusewrightWarning, PlanError
 from fusewright.methods.contract import Card, Context, Parts, Routed
-from fusewright.methods.learned._rest import summed
-from fusewright.methods.routed._linears import is_routable, turned
+from fusewright.methods.learned._rest import is_statistic, summed
+from fusewright.methods.routed._linears import (
+    changed,
+    matrices,
+    opened,
+    part_of,
+    routable,
+    shifts,
+    warn_of_left,
+)
 from fusewright.methods.settings import PerTensor, Range, resolve
 from fusewright.methods.static._fields import Number
 from fusewright.modules.architecture import describe_module
@@ -32,12 +40,17 @@ class Smile(Routed):
     ΔW_t = U_t Σ_t V_tᵀ; y = W_0 x + b_0 + Σ_{t ∈ top} p_t (U_{t,:k} Σ_{t,:k} V_{t,:k}ᵀ x + Δb_t),
     p = softmax(‖V_{t,:g}ᵀ x‖_2), the ``top`` largest renormalised.
 
+    In every linear map of the blocks: Linear, Conv1D, q, k, v and out of ``nn.MultiheadAttention``,
+    and convolutions of one group, where x are patches and a token is a place of the answer; the
+    paper has no convolutions.
+
     ``rank``: k, 32, and ``gate``: g, 16: the paper's smaller setting of CLIP, 1.6 times the
     parameters. ``top``: 1; more experts did worse there. ``rest``: λ, 0; all other tensors, those
-    outside blocks too, are θ_0 + λ Σ_t τ_t, so that they stay the base's as in the paper. Where
-    experts changed word embeddings that leaves out most of what they learned: text-mini gained 3
-    points by ``[{"filter": "word_embeddings", "value": 1}, 0]``. Of LoRA experts a rank of theirs
-    or more is exact.
+    outside blocks too, are θ_0 + λ Σ_t τ_t, so that they stay the base's as in the paper (the
+    report names those that experts changed: "left"); running statistics are the experts' mean.
+    Where experts changed word embeddings that leaves out most of what they learned: text-mini
+    gained 3 points by ``[{"filter": "word_embeddings", "value": 1}, 0]``. Of LoRA experts a rank of
+    theirs or more is exact.
 
     Raises PlanError if no linear layer of the blocks is changed.
     """
@@ -59,39 +72,44 @@ class Smile(Routed):
 
     def build(self, context: Context) -> Parts:
         model, vectors = context.module(), context.vectors()
+        described = describe_module(model)
         found: dict[str, Layer] = {}
         taken: set[str | None] = set()
-        for linear in describe_module(model).linears.values():
-            inside = linear.block is not None
-            if inside and is_routable(linear, model) and linear.weight in vectors.base:
-                layer = self._layer(linear, model.get_submodule(linear.module), vectors)
+        for linear in routable(described, model):
+            if linear.block is not None and linear.weight in vectors.base:
+                layer = self._layer(linear, part_of(linear, model), vectors)
                 if layer is not None:
                     found[linear.module] = layer
                     taken |= {linear.weight, linear.bias}
         if not found:
             raise PlanError("no linear layer of a block is changed by an expert",
-                            expected="nn.Linear or Conv1D inside blocks",
+                            expected="nn.Linear, Conv1D or a convolution inside blocks",
                             fix="`fusewright inspect` shows what the experts change")  # fmt: skip
         _warn_of_blind(found)
-        others = vectors.select(
-            lambda name: name not in taken and resolve(self.rest, context.layout(name)) != 0
-        )
-        return Parts(found, summed(context, others, self.rest))
+        rest = vectors.select(lambda name: name not in taken)
+        scaled = rest.select(lambda name: self._is_scaled(name, context))
+        left = changed(rest.select(lambda name: name not in scaled.base))
+        maps = {name for name, linear in described.linears.items() if linear.block is not None}
+        warn_of_left([n for n in left if n in maps], "stay the base's, unless `rest` is for them")
+        layers = {**opened(found, model), **found}
+        return Parts(layers, summed(context, scaled, self.rest), {"left": left})
+
+    def _is_scaled(self, name: str, context: Context) -> bool:
+        return resolve(self.rest, context.layout(name)) != 0 or is_statistic(context, name)
 
     def _layer(
         self, linear: LinearMap, base: nn.Module, vectors: TaskVectors
     ) -> RoutedLinear | None:
         wide = max(self.rank, self.gate)
-        split = [triples(turned(d, linear.in_first), wide) for d in vectors.at(linear.weight)]
+        split = [triples(delta, wide) for delta in matrices(linear, vectors)]
         if not any(bool(values.any()) for _, values, _ in split):
             return None
         dtype = vectors.base[linear.weight].dtype
         up = _stacked([(u * s)[:, : self.rank] for u, s, _ in split]).to(dtype)
         down = _stacked([v[:, : self.rank] for *_, v in split]).mT.contiguous().to(dtype)
         gate = _stacked([v[:, : self.gate] for *_, v in split]).mT.contiguous().to(dtype)
-        bias = None
-        if linear.bias is not None and linear.bias in vectors.base:
-            bias = torch.stack([d.dense() for d in vectors.at(linear.bias)]).to(dtype)
+        each = shifts(linear, vectors)
+        bias = None if each is None else torch.stack(each).to(dtype)
         return RoutedLinear(base, up, down, gate, bias, self.top)
 
 

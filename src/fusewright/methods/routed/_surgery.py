@@ -9,11 +9,13 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from fusewright.errors import PlanError
 from fusewright.methods.contract import Card, Context, Method, Parts, Routed
 from fusewright.methods.learned._fitting import asked
 from fusewright.methods.learned._resume import Numbered, digest
 from fusewright.methods.learned.fitter import Fitter
 from fusewright.methods.learned.processes import Processes
+from fusewright.methods.routed._named import check_finite
 from fusewright.methods.settings import AnyMethod
 from fusewright.modules.functional import with_weights
 from fusewright.modules.surgery import SURGERY, Surgery, head_of, seen_by
@@ -32,8 +34,8 @@ class RepresentationSurgery(Routed):
     Adam's 1e-3 and 16, as the official code. ``inputs``: most features of a task that are
     collected, once, 5500. The task of every input must be told: ``model.set_task("mnist")``.
 
-    Raises PlanError where an expert has no data or the model no features, NumericError for a loss
-    that is not finite.
+    Raises PlanError where an expert has no data or the model no features, DataError for batches
+    that are empty, NumericError for features or a loss that are not finite.
     """
 
     name: ClassVar[str] = "surgery"
@@ -69,6 +71,8 @@ class RepresentationSurgery(Routed):
         for task in processes.mine(questions):
             ours, theirs = (self._seen(model, weights, questions[task], head, context.seed)
                             for weights in (merged, vectors.expert(task)))  # fmt: skip
+            for features in (ours, theirs):
+                check_finite(task, features)
             mine[task] = ours, theirs
         pairs = list(processes.gathered(mine, questions).values())
         surgery = Surgery(list(questions), pairs[0][0].shape[1], self.rank, head, context.seed)
@@ -84,6 +88,10 @@ class RepresentationSurgery(Routed):
                 question.logits(model, batch)
                 if sum(len(each) for each in found) >= self.inputs:
                     break
+        if not found:
+            raise PlanError("a task's answers do not come by the model's head",
+                            where=f"task {question.name}", expected=f"a call of {head or 'it'}",
+                            fix="heads that call the whole model")  # fmt: skip
         return torch.cat(found)[: self.inputs].cpu()
 
     def _trained(

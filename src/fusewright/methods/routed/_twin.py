@@ -16,10 +16,11 @@ from fusewright.methods.contract import Card, Context, Parts, Routed
 from fusewright.methods.learned._fitting import asked
 from fusewright.methods.learned._rest import summed
 from fusewright.methods.learned._resume import Numbered, digest
-from fusewright.methods.learned.fitter import Fitter
+from fusewright.methods.learned.fitter import Fit, Fitter
 from fusewright.methods.learned.processes import Processes
-from fusewright.methods.routed._linears import is_routable, turned
-from fusewright.methods.routed._named import Named
+from fusewright.methods.routed._linears import matrices, opened, part_of, routable, shifts
+from fusewright.methods.routed._named import Named, check_finite
+from fusewright.methods.routed._shares import Shares, shares_of, told
 from fusewright.modules.architecture import Architecture, describe_module
 from fusewright.modules.deltas import Delta, Dense, Factors, Sparse, leading
 from fusewright.modules.features import FeatureRouter, FeatureRouting, SharedMixture
@@ -46,16 +47,23 @@ class Twin(Routed):
 
     ``scale``: γ, 0.3. ``mask_rate``: 0.9; of LoRA experts, r is a limit for the product, not for
     its two factors. Biases, norms, convolutions and what is added before the first block are v_t
-    as they are; tables of embeddings are matrices. What is left (bare tensors inside blocks, packed
-    attention) is θ* alone, and named in the report; running statistics are the experts' mean.
+    as they are; tables of embeddings are matrices, q, k, v of packed attention one each. What is
+    left (bare tensors inside blocks) is θ* alone, and named in the report; running statistics are
+    the experts' mean.
 
     ``inputs``: most inputs of a task that are looked at, 5500; a tenth of them chooses the epoch.
     ``epochs``: 50; 0 keeps w at 1/T, which needs no data and can be unloaded into a plain model.
     ``rate``, ``batch``, ``dropout``: Adam's 5e-4, 1024 and 0.5, the paper's. Every input costs one
-    forward pass more. With a key-value cache w is that of the prompt.
+    forward pass more. With a key-value cache w is that of the prompt; a language model that is
+    given a whole text at once is routed by all of it, also by what comes later, so that its
+    perplexity is no likelihood: score it with a ``prompt``
+    (:class:`~fusewright.tasks.LanguageModelling`).
+
+    The report has the mean w of each task's held-out inputs ("routing"), and how often the task of
+    these was recognised.
 
     Raises PlanError where experts change no linear layer, an expert has no data, or fewer than two
-    inputs.
+    inputs, DataError for batches that are empty, NumericError for features that are not finite.
     """
 
     name: ClassVar[str] = "twin"
@@ -127,6 +135,7 @@ class Twin(Routed):
                 raise PlanError("a router needs inputs to learn from and to be judged by",
                                 where=f"task {task}", expected="two inputs or more",
                                 found=len(features))  # fmt: skip
+            check_finite(task, features)
         return list(found.values())
 
     def _trained(
@@ -137,17 +146,18 @@ class Twin(Routed):
         router = FeatureRouter(seen[0].shape[1], len(seen), self.dropout, context.seed)
         with torch.random.fork_rng(devices=[]):  # dropout draws from torch's own generator
             torch.manual_seed(context.seed)
-            fit = self._descent(router, learned, held, context)
+            fit, last = self._descent(router, learned, held, context)
+        names, kept = tuple(context.experts), _shares(router, held, tuple(context.experts))
         with torch.no_grad():
             right = router.eval()(held.features).argmax(dim=1) == held.tasks
-        names = list(context.experts)
         shares = {n: float(right[held.tasks == t].float().mean()) for t, n in enumerate(names)}
-        return router, {"losses": list(fit.losses), "kept": fit.kept, "recognised": shares,
-                        "scores": [list(score) for score in fit.scores]}  # fmt: skip
+        return router, {"losses": list(fit.losses), "kept": fit.kept, "stopped": fit.stopped,
+                        "recognised": shares, "scores": [list(score) for score in fit.scores],
+                        **told(kept, last)}  # fmt: skip
 
     def _descent(
         self, router: FeatureRouter, learned: Named, held: Named, context: Context
-    ) -> Any:
+    ) -> tuple[Fit, Shares | None]:
         batches = Numbered(learned.batches(self.batch, context.seed))
         each = learned.count(self.batch)
 
@@ -163,11 +173,13 @@ class Twin(Routed):
             with torch.no_grad():
                 return -float(nn.functional.cross_entropy(router(held.features), held.tasks))
 
+        last: list[Shares] = []
         fitter = Fitter(
             self.epochs * each, self.rate, every=each, score=score, tell=context.tell,
             checkpoint=context.checkpoint("router", lambda: digest(vars(learned))),
+            ending=lambda: last.append(_shares(router, held, tuple(context.experts))),
         )  # fmt: skip
-        return fitter.run(router, step)
+        return fitter.run(router, step), last[0] if last else None
 
 
 class _Layers:
@@ -183,9 +195,10 @@ class _Layers:
         self._described, self._mixture = described, mixture
         self._stored = {n: names[0] for names in described.tied for n in names}
         stems = self._stems()
-        for linear in described.linears.values():
-            if is_routable(linear, model) and self._known(linear.weight) in vectors.base:
+        for linear in routable(described, model):
+            if not linear.kernel and self._known(linear.weight) in vectors.base:
                 self._linear(linear)
+        self.made = {**opened(self.made, model), **self.made}
         if not self.made:
             raise PlanError("no linear layer is changed by an expert",
                             expected="nn.Linear or Conv1D",
@@ -213,14 +226,14 @@ class _Layers:
                     name)  # fmt: skip
 
     def _linear(self, linear: LinearMap) -> None:
-        weight, base = self._known(linear.weight), self._model.get_submodule(linear.module)
+        weight, base = self._known(linear.weight), part_of(linear, self._model)
         if not self._changed(weight, linear.bias):
             return
-        deltas = [turned(delta, linear.in_first) for delta in self._vectors.at(weight)]
+        deltas = matrices(linear, self._vectors, weight)
         own, dtype = self._method.exclusive(deltas), self._vectors.base[weight].dtype
         shift = None
-        if linear.bias is not None and linear.bias in self._vectors.base:
-            each = torch.stack([delta.dense() for delta in self._vectors.at(linear.bias)])
+        if linear.bias is not None and (biases := shifts(linear, self._vectors)) is not None:
+            each = torch.stack(biases)
             shift = (each - self._method.scale * each.sum(dim=0)).to(dtype)
             self.taken.add(linear.bias)
         self.made[linear.module] = MixedLinear(
@@ -283,6 +296,13 @@ class _Layers:
 def uniform(experts: int) -> Router:
     """w = 1/T for every input."""
     return Router(0, experts, 0, start=1 / experts)
+
+
+@torch.no_grad()
+def _shares(router: FeatureRouter, held: Named, experts: Sequence[str]) -> Shares:
+    """w of the held-out inputs, by task."""
+    weights = router.eval()(held.features).softmax(dim=1)
+    return shares_of({e: weights[held.tasks == t] for t, e in enumerate(experts)}, experts)
 
 
 def _factors(delta: Delta) -> Factors | None:

@@ -13,8 +13,15 @@ from torch import Tensor, nn
 from fusewright.methods.contract import Card, Context, Parts, Routed
 from fusewright.methods.learned._fitting import Fitting, Learner
 from fusewright.methods.learned._rest import summed
-from fusewright.methods.routed._linears import turned
-from fusewright.methods.routed._mixtures import MLP, Part, parts_of
+from fusewright.methods.routed._linears import (
+    matrices,
+    opened,
+    part_of,
+    shifts,
+    warn_of_left,
+)
+from fusewright.methods.routed._mixtures import MLP, Part, left_of, parts_of
+from fusewright.methods.routed._shares import Shares, asked_weights, told
 from fusewright.methods.settings import PerTensor, resolve
 from fusewright.methods.static._fields import Number
 from fusewright.modules.critical import critical
@@ -36,20 +43,30 @@ class WEMoE(Learner, Routed):
     r(x) (:class:`~fusewright.modules.routers.Router`); all other tensors are θ_0 + λ Σ_t τ_t.
     Routers alone are trained: Σ_t mean H(softmax f_t(x)) over inputs x of every task t, by Adam.
 
-    ``modules``: "mlp", the feed-forward part of every block, as published; any other text is a
-    regular expression for modules' paths. ``router``: its depth, 2, the paper's best; 0 does not
-    see the input and can be unloaded into a plain model. ``start``: λ, and w at first, 0.3, so
-    that it begins as task arithmetic; a module has that of its first weight. ``per``: each
-    "sample" has its own w, whatever else is in the batch; "batch" takes the mean, which is faster,
-    and tells the tasks apart only where batches do. ``steps``, ``rate``, ``batch`` (inputs of each
-    task in a step), ``schedule``: 1000, 1e-4, 16 and cosine, as the official code; 200 steps come
-    close. ``objective``, ``guard``, ``every``: see :class:`Learner`.
+    ``modules``: "mlp", the feed-forward part of every block, as published (in a model without any,
+    as a ResNet, the convolutions of its blocks); any other text is a regular expression for
+    modules' paths. A selected map that no layer can take (a convolution of several groups) is
+    merged as all other tensors, and named in the report: "left".
+
+    ``router``: its depth, 2, the paper's best; 0 does not see the input and can be unloaded into a
+    plain model. ``start``: λ, and w at first, 0.3, so that it begins as task arithmetic; a module
+    has that of its first weight. ``per``: each "sample" has its own w, whatever else is in the
+    batch; "batch" takes the mean, which is faster, and tells the tasks apart only where batches do.
+    ``steps``, ``rate``, ``batch`` (inputs of each task in a step), ``schedule``: 1000, 1e-4, 16 and
+    cosine, as the official code; 200 steps come close. ``objective``, ``guard``, ``every``: see
+    :class:`Learner`.
 
     Of text, padding does not count. With a key-value cache w is that of the prompt; a language
-    model that is given a whole text at once routes by all of it, also by what comes later.
+    model that is given a whole text at once routes by all of it, also by what comes later, so that
+    its perplexity is no likelihood: score it with a ``prompt``
+    (:class:`~fusewright.tasks.LanguageModelling`).
 
-    Raises PlanError where nothing is selected or an expert has no data, NumericError for a loss
-    that is not finite.
+    The report has the mean w of each task's held-out inputs, over all mixtures ("routing"; of the
+    last state too, where another is kept). Warns where these routers, or the last ones, have
+    collapsed: an expert has nine tenths of every task's |w|, or no mixture's w differs between
+    tasks by more than one per cent.
+
+    Raises PlanError where nothing is selected or an expert has no data, and as :class:`Learner`.
     """
 
     name: ClassVar[str] = "wemoe"
@@ -76,7 +93,10 @@ class WEMoE(Learner, Routed):
     def build(self, context: Context) -> Parts:
         fitting = Fitting(context, self) if self.steps else None
         model, vectors = context.module(), context.vectors()
-        parts, report = self._parts(context, model, vectors), {"critical": critical(vectors, model)}
+        report: dict[str, Any] = {"critical": critical(vectors, model)}
+        report["left"] = left_of(model, vectors, self.modules)
+        warn_of_left(report["left"], "are merged as all other tensors")
+        parts = self._parts(context, model, vectors)
         if fitting is not None:
             fitting.put_in(parts)
             report |= self._fitted(fitting)
@@ -93,12 +113,13 @@ class WEMoE(Learner, Routed):
         layers: dict[str, Layer] = {}
         taken: set[str | None] = set()
         for part, place in zip(found, places, strict=True):
-            mixture = routing.add(model, part.entry, place, self.per)
+            mixture = routing.add(model, part.entry, place, self.per, part.maps)
             for linear in part.linears:
                 layers[linear.module] = self._layer(linear, model, vectors, mixture)
                 taken |= {linear.weight, linear.bias}
         rest = vectors.select(lambda name: name not in taken)
-        return Parts({**layers, ROUTING: routing}, summed(context, rest, self.start))
+        layers = {**opened(layers, model), **layers, ROUTING: routing}
+        return Parts(layers, summed(context, rest, self.start))
 
     def _routing(
         self, context: Context, parts: Sequence[Part], experts: int
@@ -120,21 +141,23 @@ class WEMoE(Learner, Routed):
         self, linear: LinearMap, model: nn.Module, vectors: TaskVectors, mixture: Mixture
     ) -> MixedLinear:
         density, dtype = self._density(), vectors.base[linear.weight].dtype
-        deltas = [turned(delta, linear.in_first) for delta in vectors.at(linear.weight)]
+        each, stack = shifts(linear, vectors), stacked(matrices(linear, vectors), density, dtype)
         shift = None
-        if linear.bias is not None and linear.bias in vectors.base:
-            kept = (d.dense() for d in vectors.at(linear.bias))
-            shift = torch.stack([_pruned(b, density) for b in kept]).to(dtype)
-        base = model.get_submodule(linear.module)
-        return MixedLinear(base, stacked(deltas, density, dtype), shift, mixture)
+        if each is not None:
+            shift = torch.stack([_pruned(bias, density) for bias in each]).to(dtype)
+        return MixedLinear(part_of(linear, model), stack, shift, mixture)
 
     def _fitted(self, fitting: Fitting) -> dict[str, Any]:
         model, routers = fitting.model, fitting.model.get_submodule(ROUTING)
+        assert isinstance(routers, Routing)
+        last: list[Shares] = []
         fit = fitting.descend(
             "routers", routers, lambda number: fitting.gradients_in(routers, number),
             lambda: fitting.score(model), steps=self.steps, rate=self.rate, schedule=self.schedule,
+            ending=lambda: last.append(asked_weights(fitting, routers)),
         )  # fmt: skip
-        return fitting.report(model, fit)
+        kept, ended = asked_weights(fitting, routers), last[0] if last else None
+        return fitting.report(model, fit) | told(kept, ended, self.router == 0)
 
 
 class EWEMoE(WEMoE):
@@ -146,7 +169,8 @@ class EWEMoE(WEMoE):
     tensor by tensor and expert by expert, biases too: 0.1, the paper's, which lost nothing there
     (0.01 lost two points). Modules of one width share one router. ``schedule``: constant, as
     there. ``modules``, ``router``, ``start``, ``per``, ``steps``, ``rate``, ``batch``,
-    ``objective``, ``guard``, ``every`` are WEMoE's.
+    ``objective``, ``guard``, ``every`` are WEMoE's. So is what is said there of text: without a
+    prompt, a language model's routers see the tokens that it is scored on.
     """
 
     name: ClassVar[str] = "e_wemoe"
