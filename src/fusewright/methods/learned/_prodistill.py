@@ -134,8 +134,7 @@ class _Distillation:
     def _few(self, question: Question) -> list[Any]:
         """The first inputs of a task, in batches."""
         size, seed = self.method.batch, self.context.seed
-        few = list(islice(question.epoch(size, seed), -(-self.method.inputs // size)))
-        return few or [next(question.stream(size, seed))]  # which says that there is none
+        return list(islice(question.epoch(size, seed), -(-self.method.inputs // size)))
 
     def _units(self) -> list[_Unit]:
         """The model's blocks, as far as the tasks call them, in the order in which they answer."""
