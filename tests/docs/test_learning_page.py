@@ -14,7 +14,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "learning.md").read_text()
 
 def test_the_page_runs() -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict[str, object] = {"__name__": "learning"}
     for number, block in enumerate(blocks, 1):
         exec(compile(block, f"learning.md, block {number}", "exec", dont_inherit=True), names)

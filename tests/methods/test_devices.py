@@ -12,7 +12,7 @@ import fusewright as fw
 from devices import accelerator, needs_accelerator
 from fusewright.devices import checked
 from fusewright.errors import RecipeError
-from fusewright.methods.learned import AdaMerging, AdaRank, Concrete, FWMerging
+from fusewright.methods.learned import AdaMerging, AdaRank, Concrete, FWMerging, ProDistill
 from fusewright.methods.routed import EMR, RepresentationSurgery, Smile, Tall, Twin, WEMoE
 from fusewright.modules.deltas import Delta, Dense, Factors, Sparse
 from fusewright.modules.vectors import TaskVectors
@@ -25,6 +25,7 @@ LEARNERS: dict[str, Any] = {
     "concrete": Concrete(**QUICK), "directions": Concrete(**QUICK, mask="rank"),
     "ranks": AdaRank(**QUICK, density=0.5),
     "frank wolfe": FWMerging(steps=2, batch=16, rows=16, objective="entropy"),
+    "prodistill": ProDistill(steps=4, inputs=32),
 }  # fmt: skip
 ROUTED: dict[str, Any] = {
     "emr": EMR(), "tall": Tall(), "smile": Smile(), "wemoe": WEMoE(**QUICK), "twin": Twin(epochs=2),

@@ -24,8 +24,10 @@ from fusewright.methods.learned import (
     AdaRank,
     Concrete,
     FWMerging,
+    ProDistill,
 )
 from fusewright.methods.learned._fitting import Fitting
+from fusewright.methods.learned._prodistill import _Distillation
 from fusewright.modules.functional import with_weights
 from fusewright.tasks.adaptation import Adaptation, adaptation
 from fusewright.tasks.pictures import Pictures
@@ -78,6 +80,7 @@ LEARNERS: dict[str, Method] = {
                     granularity="layer", rows=4),
     "anp": ANP(**QUICK), "dam": DAM(**QUICK, mask="rank"), "awm": AWM(**QUICK),
     "sau": SAU(**QUICK, attack_steps=1),
+    "prodistill": ProDistill(**{k: v for k, v in QUICK.items() if k != "guard"}),
 }  # fmt: skip
 """Of every learned method that answers with weights, the objects that run on all families."""
 Models = tuple[Path, dict[str, Path]]
@@ -114,13 +117,19 @@ def asked(family: str) -> Adaptation:
 def ends(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     """The weights of the module as it was when a fit ended."""
     found: dict[str, torch.Tensor] = {}
-    real = Fitting.report
+    real, run = Fitting.report, _Distillation.run
 
     def report(self: Fitting, merge: Any, fit: Any) -> Any:
         found.update(self.statistics | merge.state())
         return real(self, merge, fit)
 
+    def distilled(self: _Distillation) -> Any:
+        answer = run(self)
+        found.update({n: self.model.state_dict()[n].clone() for n in self.state})
+        return answer
+
     monkeypatch.setattr(Fitting, "report", report)
+    monkeypatch.setattr(_Distillation, "run", distilled)
     return found
 
 

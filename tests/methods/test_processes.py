@@ -17,7 +17,7 @@ import torch
 from routed_toys import base_of, experts_of, sides, vit
 
 import fusewright as fw
-from fusewright.methods.learned import ANP, AWM, DAM, SAU, AdaMerging, Concrete
+from fusewright.methods.learned import ANP, AWM, DAM, SAU, AdaMerging, Concrete, ProDistill
 from fusewright.methods.learned.processes import Processes
 from fusewright.methods.routed import RepresentationSurgery, Twin, WEMoE
 from fusewright.tasks.adaptation import adaptation
@@ -32,6 +32,7 @@ METHODS = {
     "dam": DAM(**QUICK, rate=1e-1),
     "dam, aimed": DAM(**QUICK, rate=1e-1, aim="toward", detection=False),
     "awm": AWM(**QUICK, rate=1e-2),
+    "prodistill": ProDistill(steps=6, batch=6, inputs=12, every=2),
     "sau": SAU(**QUICK, rate=1e-2, attack_steps=2),
     "wemoe": WEMoE(**QUICK, rate=1e-2),
     "twin": Twin(epochs=2, rate=1e-2, batch=8),

@@ -16,15 +16,16 @@ from fusewright.methods.learned._concrete import Concrete
 from fusewright.methods.learned._dam import DAM
 from fusewright.methods.learned._fitting import Fitting, Learner, asked
 from fusewright.methods.learned._fw_merging import FWMerging
+from fusewright.methods.learned._prodistill import ProDistill
 from fusewright.methods.learned._pruning import ANP, AWM
 from fusewright.methods.learned._sau import SAU
 from fusewright.methods.learned.coefficients import LinearCoefficients
 
 METHODS: tuple[type[Method], ...] = (
-    AdaMerging, AdaRank, ANP, AWM, Concrete, DAM, FWMerging, SAU,
+    AdaMerging, AdaRank, ANP, AWM, Concrete, DAM, FWMerging, ProDistill, SAU,
 )  # fmt: skip
 
 __all__ = [
     "ANP", "AWM", "DAM", "METHODS", "AdaMerging", "Concrete", "FWMerging", "Fitting", "Learner",
-    "LinearCoefficients", "asked",
+    "LinearCoefficients", "ProDistill", "asked",
 ]  # fmt: skip
