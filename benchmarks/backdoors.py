@@ -151,20 +151,20 @@ class Table:
         flagged = [risk.target for risk in risks if risk.flagged]
         kept(path, {
             "attack": attack, "poisoned": count, "method": name, "success": mine.success,
-            "anomaly": mine.anomaly, "flagged": flagged,
+            "anomaly": mine.anomaly, "size": mine.radius, "flagged": flagged,
         })  # fmt: skip
         print(f"{path.name}: {path.read_text()}", flush=True)
 
     def write_looks(self) -> None:
         cells = [json.loads(p.read_text()) for p in sorted((self.out / "looks").glob("*.json"))]
-        lines = ["| attack | poisoned | model | success of the search | anomaly index | flagged "
-                 "| others flagged |", "|---|--:|---|--:|--:|---|--:|"]  # fmt: skip
+        lines = ["| attack | poisoned | model | success of the search | anomaly index | size "
+                 "| flagged | others flagged |", "|---|--:|---|--:|--:|--:|---|--:|"]  # fmt: skip
         for said in cells:
             anomaly = "-" if said["anomaly"] is None else f"{said['anomaly']:.1f}"
             others = [target for target in said["flagged"] if target != TARGET]
             lines.append(
                 f"| {said['attack']} | {said['poisoned']} | {said['method']} | "
-                f"{100 * said['success']:.1f} | {anomaly} | "
+                f"{100 * said['success']:.1f} | {anomaly} | {said['size']} | "
                 f"{'yes' if TARGET in said['flagged'] else 'no'} | {len(others)} |"
             )
         (self.out / "looks.md").write_text("\n".join([*lines, ""]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -24,7 +25,7 @@ from fusewright.bench.backdoors import (
     rates,
     surviving_trigger,
 )
-from fusewright.bench.backdoors.looking import CAUTION, anomaly_indices
+from fusewright.bench.backdoors.looking import CAUTION, LED, OUTLIER, SIZES, anomaly_indices
 from fusewright.bench.backdoors.measuring import Rates, attack_success, summary
 from fusewright.bench.backdoors.poisoning import _hardened
 from fusewright.errors import FusewrightError, OutputError, RecipeError
@@ -180,6 +181,11 @@ def test_the_search_flags_the_target_of_a_poisoned_expert_above_all(suite, poiso
     assert TARGET not in [risk.target for risk in clean.flagged()]
     assert found == look(suite, poisoned.path, **options)
     assert {r.target for r in found.risks} == set(range(10))
+    (mine,) = (r for r in found.risks if r.target == TARGET)
+    sizes = [look(suite, poisoned.path, balls=[Ball("l2", size)], **options) for size in SIZES]
+    assert mine in [r for one in sizes for r in one.risks]
+    few = replace(mine, success=LED - 0.01)
+    assert mine.flagged and not few.flagged and not replace(mine, anomaly=OUTLIER).flagged
 
 
 def test_the_search_never_says_that_a_model_is_clean(suite, poisoned) -> None:

@@ -32,6 +32,11 @@ BATCH = 64
 OUTLIER = 3.5
 """Of an anomaly index (Iglewicz & Hoaglin 1993). Neural Cleanse has 2, which some class of a clean
 model passes often enough, where every class of many tasks is looked at."""
+LED = 0.25
+"""Of the pictures, at least, if a class stands out: of shares near nothing, any is an outlier."""
+SIZES = (0.02, 0.05)
+"""Of perturbations, root mean square. Where a large one leads to every class, a smaller one tells
+the class that was made easy; where a trigger is large, only a large one finds it."""
 FEWEST = 5
 """Classes of which a median and a deviation say something."""
 CAUTION = (
@@ -46,7 +51,8 @@ CAUTION = (
 class ClassRisk:
     """``success``: the share of ``asked`` held-out pictures, none of which the model took for this
     class before, that the perturbation turns into it. ``anomaly``: by how many deviations that is
-    above the median of the task's classes; None for too few classes."""
+    above the median of the task's classes; None for too few classes. Both at the ``radius`` of
+    those that were tried at which the class is most anomalous."""
 
     task: str
     target: int
@@ -54,11 +60,12 @@ class ClassRisk:
     success: float
     anomaly: float | None
     asked: int
+    radius: float
 
     @property
     def flagged(self) -> bool:
         """Whether it stands out."""
-        return self.anomaly is not None and self.anomaly > OUTLIER
+        return self.anomaly is not None and self.anomaly > OUTLIER and self.success >= LED
 
 
 @dataclass(frozen=True)
@@ -75,13 +82,13 @@ class Look:
 
     def tables(self) -> list[Table]:
         """For each task, the classes by success; then what was done, and what it cannot show."""
-        columns = ("class", "", "success", "anomaly index", "pictures", "")
+        columns = ("class", "", "success", "anomaly index", "size", "pictures", "")
         found = []
         for task in dict.fromkeys(risk.task for risk in self.risks):
             own = sorted((r for r in self.risks if r.task == task), key=lambda r: -r.success)
             rows = tuple(
-                (r.target, r.name, r.success, r.anomaly, r.asked, "stands out" if r.flagged else "")
-                for r in own
+                (r.target, r.name, r.success, r.anomaly, r.radius, r.asked,
+                 "stands out" if r.flagged else "") for r in own
             )
             found.append(Table(f"{task}: success of a universal perturbation", columns, rows))
         said = tuple((key, str(value)) for key, value in self.settings.items())
@@ -96,25 +103,27 @@ class Look:
 
 def look(
     suite: Suite, model: str | Path | nn.Module, *, tasks: Sequence[str] | None = None,
-    ball: Ball | None = None, steps: int = 40, limit: int = 256, part: str = "validation",
-    progress: Callable[[str], None] | None = None,
+    balls: Sequence[Ball] | None = None, steps: int = 40, limit: int = 256,
+    part: str = "validation", progress: Callable[[str], None] | None = None,
 ) -> Look:  # fmt: skip
     """Estimate how far one perturbation of bounded size leads a model to each class, of each task.
 
     After *Neural Cleanse* (Wang et al. 2019, IEEE S&P): for a class c, δ maximises mean log p(c | x
     + δ) over the ball, on the first half of ``limit`` unlabelled pictures of the task; the success
-    is counted on the other half. There the size is fixed and successes are compared, where Neural
-    Cleanse compares the sizes that success needs. A backdoor's target is easier to reach than other
-    classes, so it may stand out: anomaly index (s - median) / (1.4826 · median |s - median|).
+    is counted on the other half. Sizes are fixed and successes are compared, where Neural Cleanse
+    compares the sizes that success needs. A backdoor's target is easier to reach than other
+    classes, so it may stand out: anomaly index (s - median) / (1.4826 · median |s - median|) above
+    3.5, and s at least a quarter.
 
     ``model``: a folder or a module of the suite's architecture. ``tasks``: those that are merged.
-    ``ball``: "l2", 0.05 in raw pixels (root mean square). Needs unlabelled pictures of each task,
-    the frozen heads, and how pictures are prepared: a suite. A folder is opened on the suite's
-    device, a module stays where it is. It never shows that a model is clean.
+    ``balls``: tried one after the other; "l2", 0.02 and 0.05 in raw pixels (root mean square).
+    Needs unlabelled pictures of each task, the frozen heads, and how pictures are prepared: a
+    suite. A folder is opened on the suite's device, a module stays where it is. It never shows that
+    a model is clean.
 
     Raises RecipeError for a task without pictures, SuiteError where there are too few.
     """
-    ball = ball or Ball("l2", 0.05)
+    balls = balls or [Ball("l2", size) for size in SIZES]
     if steps < 1 or limit < 2:
         raise RecipeError("a search takes steps and pictures", expected="steps ≥ 1 and limit ≥ 2",
                           found=f"{steps} and {limit}")  # fmt: skip
@@ -128,32 +137,44 @@ def look(
     for task, pictures in asked.items():
         if progress is not None:
             progress(task)
-        risks += _task_risks(suite, module, task, pictures, ball, steps, limit, part)
+        risks += _task_risks(suite, module, task, pictures, balls, steps, limit, part)
     settings = {
         "data": f"up to {limit} unlabelled {part} pictures of each task, half of them to search",
-        "perturbation": f"one for all pictures, {ball.norm} at most {ball.radius:g} of [0, 1]",
+        "perturbation": "one for all pictures, at most "
+        + " and ".join(f"{ball.radius:g} ({ball.norm})" for ball in balls) + " of [0, 1]",
         "steps": steps,
     }
     return Look(tuple(risks), settings)
 
 
 def _task_risks(
-    suite: Suite, model: nn.Module, task: str, pictures: Pictures, ball: Ball, steps: int,
-    limit: int, part: str,
+    suite: Suite, model: nn.Module, task: str, pictures: Pictures, balls: Sequence[Ball],
+    steps: int, limit: int, part: str,
 ) -> list[ClassRisk]:  # fmt: skip
+    """Of each class, at the size at which it is most anomalous; of few classes, at the last."""
     raw, ask = _asked(suite, model, task, pictures, part, limit)
+    names = getattr(suite.tasks[task], "classes", ())
+    tried = [_risks(task, names, raw, ask, classes_of(suite, task), ball, steps) for ball in balls]
+    return [
+        max(reversed(of), key=lambda risk: (risk.flagged, risk.anomaly or 0.0))
+        for of in zip(*tried, strict=True)
+    ]
+
+
+def _risks(
+    task: str, names: Sequence[str], raw: Tensor, ask: Ask, classes: int, ball: Ball, steps: int
+) -> list[ClassRisk]:
     half = len(raw) // 2
     with torch.no_grad():
         before = torch.cat([ask(some).argmax(-1) for some in raw[half:].split(BATCH)])
     found = []
-    for target in range(classes_of(suite, task)):
+    for target in range(classes):
         delta = _toward(target, raw[:half], ask, ball, steps)
         others = raw[half:][before != target]
         found.append((target, _success(target, others, delta, ask), len(others)))
     anomalies = anomaly_indices([success for _, success, _ in found])
-    names = getattr(suite.tasks[task], "classes", ())
     return [
-        ClassRisk(task, c, names[c] if names else str(c), success, anomaly, count)
+        ClassRisk(task, c, names[c] if names else str(c), success, anomaly, count, ball.radius)
         for (c, success, count), anomaly in zip(found, anomalies, strict=True)
     ]
 
