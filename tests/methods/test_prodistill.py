@@ -142,12 +142,13 @@ def test_every_step_is_that_of_plain_autograd_block_after_block(granularity: str
         assert min(block[::2]) < 0.95 * block[0], "nothing was learned: the test sees little"
 
 
-def test_outside_blocks_and_before_the_first_step_it_is_task_arithmetic() -> None:
+@pytest.mark.parametrize("start", [0.2, [{"filter": "layers.1", "value": 0.5}, 0.2]])
+def test_outside_blocks_and_before_the_first_step_it_is_task_arithmetic(start) -> None:
     base = model()
     given = {"base": base, "experts": experts(base)}
-    plain = fw.merge(fw.TaskArithmetic(scale=0.2), **given).state_dict()
+    plain = fw.merge(fw.TaskArithmetic(scale=start), **given).state_dict()
     for steps in (0, 6):
-        for name, tensor in merged(steps=steps, start=0.2).state_dict().items():
+        for name, tensor in merged(steps=steps, start=start).state_dict().items():
             same = torch.allclose(tensor, plain[name], rtol=0, atol=1e-7)
             assert same == (steps == 0 or not name.startswith("layers.")), name
 

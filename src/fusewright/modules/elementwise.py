@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -16,23 +17,25 @@ Granularity = Literal["element", "row", "tensor"]
 
 class ElementWise(nn.Module):
     """θ(Λ) = θ_0 + Σ_t Λ_t ∘ τ_t of all tensors of ``vectors``, Λ its parameters, which begin at
-    ``start``.
+    its ``starts``.
 
     A tensor's Λ is (experts, …) with … the tensor's shape ("element"), (rows, 1, …) of tensors of
     two axes or more ("row"), or (1, …) ("tensor"), in the dtype of the task vectors, float32 at
     least. All these task vectors are held.
     """
 
-    def __init__(self, vectors: TaskVectors, granularity: Granularity, start: float) -> None:
+    def __init__(
+        self, vectors: TaskVectors, granularity: Granularity, starts: Mapping[str, float]
+    ) -> None:
         super().__init__()
         self.names = vectors.names
         self._base = dict(vectors.base)
         self._changes = {n: torch.stack([d.dense() for d in vectors.at(n)]) for n in self.names}
         self.values = nn.ParameterList(
             nn.Parameter(torch.full(
-                (len(each), *_shape(each[0].shape, granularity)), start, dtype=wide_dtype(each),
-                device=each.device,
-            )) for each in self._changes.values()
+                (len(each), *_shape(each[0].shape, granularity)), starts[name],
+                dtype=wide_dtype(each), device=each.device,
+            )) for name, each in self._changes.items()
         )  # fmt: skip
 
     def tensors(self, wide: bool = False) -> dict[str, Tensor]:

@@ -20,6 +20,8 @@ from fusewright.methods.learned._rest import is_statistic, summed
 from fusewright.methods.learned._resume import digest
 from fusewright.methods.learned.fitter import Fitter
 from fusewright.methods.learned.processes import Processes
+from fusewright.methods.settings import PerTensor, resolve
+from fusewright.methods.static._fields import Number
 from fusewright.modules.architecture import describe_module
 from fusewright.modules.calls import Call, copied, counted, hidden, inputs_of, outputs_of
 from fusewright.modules.elementwise import ElementWise, Granularity
@@ -41,11 +43,12 @@ class ProDistill(Program):
     block in the merge of the blocks before, z_t in expert t. Tensors outside blocks are
     θ0 + ``start`` Σ τ_t, running statistics the experts' mean.
 
-    ``start``: 0.3. ``inputs`` of each task: 64. ``batch`` of each task in a step: 16; ``steps`` in
-    each block: 400; ``rate``: 0.01. So the official code for images: 100 epochs of eight tasks'
-    inputs, 128 at a time. ``granularity``: Λ of each "element", as published, or, in less memory,
-    of each "row" or whole "tensor". ``every``: how often the block's loss on all inputs is asked,
-    of which the smallest is kept, so that it does not rise; 100, since it costs a pass over them.
+    ``start``: 0.3, of all or by tensor. ``inputs`` of each task: 64. ``batch`` of each task in a
+    step: 16; ``steps`` in each block: 400; ``rate``: 0.01. So the official code for images: 100
+    epochs of eight tasks' inputs, 128 at a time. ``granularity``: Λ of each "element", as
+    published, or, in less memory, of each "row" or whole "tensor". ``every``: how often the block's
+    loss on all inputs is asked, of which the smallest is kept, so that it does not rise; 100, since
+    it costs a pass over them.
 
     No labels, heads or answers are needed. Padding counts as text does, as in the code.
 
@@ -63,7 +66,7 @@ class ProDistill(Program):
     )  # fmt: skip
 
     granularity: Granularity = "element"
-    start: float = 0.3
+    start: PerTensor[Number] = 0.3
     steps: int = Field(400, ge=0)
     rate: float = Field(0.01, gt=0)
     batch: int = Field(16, ge=1)
@@ -179,7 +182,8 @@ class _Distillation:
     def _taught(self, at: int, unit: _Unit) -> dict[str, Any]:
         vectors = self.vectors.select(
             lambda name: unit.holds(name) and not is_statistic(self.context, name))
-        merge = ElementWise(vectors, self.method.granularity, self.method.start)
+        starts = {n: resolve(self.method.start, self.context.layout(n)) for n in vectors.names}
+        merge = ElementWise(vectors, self.method.granularity, starts)
         lessons = {task: self._lesson(unit, task) for task in self.processes.mine(unit.calls)}
         pupil = _Pupil(self.model.get_submodule(unit.path), unit, merge, lessons, self.processes)
         before = pupil.errors()
