@@ -134,9 +134,7 @@ class Fitting:
         ones."""
         if self._agreement is not None:
             return (batch for batch, _ in self._agreement.asked[task])
-        return first_batches(
-            self.questions[task], self.method.batch, LOOKED, self.context.seed
-        )
+        return first_batches(self.questions[task], self.method.batch, LOOKED, self.context.seed)
 
     def loss(self, model: nn.Module, task: str, number: int) -> Tensor:
         """The objective of a task's batch ``number``."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from fusewright.errors import FusewrightError, PlanError
 from fusewright.methods.contract import Card, Context, Fitted, Program
 from fusewright.methods.learned._fitting import asked
 from fusewright.methods.learned._rest import is_statistic, summed
-from fusewright.methods.learned._resume import digest
+from fusewright.methods.learned._resume import digest, write_checkpoint
 from fusewright.methods.learned.fitter import Fitter
 from fusewright.methods.learned.processes import Processes
 from fusewright.methods.settings import PerTensor, resolve
@@ -173,7 +172,7 @@ class _Distillation:
         else:
             held = self._taught(at, unit)
             if path is not None and self.processes.first:
-                _write(path, held)
+                write_checkpoint(path, held)
         self.state.update(held["state"])
         put_in(self.model, {}, held["state"])
         found: dict[str, Any] = held["report"]
@@ -270,10 +269,3 @@ class _Pupil:
 
 def _inside(name: str, path: str) -> bool:
     return name.startswith(f"{path}.")
-
-
-def _write(path: Path, held: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_name(path.name + ".partial")
-    torch.save(held, partial_file)
-    partial_file.replace(path)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fusewright.errors import FusewrightWarning, MemoryShortage, NumericError
+from fusewright.methods.learned._resume import write_checkpoint
 from fusewright.methods.learned.processes import Processes
 
 Step = Callable[[int], Mapping[str, float]]
@@ -230,14 +231,11 @@ class _Run:
         path = self.fitter.checkpoint
         if path is None or not Processes.started().first:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        torch.save({
+        write_checkpoint(path, {
             "trained": self.trained.state_dict(), "optimiser": self.optimiser.state_dict(),
             "best": self._best, "done": self.done, "kept": self.kept, "losses": self.losses,
             "scores": self.scores, "tasks": self.tasks, "draws": torch.get_rng_state(),
-        }, partial)  # fmt: skip
-        partial.replace(path)
+        })  # fmt: skip
         self._saved = monotonic()
 
 

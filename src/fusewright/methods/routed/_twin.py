@@ -147,7 +147,8 @@ class Twin(Routed):
         with torch.random.fork_rng(devices=[]):  # dropout draws from torch's own generator
             torch.manual_seed(context.seed)
             fit, last = self._descent(router, learned, held, context)
-        names, kept = tuple(context.experts), _shares(router, held, tuple(context.experts))
+        names = tuple(context.experts)
+        kept = _shares(router, held, names)
         with torch.no_grad():
             right = router.eval()(held.features).argmax(dim=1) == held.tasks
         shares = {n: float(right[held.tasks == t].float().mean()) for t, n in enumerate(names)}
