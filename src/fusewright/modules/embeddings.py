@@ -41,9 +41,16 @@ def embedded(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[N
     embeddings, reader = input_embeddings(model), _reader(model)
     assert embeddings is not None
     reads = [reader is model]
-    enter = lambda module, args: reads.append(True)  # noqa: E731
-    leave = lambda module, args, output: (reads.pop(), None)[1]  # noqa: E731
-    act = lambda module, args, output: change(output) if reads[-1] else output  # noqa: E731
+
+    def enter(module: nn.Module, args: Any) -> None:
+        reads.append(True)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        reads.pop()
+
+    def act(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return change(output) if reads[-1] else output
+
     handles = [embeddings.register_forward_hook(act)]
     if reader is not model:
         handles += [reader.register_forward_pre_hook(enter), reader.register_forward_hook(leave)]
