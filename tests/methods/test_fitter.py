@@ -130,18 +130,15 @@ def test_a_score_that_is_no_number_is_not_the_best() -> None:
         Fitter(9, 0.1, score=lambda: float("nan")).run(Point(), towards_zero(Point()))
 
 
-def test_the_last_state_is_shown_where_another_is_kept() -> None:
-    point, seen = Point(), []
-    how = {"every": 2, "ending": lambda: seen.append(point.at.tolist())}
-    Fitter(6, 0.1, score=lambda: float(point.at[0].detach()), **how).run(point, towards_zero(point))
-    other = Point()
+def test_the_last_state_is_looked_at_where_another_is_kept() -> None:
+    point, other = Point(), Point()
+    how = {"every": 2, "ending": point.at.tolist}
+    worse, better = (lambda sign=sign: sign * float(point.at[0].detach()) for sign in (1, -1))
+    fit = Fitter(6, 0.1, score=worse, **how).run(point, towards_zero(point))
     Fitter(6, 0.1).run(other, towards_zero(other))
-    assert seen == [other.at.tolist()] and point.at.tolist() == [2.0, -1.0]
-    Fitter(6, 0.1, score=lambda: -float(point.at[0].detach()), **how).run(
-        point, towards_zero(point)
-    )
-    Fitter(6, 0.1, **how).run(point, towards_zero(point))
-    assert len(seen) == 1  # the last was the best, and without scores it is what stays
+    assert fit.ended == other.at.tolist() and point.at.tolist() == [2.0, -1.0]
+    assert Fitter(6, 0.1, score=better, **how).run(point, towards_zero(point)).ended is None
+    assert Fitter(6, 0.1, **how).run(point, towards_zero(point)).ended is None
 
 
 def test_half_a_step_is_not_saved(tmp_path) -> None:

@@ -208,7 +208,7 @@ class Fitting:
     def descend(
         self, stage: str, trained: nn.Module, step: Step, score: Callable[[], float], *,
         steps: int, rate: float, constrain: Callable[[], None] | None = None,
-        ending: Callable[[], None] | None = None,
+        ending: Callable[[], Any] | None = None,
         schedule: Literal["constant", "cosine"] = "constant", floor: float = 0.0,
     ) -> Fit:  # fmt: skip
         """Adam on ``trained``; a killed stage goes on where the context keeps checkpoints.

@@ -28,14 +28,15 @@ SAVED_EVERY = 60.0
 @dataclass(frozen=True)
 class Fit:
     """How a descent went: mean loss of each step, held-out scores (step, score), the step whose
-    state was kept, the losses of each step by task, and the step at which it ended early, since a
-    loss was no longer finite."""
+    state was kept, the losses of each step by task, the step at which it ended early, since a loss
+    was no longer finite, and what ``ending`` found."""
 
     losses: tuple[float, ...]
     scores: tuple[tuple[int, float], ...] = ()
     kept: int = 0
     tasks: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     stopped: int | None = None
+    ended: Any = None
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,9 @@ class Fitter:
     ``score`` (larger is better) is asked before the first step, every ``every`` steps and at the
     end; the state that scored best is kept, the earliest of equals: what makes it worse is undone.
     ``constrain`` is called after each step. ``schedule`` "cosine" ends at ``floor`` times the rate.
-    ``ending`` is called at the end where the last state is not the one that is kept, while it is
-    still there. ``checkpoint``: a file that is written at every score and every minute, and gone on
-    from if it is there, with torch's own generator as it then was; the caller's draws are left
-    alone.
+    ``ending`` looks at the last state, while it is still there, where another is kept.
+    ``checkpoint``: a file that is written at every score and every minute, and gone on from if it
+    is there, with torch's own generator as it then was; the caller's draws are left alone.
 
     Where a loss, a gradient or a score is no longer finite, the descent ends with a
     FusewrightWarning and the state that scored best, if one was scored after the first step; else
@@ -65,7 +65,7 @@ class Fitter:
     every: int = 50
     checkpoint: Path | None = None
     constrain: Callable[[], None] | None = field(default=None, repr=False)
-    ending: Callable[[], None] | None = field(default=None, repr=False)
+    ending: Callable[[], Any] | None = field(default=None, repr=False)
     advice: str = ""
     score: Callable[[], float] | None = field(default=None, repr=False)
     tell: Tell | None = field(default=None, repr=False)
@@ -73,7 +73,7 @@ class Fitter:
     def run(self, trained: nn.Module, step: Step) -> Fit:
         """Descend; ``trained`` is left in the state that is kept."""
         optimiser = torch.optim.Adam(trained.parameters(), lr=self.rate)
-        run, stopped = _Run(self, trained, optimiser), None
+        run, stopped, ended = _Run(self, trained, optimiser), None, None
         processes = Processes.started()
         with torch.random.fork_rng(devices=[]):
             run.resume()
@@ -81,6 +81,7 @@ class Fitter:
             processes.same_draws()
             try:
                 self._descend(run, step)
+                ended = self._ended(run)
             except NumericError as error:
                 if len(run.scores) < 2:
                     raise
@@ -96,7 +97,7 @@ class Fitter:
             finally:
                 run.restore()
         tasks = {task: tuple(losses) for task, losses in run.tasks.items()}
-        return Fit(tuple(run.losses), tuple(run.scores), run.kept, tasks, stopped)
+        return Fit(tuple(run.losses), tuple(run.scores), run.kept, tasks, stopped, ended)
 
     def _descend(self, run: _Run, step: Step) -> None:
         while run.done < self.steps:
@@ -104,8 +105,10 @@ class Fitter:
                 run.measure()
             self._move(run, step)
         run.measure()
-        if self.ending is not None and run.kept != run.done and self.score is not None:
-            self.ending()
+
+    def _ended(self, run: _Run) -> Any:
+        undone = self.score is not None and run.kept != run.done
+        return self.ending() if undone and self.ending is not None else None
 
     def _move(self, run: _Run, step: Step) -> None:
         run.begin()

@@ -146,7 +146,7 @@ class Twin(Routed):
         router = FeatureRouter(seen[0].shape[1], len(seen), self.dropout, context.seed)
         with torch.random.fork_rng(devices=[]):  # dropout draws from torch's own generator
             torch.manual_seed(context.seed)
-            fit, last = self._descent(router, learned, held, context)
+            fit = self._descent(router, learned, held, context)
         names = tuple(context.experts)
         kept = _shares(router, held, names)
         with torch.no_grad():
@@ -154,11 +154,11 @@ class Twin(Routed):
         shares = {n: float(right[held.tasks == t].float().mean()) for t, n in enumerate(names)}
         return router, {"losses": list(fit.losses), "kept": fit.kept, "stopped": fit.stopped,
                         "recognised": shares, "scores": [list(score) for score in fit.scores],
-                        **told(kept, last)}  # fmt: skip
+                        **told(kept, fit.ended)}  # fmt: skip
 
     def _descent(
         self, router: FeatureRouter, learned: Named, held: Named, context: Context
-    ) -> tuple[Fit, Shares | None]:
+    ) -> Fit:
         batches = Numbered(learned.batches(self.batch, context.seed))
         each = learned.count(self.batch)
 
@@ -174,13 +174,12 @@ class Twin(Routed):
             with torch.no_grad():
                 return -float(nn.functional.cross_entropy(router(held.features), held.tasks))
 
-        last: list[Shares] = []
         fitter = Fitter(
             self.epochs * each, self.rate, every=each, score=score, tell=context.tell,
             checkpoint=context.checkpoint("router", lambda: digest(vars(learned))),
-            ending=lambda: last.append(_shares(router, held, tuple(context.experts))),
+            ending=lambda: _shares(router, held, tuple(context.experts)),
         )  # fmt: skip
-        return fitter.run(router, step), last[0] if last else None
+        return fitter.run(router, step)
 
 
 class _Layers:

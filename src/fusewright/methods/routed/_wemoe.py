@@ -21,7 +21,7 @@ from fusewright.methods.routed._linears import (
     warn_of_left,
 )
 from fusewright.methods.routed._mixtures import MLP, Part, left_of, parts_of
-from fusewright.methods.routed._shares import Shares, asked_weights, told
+from fusewright.methods.routed._shares import asked_weights, told
 from fusewright.methods.settings import PerTensor, resolve
 from fusewright.methods.static._fields import Number
 from fusewright.modules.critical import critical
@@ -150,14 +150,13 @@ class WEMoE(Learner, Routed):
     def _fitted(self, fitting: Fitting) -> dict[str, Any]:
         model, routers = fitting.model, fitting.model.get_submodule(ROUTING)
         assert isinstance(routers, Routing)
-        last: list[Shares] = []
         fit = fitting.descend(
             "routers", routers, lambda number: fitting.gradients_in(routers, number),
             lambda: fitting.score(model), steps=self.steps, rate=self.rate, schedule=self.schedule,
-            ending=lambda: last.append(asked_weights(fitting, routers)),
+            ending=lambda: asked_weights(fitting, routers),
         )  # fmt: skip
-        kept, ended = asked_weights(fitting, routers), last[0] if last else None
-        return fitting.report(model, fit) | told(kept, ended, self.router == 0)
+        kept = asked_weights(fitting, routers)
+        return fitting.report(model, fit) | told(kept, fit.ended, self.router == 0)
 
 
 class EWEMoE(WEMoE):
