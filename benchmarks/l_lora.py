@@ -3,7 +3,8 @@
     python benchmarks/l_lora.py --data DIR --pool DIR -o DIR [--steps 200 --batch 64 --rank 16]
 
 Both kinds of experts have the same base, rank, start, data, steps and batch, and the rate of their
-kind: the one of --rates whose experts are best on validation rows (by default, both the suite's).
+kind: the one of --rates (by default, both the suite's) whose experts are best on validation rows,
+alone or, with --chosen merged, merged all together.
 Experts are added in the suite's order, and in --orders - 1 others drawn at random, and merged by
 task arithmetic; the best λ of .1, .2, ..., 1.5 is chosen on validation rows by the mean accuracy of
 the tasks that are merged. What is shown are test rows: the mean accuracy (absolute), and the mean
@@ -40,12 +41,14 @@ def main() -> None:
     began = time.perf_counter()
     tried = {how: {rate: {t: train(suite, t, how, rate, args) for t in tasks}
                    for rate in args.rates or [None]} for how in HOWS}  # fmt: skip
-    experts = {how: max(of.values(), key=validated) for how, of in tried.items()}
     measure = Measure(suite, args)
+    judge = {"alone": validated, "merged": measure.validated}[args.chosen]
+    scores = {how: {rate: judge(made) for rate, made in of.items()} for how, of in tried.items()}
+    experts = {how: tried[how][max(of, key=of.__getitem__)] for how, of in scores.items()}
     found = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "validated": {how: {str(rate): validated(made) for rate, made in of.items()}
-                      for how, of in tried.items()},
+        "validated": {how: {str(rate): score for rate, score in of.items()}
+                      for how, of in scores.items()},
         "tasks": tasks, "base": measure.all(suite.open(suite.base), tasks, "test"),
         "experts": {how: measure.experts(made) for how, made in experts.items()},
         "trained": {how: {t: e.plain() | {"losses": e.losses[-1]} for t, e in made.items()}
@@ -98,6 +101,14 @@ class Measure:
     def experts(self, made) -> dict[str, float]:
         return {t: self.all(self.at([e.path], 1.0), [t], "test")[t] for t, e in made.items()}
 
+    def validated(self, made) -> float:
+        """The mean accuracy of a kind's experts on validation rows, merged with the best λ."""
+        return max(self.tried([e.path for e in made.values()], list(made)).values())
+
+    def tried(self, paths: list[Path], tasks: list[str]) -> dict[float, float]:
+        """The mean accuracy on validation rows, by λ."""
+        return {s: mean(self.all(self.at(paths, s), tasks, "validation").values()) for s in SCALES}
+
     def pair(self, experts, tasks: list[str], alone: dict[str, dict[str, float]]) -> dict:
         """Both kinds' merges of these tasks, and the second's distance above the first."""
         made, outcomes = {}, {}
@@ -119,7 +130,7 @@ class Measure:
 
     def merged(self, paths: list[Path], tasks: list[str]) -> tuple[dict, list[np.ndarray]]:
         """The merge with the best λ, and which test rows of each task it answers rightly."""
-        tried = {s: mean(self.all(self.at(paths, s), tasks, "validation").values()) for s in SCALES}
+        tried = self.tried(paths, tasks)
         best = max(tried, key=lambda scale: tried[scale])
         model = self.at(paths, best)
         found = [self.suite.evaluate(model, t, "test", self.rows["test"]) for t in tasks]
@@ -134,7 +145,8 @@ def table(found: dict) -> str:
              row("base", [base[t] for t in tasks])]  # fmt: skip
     lines += [row(f"{name} experts", [found["experts"][how][t] for t in tasks])
               for how, name in HOWS.items()]  # fmt: skip
-    lines += ["", "Validation, by peak rate: " + "; ".join(
+    how_judged = found["settings"]["chosen"]
+    lines += ["", f"Validation ({how_judged}), by peak rate: " + "; ".join(
         f"{HOWS[how]} " + ", ".join(f"{rate}: {value:.1f}" for rate, value in of.items())
         for how, of in found["validated"].items()) + "."]  # fmt: skip
     kinds = ("absolute", "normalised")
@@ -166,6 +178,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rates", type=float, nargs="+", default=[], help="tried for each kind")
+    parser.add_argument("--chosen", choices=("alone", "merged"), default="alone")
     parser.add_argument("--orders", type=int, default=1, help="in which tasks are added")
     parser.add_argument("--validation", type=int, default=300)
     parser.add_argument("--test", type=int, default=1000)
