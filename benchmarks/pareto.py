@@ -64,7 +64,7 @@ def main() -> None:
         study = Study(args, count)
         report.found["names"] = list(study.suite.spec.merged)
         for row, work in study.rows():
-            if row not in report.of(count):
+            if row not in report.of(count) and row in (args.rows or [row]):
                 report.add(count, row, work())
     if "memory" not in report.found:
         report.found["memory"] = memory(args.layers)
@@ -83,6 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--test", type=int, default=500, help="rows of each task")
     parser.add_argument("--validation", type=int, default=200)
+    parser.add_argument("--rows", nargs="+", help='only these: "all, linear, one layer"')
     parser.add_argument("--trained", type=int, default=3, help="preferences; 0: none")
     parser.add_argument("--rate", type=float, default=3e-4, help="of what is trained whole")
     parser.add_argument("--layers", type=int, default=12, help="of the model in memory's part")
