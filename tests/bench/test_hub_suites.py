@@ -343,7 +343,7 @@ def test_references_are_labels(llama):
     assert shown.keys() == {"input_ids", "attention_mask", "items"}
     assert unlabelled.logits(model, shown).shape == (2, 8)
     whole = next(iter(labelled.epoch(2, 0)))
-    assert len(labelled.logits(model, whole)) == len(labelled.labels(whole)) > 2
+    assert len(labelled.logits(model, whole)) == len(labelled.labels(model, whole)) > 2
 
 
 def test_a_smaller_vocabulary_is_refused(llama, tmp_path):

@@ -34,5 +34,5 @@ def test_a_recipe_names_the_preference(run: Any, tmp_path: Path) -> None:
     assert one.keys() == base.keys() and not (tmp_path / "out" / "routed.json").exists()
     labelled = suite.labelled(8, limit=16).questions[first]
     batch = next(labelled.stream(8, 0))
-    assert labelled.labels(batch).shape == (8,)
+    assert labelled.labels(suite.open(suite.base), batch).shape == (8,)
     assert not {"label", "labels"} & set(next(suite.unlabelled().questions[first].stream(8, 0)))

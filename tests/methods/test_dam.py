@@ -344,10 +344,10 @@ def pruning(method) -> dict[str, torch.Tensor]:
 
     for step in range(method.steps):
         if rows:
-            one = slopes(masks, 2 * step)
+            one = slopes(masks, step)
             moved = {n: m + method.budget * g.sign()
                      for (n, m), g in zip(masks.items(), one, strict=True)}  # fmt: skip
-            two = slopes(moved, 2 * step + 1)
+            two = slopes(moved, step)
             share = method.tradeoff
             found = [share * g + (1 - share) * h for g, h in zip(one, two, strict=True)]
         else:

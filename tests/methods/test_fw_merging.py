@@ -183,6 +183,11 @@ def test_labels_are_asked_for_and_used() -> None:
     assert loss(found) < loss(plain)
 
 
+@pytest.mark.parametrize("batch", [1, 5, 32])
+def test_rows_are_counted_whatever_size_batches_were_given_in(batch: int) -> None:
+    assert same(merged(batch=batch), merged(batch=16))  # batches of 16 rows all the same
+
+
 def test_entropy_may_be_the_objective() -> None:
     def total(made) -> float:
         model = network(HALF)

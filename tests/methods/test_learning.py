@@ -377,6 +377,7 @@ def test_all_losses_and_what_the_guard_saw_are_reported() -> None:
     by_task = np.array([report["tasks"]["a"], report["tasks"]["b"]])
     assert by_task.shape == (2, 6) and by_task.mean(0).tolist() == pytest.approx(report["losses"])
     for seen in report["guard"].values():
+        assert seen.pop("inputs") == 16
         assert set(seen) == {"agreement", "most_predicted", "expert_most_predicted"}
         assert all(0 < share <= 1 for share in seen.values())
 

@@ -228,7 +228,8 @@ def test_the_blocks_of_a_model_that_has_no_answer_learn() -> None:
     assert all(tensor.equal(wanted[name]) for name, tensor in found.items())
 
 
-def test_few_inputs_are_taken(monkeypatch) -> None:
+@pytest.mark.parametrize(("size", "looked"), [(1, 9), (4, 12), (5, 10), (8, 16), (40, 20)])
+def test_few_inputs_are_taken_in_whole_batches_of_any_size(monkeypatch, size, looked) -> None:
     seen: dict[str, list[int]] = {}
     real = inside._Distillation._lesson
 
@@ -238,8 +239,8 @@ def test_few_inputs_are_taken(monkeypatch) -> None:
         return found
 
     monkeypatch.setattr(inside._Distillation, "_lesson", lesson)
-    merged(inputs=9)
-    assert seen == {"a": [10, 10], "b": [10, 10]}  # whole batches
+    merged(inputs=9, data={n: list(torch.cat(each)[:20].split(size)) for n, each in data().items()})
+    assert seen == {"a": [looked, looked], "b": [looked, looked]}
 
 
 def test_what_is_wrong_is_said() -> None:

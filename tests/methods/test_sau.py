@@ -74,6 +74,31 @@ def test_what_fooled_the_merge_before_is_unlearned() -> None:
     assert float(unlearned(LOGITS, fooled, fooled)) == 0
 
 
+def test_tokens_are_items_of_their_own() -> None:
+    said, fooled = torch.tensor([0, 2, 0, 0, 1, 0]), torch.tensor([1, 1, 2, 1, 1, 2])
+    after, before = torch.cat([LOGITS, OTHERS]), torch.cat([OTHERS, LOGITS])
+    rows = [x.unflatten(0, (2, 3)) for x in (after, before, said, fooled)]
+    assert shared_gain(*rows[:3], 0.4, 0.7).equal(shared_gain(after, before, said, 0.4, 0.7))
+    assert unlearned(rows[0], *rows[2:]).equal(unlearned(after, said, fooled))
+
+
+def test_classes_of_tokens_are_unlearned() -> None:
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    base = hf.BertForTokenClassification(hf.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        vocab_size=50, num_labels=4)).eval()  # fmt: skip
+    ids = torch.randint(1, 50, (3, 8), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1:, 5:] = 0
+    few = {"input_ids": ids[:, :2]}  # fewer tokens than classes to aim at
+    for method, batch in ((SAU(steps=1), {"input_ids": ids}), (fw.DAM(steps=8, aim="toward"), few),
+                          (SAU(steps=1), {"input_ids": ids, "attention_mask": mask})):  # fmt: skip
+        found = fw.merge(method, base=base, experts=experts(base, 0.01),
+                         data={n: [batch] for n in "ab"})  # fmt: skip
+        assert all(tensor.isfinite().all() for tensor in found.state_dict().values())
+
+
 def by_hand(method: SAU) -> tuple[dict[str, torch.Tensor], int]:
     """Whole tensors, plain autograd; and how many pictures fooled the merge as it was."""
     base, models = base_of(), experts(base_of())

@@ -29,6 +29,7 @@ from torch import nn
 
 import fusewright as fw
 from fusewright.errors import FusewrightWarning, PlanError
+from fusewright.methods.routed._named import Named
 from fusewright.modules.mixed import MixedLinear
 from fusewright.modules.mixed_rest import MixedAffine, MixedTable
 
@@ -228,6 +229,22 @@ def test_bad_data() -> None:
         built(vit, data=lonely)
     with pytest.raises(PlanError, match="depend on the input"):
         built(vit).unload()
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_no_batch_of_the_routers_has_one_row(size: int) -> None:
+    for count in range(2, 24):
+        named = Named(torch.arange(count)[:, None], torch.zeros(count))
+        drawn = named.batches(size, 0)
+        epoch = [next(drawn)[0] for _ in range(named.count(size))]
+        assert torch.cat(epoch).flatten().sort().values.equal(torch.arange(count))
+        assert {len(rows) for rows in epoch} <= set(range(2, max(size, 3) + 1))
+
+
+def test_an_odd_number_of_inputs_is_learned_from_in_twos() -> None:
+    data = {n: [{"pixel_values": torch.randn(3, 3, 8, 8)} for _ in range(k)] for n, k in
+            (("a", 1), ("b", 2))}  # fmt: skip
+    assert built(vit, fw.Twin(batch=2, epochs=1), data=data).report["fitted"]["recognised"]
 
 
 def test_a_cache_of_another_prompt_is_refused() -> None:

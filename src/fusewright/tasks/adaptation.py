@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any
 
 from fusewright.tasks.errors import DataError
+from fusewright.tasks.own_answers import check_own_labels, held_labels, own_labels, own_logits
 from fusewright.tasks.pictures import Pictures
 from fusewright.tasks.placement import placed
 from fusewright.tasks.sound import check_answers, nothing, sound
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
 
 Logits = Callable[["nn.Module", Any], "Tensor"]
 Epoch = Callable[[int, int], Iterable[Any]]
-LABELS = ("label", "labels")
-"""What a batch's labels are called."""
 Open = Callable[[], "tuple[nn.Module, Mapping[str, str]]"]
 
 
@@ -29,13 +29,17 @@ class Question:
     """One task: ``logits(model, batch)`` are (answers, classes), one for each item or more, and
     ``epoch(size, seed)`` its batches, shuffled by the seed. Few methods need labels; a batch holds
     them as "label" or "labels". ``pictures`` says where a batch holds pictures, for methods that
-    change them; ``numbers``, that answers are numbers (answers, channels), not logits."""
+    change them; ``numbers``, that answers are numbers (answers, channels), not logits; ``sized``,
+    that batches have the size that is asked for, not one of their own; ``own``, that the answers
+    are the model's own (:func:`~fusewright.tasks.own_answers.own_logits`)."""
 
     name: str
     logits: Logits
     epoch: Epoch = field(repr=False)
     pictures: Pictures | None = None
     numbers: bool = False
+    sized: bool = True
+    own: bool = False
 
     def stream(self, size: int, seed: int) -> Iterator[Any]:
         """Batches without end, each epoch in another order.
@@ -58,17 +62,21 @@ class Question:
         epoch = self.epoch
         return replace(self, epoch=lambda size, seed: placed(epoch(size, seed), device))
 
-    def labels(self, batch: Any) -> Tensor:
-        """A batch's labels, one for each answer. Raises DataError if it has none."""
-        from torch import as_tensor
-
-        held = [batch[key] for key in LABELS if key in batch] if isinstance(batch, Mapping) else []
-        if not held:
+    def labels(self, model: nn.Module, batch: Any) -> Tensor:
+        """A batch's labels, one for each of the model's answers. Raises DataError if it has none,
+        PlanError where a label's answer cannot be told."""
+        held = own_labels(self.name, model, batch) if self.own else held_labels(batch)
+        if held is None:
             raise DataError("the objective needs labels, and a batch has none",
                             where=f"task {self.name}", expected='a mapping with "labels"',
                             found=type(batch).__name__,
                             fix="an objective without labels: entropy, self_label")  # fmt: skip
-        return as_tensor(held[0])
+        return held
+
+    def check_labels(self, model: nn.Module, batch: Any) -> None:
+        """Raises PlanError where labels are not what the model's own answers are compared with."""
+        if self.own:
+            check_own_labels(self.name, model, batch)
 
     def _epochs(self, size: int, seed: int) -> Iterator[Iterator[Any]]:
         for number in count():
@@ -112,10 +120,11 @@ def adaptation(
 
     ``data``: batches by expert, each a list or a loader that can be gone over again. A batch is
     what the model is called with: keywords, a tuple of arguments, or one tensor; labels among the
-    keywords are not shown to it. ``heads``: by
-    expert, a function (model, batch) -> logits, a frozen linear head (classes, width) over
-    :func:`~fusewright.tasks.heads.image_features`, or None for the logits that the model returns;
-    without heads it returns those of every task.
+    keywords are not shown to it, but to an encoder-decoder's decoder, which otherwise has nothing
+    to go on from. ``heads``: by expert, a function (model, batch) -> logits, a frozen linear head
+    (classes, width) over :func:`~fusewright.tasks.heads.image_features`, or None for the logits
+    that the model returns (:func:`~fusewright.tasks.own_answers.own_logits`: of a causal language
+    model those of the next tokens); without heads it returns those of every task.
     ``pictures``: where batches hold pictures, for methods that change them.
 
     Raises DataError for heads of tasks without data, and of some tasks only: features would be
@@ -136,28 +145,22 @@ def adaptation(
                         fix=f"heads={{..., {missing[0]!r}: its head}}, or None where the model's "
                             "own answers are the task's logits")  # fmt: skip
     return Adaptation({
-        name: Question(name, _checked(name, _answer(heads.get(name))), _given(batches), pictures)
-        for name, batches in data.items()
+        name: _question(name, batches, heads.get(name), pictures) for name, batches in data.items()
     })  # fmt: skip
 
 
-def _given(batches: Iterable[Any]) -> Epoch:
-    return lambda size, seed: batches
+def _question(
+    name: str, batches: Iterable[Any], head: Any, pictures: Pictures | None
+) -> Question:
+    logits = _checked(name, _answer(name, head))
+    return Question(name, logits, lambda size, seed: batches, pictures, sized=False,
+                    own=head is None)  # fmt: skip
 
 
-def _answer(head: Any) -> Logits:
+def _answer(task: str, head: Any) -> Logits:
     if callable(head):
         return head
-    return _own if head is None else _through(head)
-
-
-def _own(model: nn.Module, batch: Any) -> Tensor:
-    from fusewright.modules.batchnorm import call
-
-    if isinstance(batch, Mapping):
-        batch = {key: value for key, value in batch.items() if key not in LABELS}
-    found = call(model, batch)
-    return getattr(found, "logits", found)
+    return partial(own_logits, task) if head is None else _through(head)
 
 
 def _checked(task: str, logits: Logits) -> Logits:

@@ -11,7 +11,7 @@ import numpy as np
 from fusewright.tasks.batching import BatchedTask, Prepared, column, where
 from fusewright.tasks.errors import DataError
 from fusewright.tasks.outcomes import Outcomes
-from fusewright.tasks.prompts import prompted
+from fusewright.tasks.prompts import predicted, prompted
 from fusewright.tasks.task import Batch, Split
 from fusewright.tasks.tokens import pad_id, padded
 
@@ -169,8 +169,7 @@ class LanguageModelling(BatchedTask):
 
     def _predicted(self, batch: Batch) -> Tensor:
         """Which places after those given hold a token: (n, tokens - given) bool."""
-        found: Tensor = batch["attention_mask"][:, self.given :] == 1
-        return found
+        return predicted(batch["attention_mask"], self.given)
 
 
 def _summed(logits: Tensor, targets: Tensor) -> tuple[int, Tensor, Tensor]:

@@ -127,6 +127,19 @@ def is_encoder_decoder(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def writes(model: Any) -> bool:
+    """Whether a model of transformers writes texts, rather than names classes of them."""
+    generates = getattr(model, "can_generate", None)
+    return callable(generates) and bool(generates())
+
+
+def predicted(mask: Tensor, given: int = 1) -> Tensor:
+    """Which places of texts after the first ``given`` hold a token that the one before predicts:
+    (n, tokens - given) bool, of a mask (n, tokens)."""
+    real = mask != 0
+    return real[:, given:] & real[:, given - 1 : -1]
+
+
 def _start(model: Any, given: int | None) -> int:
     return decoder_start(model) if given is None else given
 

@@ -42,16 +42,30 @@ def check_answers(task: str, answers: Tensor) -> Tensor:
     if not answers.numel():
         raise DataError("a batch asks for no answer", where=f"task {task}",
                         expected="at least one answer", found=tuple(answers.shape),
-                        fix="leave out texts that are too short to be asked about")  # fmt: skip
+                        fix="leave out texts that are too short to be asked about, or whose "
+                            "labels are all -100")  # fmt: skip
     return answers
+
+
+def rows_of(batch: Any) -> int | None:
+    """How many items a batch has: the length of its first tensor. None where it has none."""
+    from torch import Tensor
+
+    lengths = (len(part) for part in _parts(batch).values()
+               if isinstance(part, Tensor) and part.dim())  # fmt: skip
+    return next(lengths, None)
+
+
+def _parts(batch: Any) -> dict[str, Any]:
+    if isinstance(batch, tuple | list):
+        return {f"argument {at}": part for at, part in enumerate(batch)}
+    return dict(batch) if isinstance(batch, Mapping) else {"the batch": batch}
 
 
 def _check_rows(batch: Any, where: str) -> None:
     from torch import Tensor
 
-    parts = dict(batch) if isinstance(batch, Mapping) else {"the batch": batch}
-    if isinstance(batch, tuple | list):
-        parts = {f"argument {at}": part for at, part in enumerate(batch)}
+    parts = _parts(batch)
     empty = [name for name, part in parts.items()
              if isinstance(part, Tensor) and part.dim() and not len(part)]  # fmt: skip
     if empty:

@@ -60,7 +60,7 @@ class UniversalAttack(nn.Module):
         if self.aim == "away":
             gain = cross_entropy(logits, clean.argmax(-1))
         else:
-            gain = F.log_softmax(logits.float(), -1)[:, round % logits.shape[-1]].mean()
+            gain = F.log_softmax(logits.float(), -1)[..., round % logits.shape[-1]].mean()
         (gradient,) = torch.autograd.grad(gain, delta)
         with torch.no_grad():
             self.delta(task, round).copy_(self.ball.ascended(delta, gradient, self.rate))

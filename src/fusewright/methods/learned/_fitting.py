@@ -111,12 +111,15 @@ class Fitting:
                          method.guard or LOOKED, self.context.seed, self.processes)  # fmt: skip
 
     def _look_at_labels(self) -> None:
-        """Warn of labels that are all one class."""
+        """Warn of labels that are all one class; refuse those that are of other answers."""
         how = self.method.batch, LOOKED, self.context.seed
-        found = {task: [_classes(self.questions[task].labels(batch))
-                        for batch in first_batches(self.questions[task], *how)]
-                 for task in self.processes.mine(self.questions)}  # fmt: skip
-        warn_of_one_class(found, "the labels answer", LOOKED)
+        found = {}
+        for task in self.processes.mine(self.questions):
+            question, model = self.questions[task], self.model
+            each = list(first_batches(question, *how))
+            found[task] = [(b, _classes(question.labels(model, b))) for b in each]
+            question.check_labels(model, each[0])
+        warn_of_one_class(found, "the labels answer")
 
     def put_in(self, parts: Parts) -> None:
         """Put layers and tensors into the model; experts are asked in its plain form still, which
@@ -126,7 +129,8 @@ class Fitting:
         put_in(self.model, parts.layers, parts.tensors)
 
     def batch(self, task: str, number: int) -> Any:
-        """Batch ``number`` of a task; numbers ascend, and some may be left out."""
+        """Batch ``number`` of a task; numbers ascend, some may be left out, and the last may be
+        asked for again."""
         return self._batches[task][number]
 
     def held_out(self, task: str) -> Iterator[Any]:
@@ -148,7 +152,7 @@ class Fitting:
         if objective.target == "none":
             return objective.loss(_uncertain(task, logits))
         if objective.target == "labels":
-            return objective.loss(logits, _matched(task, question.labels(batch), logits))
+            return objective.loss(logits, _matched(task, question.labels(model, batch), logits))
         plain = model if self._plain is None else self._plain
         with with_weights(plain, self._experts.expert(task)), torch.no_grad():
             expert = question.logits(plain, batch)

@@ -13,6 +13,7 @@ from fusewright.methods.contract import Card, Context, Fitted, Program
 from fusewright.methods.learned import objectives
 from fusewright.methods.learned._adamerging import per_group
 from fusewright.methods.learned._fitting import Fitting, Learner
+from fusewright.methods.learned._guard import first_batches
 from fusewright.methods.learned.coefficients import LinearCoefficients
 from fusewright.methods.learned.fitter import Fit
 from fusewright.methods.static import Sum
@@ -134,7 +135,9 @@ class _Search:
         self.names = (*experts, *("start" for _ in starts))
         rows = [torch.eye(len(experts)), *(torch.full((1, len(experts)), s) for s in starts)]
         self.vertices = torch.cat(rows).to(self.linear.values.device)
-        self.batches = -(-method.rows // method.batch)
+        how = method.batch, method.rows, fitting.context.seed
+        self.batches = max(sum(1 for _ in first_batches(question, *how))
+                           for question in fitting.questions.values())  # fmt: skip
         self._norms = self._measured() if method.measure == "cosine" else {}
 
     def scores(self, tasks: Sequence[str], first: int) -> tuple[Tensor, dict[str, float]]:

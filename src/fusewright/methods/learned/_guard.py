@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from warnings import warn
 
@@ -14,6 +13,7 @@ from fusewright.errors import FusewrightWarning
 from fusewright.methods.learned.processes import Processes
 from fusewright.modules.functional import with_weights
 from fusewright.modules.vectors import TaskVectors
+from fusewright.tasks.sound import rows_of
 
 if TYPE_CHECKING:
     from fusewright.tasks.adaptation import Question
@@ -38,8 +38,7 @@ class Agreement:
             task: answered(model, vectors.expert(task), questions[task], size, rows, seed)
             for task in self.processes.mine(questions)
         }
-        said = {task: [answers for _, answers in each] for task, each in self.asked.items()}
-        warn_of_one_class(said, "the experts answer", rows)
+        warn_of_one_class(self.asked, "the experts answer")
 
     def score(self, model: nn.Module) -> float:
         """The mean share over the tasks, in [0, 1]."""
@@ -48,7 +47,8 @@ class Agreement:
 
     def measured(self, model: nn.Module) -> dict[str, dict[str, float]]:
         """By task, shares in [0, 1]: "agreement"; "most_predicted", of the class that the model
-        names most often; "expert_most_predicted", the same of the task's own expert."""
+        names most often; "expert_most_predicted", the same of the task's own expert. "inputs": how
+        many were looked at."""
         with torch.no_grad():
             found = {task: self._measured(model, task) for task in self.asked}
         return self.processes.gathered(found, self.questions)
@@ -60,6 +60,7 @@ class Agreement:
         return {
             "agreement": float((said == expert).double().mean()),
             "most_predicted": _most(said), "expert_most_predicted": _most(expert),
+            "inputs": looked_at(asked),
         }  # fmt: skip
 
 
@@ -74,18 +75,40 @@ def answered(
 
 
 def first_batches(question: Question, size: int, rows: int, seed: int) -> Iterator[Any]:
-    """As many batches of a task as hold ``rows`` items, the last one whole."""
-    return islice(question.stream(size, seed), -(-rows // size))
+    """As many batches of a task as hold ``rows`` items, the last one whole; of batches that were
+    given, each once at most."""
+    asked = question.stream if question.sized else question.epoch
+    return holding(question, asked(size, seed), rows, size)
 
 
-def warn_of_one_class(found: Mapping[str, Sequence[Tensor]], who: str, rows: int) -> None:
-    """Warn of tasks all of whose answers, of the first ``rows`` inputs, are one class."""
-    each = {task: torch.cat([a.reshape(-1) for a in answers]) for task, answers in found.items()}
+def holding(
+    question: Question, batches: Iterable[Any], rows: int, size: int
+) -> Iterator[Any]:
+    """The first of a task's batches until they hold ``rows`` items. One counts as ``size`` where it
+    was asked for with that size, so that the last of an epoch counts as others do, or does not tell
+    how many items it has."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += size if question.sized else rows_of(batch) or size
+        if seen >= rows:
+            return
+
+
+def looked_at(asked: Sequence[tuple[Any, Tensor]]) -> int:
+    """How many items batches hold: of those that do not tell, how many answers."""
+    return sum(rows_of(batch) or answers.numel() for batch, answers in asked)
+
+
+def warn_of_one_class(found: Mapping[str, Sequence[tuple[Any, Tensor]]], who: str) -> None:
+    """Warn of tasks of whose batches all answers are one class."""
+    each = {task: torch.cat([a.reshape(-1) for _, a in asked]) for task, asked in found.items()}
     alike = [task for task, said in each.items() if len(said) > 1 and _most(said) == 1.0]
     if alike:
-        warn(f"{who} all inputs of {', '.join(alike)} with one class (of the first {rows}): little "
-             "can be learned from inputs that are all alike", FusewrightWarning,
-             stacklevel=2)  # fmt: skip
+        rows = dict.fromkeys(str(looked_at(found[task])) for task in alike)
+        warn(f"{who} all inputs of {', '.join(alike)} with one class (of the first "
+             f"{', '.join(rows)}): little can be learned from inputs that are all alike",
+             FusewrightWarning, stacklevel=2)  # fmt: skip
 
 
 def collapsed(measured: Mapping[str, Mapping[str, float]]) -> list[str]:

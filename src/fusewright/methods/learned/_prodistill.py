@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from fusewright.errors import FusewrightError, PlanError
 from fusewright.methods.contract import Card, Context, Fitted, Program
 from fusewright.methods.learned._fitting import asked
+from fusewright.methods.learned._guard import holding
 from fusewright.methods.learned._rest import is_statistic, summed
 from fusewright.methods.learned._resume import digest, write_checkpoint
 from fusewright.methods.learned.fitter import Fitter
@@ -136,7 +136,7 @@ class _Distillation:
     def _few(self, question: Question) -> list[Any]:
         """The first inputs of a task, in batches."""
         size, seed = self.method.batch, self.context.seed
-        return list(islice(question.epoch(size, seed), -(-self.method.inputs // size)))
+        return list(holding(question, question.epoch(size, seed), self.method.inputs, size))
 
     def _units(self) -> list[_Unit]:
         """The model's blocks, as far as the tasks call them, in the order in which they answer."""

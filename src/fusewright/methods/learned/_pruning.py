@@ -109,9 +109,10 @@ class ANP(Pruned):
     *Adversarial Neuron Pruning Purifies Backdoored Deep Models*, arXiv 2110.14430).
 
     Masks m of rows minimise α L(m) + (1 - α) L(m + p), where p, at most ``budget`` in each number,
-    was moved once to raise L. Rows whose mask ends below ``threshold`` are pruned: they are the
-    base's again. The paper prunes neurons of one model with labels; here rows of the task vector of
-    ``merger``'s merge, and L is ``objective``, by default agreement with each task's own expert.
+    was moved once to raise L on the same inputs. Rows whose mask ends below ``threshold`` are
+    pruned: they are the base's again. The paper prunes neurons of one model with labels; here rows
+    of the task vector of ``merger``'s merge, and L is ``objective``, by default agreement with each
+    task's own expert.
 
     ``tradeoff``: α, 0.2, ``budget``: 0.4, ``threshold``: 0.2, as there. ``steps``, ``rate``
     (Adam's): 500, 0.01. ``batch``, ``guard``, ``every``: see :class:`Learner`; ``guard`` is 0,
@@ -134,10 +135,10 @@ class ANP(Pruned):
         self, fitting: Fitting, merge: ParametrisedMerge, masks: PlainMasks
     ) -> tuple[Any, nn.Module]:
         def step(number: int) -> Mapping[str, float]:
-            losses = fitting.gradients(merge, 2 * number)
+            losses = fitting.gradients(merge, number)
             plain = [_taken(values) for values in masks.values]
             masks.shift = [self.budget * gradient.sign() for gradient in plain]
-            fitting.gradients(merge, 2 * number + 1)
+            fitting.gradients(merge, number)
             masks.shift = None
             for values, gradient in zip(masks.values, plain, strict=True):
                 adverse = _taken(values)

@@ -14,16 +14,17 @@ Item = TypeVar("Item")
 
 
 class Numbered(Generic[Item]):
-    """Items of an endless iterator by number; numbers ascend, and some may be left out."""
+    """Items of an endless iterator by number; numbers ascend, some may be left out, and the last
+    may be asked for again."""
 
     def __init__(self, items: Iterator[Item]) -> None:
         self._items, self._next = items, 0
 
     def __getitem__(self, number: int) -> Item:
-        for _ in range(self._next, number):
-            next(self._items)
+        for _ in range(self._next, number + 1):
+            self._last = next(self._items)
         self._next = number + 1
-        return next(self._items)
+        return self._last
 
 
 def write_checkpoint(path: Path, held: Mapping[str, Any]) -> None:

@@ -122,8 +122,10 @@ def shared_gain(
     after: Tensor, before: Tensor, said: Tensor, adversarial: float, similar: float
 ) -> Tensor:
     """β₁ ½ Σ CE of the items that a model still gets right, less β₂ Σ JS of those that do not fool
-    both into one class; over the number of items. ``after``, ``before``: logits (items, classes).
+    both into one class; over the number of items. ``after``, ``before``: logits (…, classes), of an
+    item or of each of its tokens.
     """
+    after, before, said = after.flatten(0, -2), before.flatten(0, -2), said.flatten()
     answers = [logits.argmax(-1) for logits in (after, before)]
     right = sum(
         (F.cross_entropy(logits.float(), said, reduction="none") * (answer == said)).sum()
@@ -143,5 +145,5 @@ def divergence(one: Tensor, two: Tensor) -> Tensor:
 
 def unlearned(logits: Tensor, said: Tensor, fooled: Tensor) -> Tensor:
     """-log(1 - p_z) of the items whose z = ``fooled`` is not what was ``said``, over all items."""
-    p = logits.float().softmax(-1).gather(-1, fooled[:, None])[:, 0]
-    return (-(1 + _TINY - p).log() * (fooled != said)).sum() / len(said)
+    p = logits.float().softmax(-1).gather(-1, fooled[..., None])[..., 0]
+    return (-(1 + _TINY - p).log() * (fooled != said)).sum() / said.numel()

@@ -39,8 +39,9 @@ class Named:
         )  # fmt: skip
 
     def count(self, size: int) -> int:
-        """Batches of an epoch: of a size as equal as can be, none of one alone."""
-        return -(-len(self.tasks) // size)
+        """Batches of an epoch: of a size as equal as can be, none of one alone, of which
+        normalisation makes nothing: of an odd number in twos, three are taken together."""
+        return max(1, min(-(-len(self.tasks) // size), len(self.tasks) // 2))
 
     def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches without end, each epoch in another order."""
