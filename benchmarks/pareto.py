@@ -185,7 +185,7 @@ class Study:
             adam.zero_grad()
             for weight, question, stream in zip(r, questions, streams, strict=True):
                 batch = next(stream)
-                loss = cross_entropy(question.logits(model, batch), question.labels(batch))
+                loss = cross_entropy(question.logits(model, batch), question.labels(model, batch))
                 (weight * loss).backward()
             adam.step()
         return model.eval()
