@@ -72,8 +72,7 @@ class DirectionMasks(Coefficients):
         self.linear, self.temperature = linear, temperature
         self._at = {name: at for at, name in enumerate(directions)}
         self.logits = nn.ParameterList(
-            nn.Parameter(_start(len(of.up), experts, of.rank, density, margin))
-            for of in directions.values()
+            nn.Parameter(_start(of, experts, density, margin)) for of in directions.values()
         )
 
     def weights(self, name: str) -> Tensor:
@@ -149,7 +148,9 @@ def _decomposed(delta: Delta, matrices: int) -> tuple[Tensor, Tensor]:
     return u * sigma[:, None], vt
 
 
-def _start(matrices: int, experts: int, rank: int, density: float, margin: float) -> Tensor:
-    logits = torch.full((matrices, experts, rank), -margin)
-    logits[..., : int(density * rank)] = margin
+def _start(of: Directions, experts: int, density: float, margin: float) -> Tensor:
+    """The share is of the directions that matrices of this shape can have: adapters have fewer than
+    the same weights as full checkpoints, and begin with the same ones."""
+    logits = torch.full((len(of.up), experts, of.rank), -margin)
+    logits[..., : int(density * min(of.up.shape[1], of.down.shape[2]))] = margin
     return logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import prod
@@ -19,6 +20,8 @@ from fusewright.modules.layer import Layer
 from fusewright.modules.linears import LinearMap
 from fusewright.modules.vectors import TaskVectors
 
+Place = tuple[int | str, ...]
+"""A module that is in the model, and what it calls its child."""
 _KINDS = ("Linear", "Conv1D", "Conv1d", "Conv2d")
 
 
@@ -58,6 +61,63 @@ def _taken_apart(linear: LinearMap, path: str, model: nn.Module) -> list[LinearM
     return found
 
 
+class Users:
+    """Which linear maps of a model use its tensors. Tied tensors have several names, and task
+    vectors know one of them: the stored one."""
+
+    def __init__(self, described: Architecture, model: nn.Module, vectors: TaskVectors) -> None:
+        self.maps = routable(described, model)
+        self._model, self._base = model, vectors.base
+        self._groups = {name: group for group in described.tied for name in group}
+        self._users: dict[str, set[Place]] = defaultdict(set)
+        for linear in self.maps:
+            for name in (linear.weight, linear.bias):
+                if name is not None:
+                    self._users[name].add(self.place(linear.module))
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """All names of a tensor."""
+        return self._groups.get(name, (name,))
+
+    def stored(self, name: str) -> str | None:
+        """What task vectors call a tensor; None if experts cannot change it."""
+        return next((each for each in self.names(name) if each in self._base), None)
+
+    def place(self, path: str) -> Place:
+        """Where a layer goes: the same for all paths of a module that its parent holds once."""
+        owner, name = owner_of(path), path.rpartition(".")[2]
+        if owner and type(self._model.get_submodule(owner)) is nn.MultiheadAttention:
+            return (*self.place(owner), name)
+        return id(self._model.get_submodule(owner)), name
+
+    def owned(self, linears: Iterable[LinearMap]) -> list[LinearMap]:
+        """Of selected maps those whose weight nothing else uses, under any name: what else does (a
+        table of embeddings, a part that is not selected) would get the wrong values. Each place
+        once; tensors by the names that task vectors have for them."""
+        ours = self._places(linears := list(linears))
+        found: dict[Place, LinearMap] = {}
+        for linear in linears:
+            stored = self.stored(linear.weight)
+            if stored is not None and self._is_theirs(linear.weight, ours):
+                found.setdefault(self.place(linear.module), replace(linear, weight=stored))
+        return self.with_biases(list(found.values()))
+
+    def with_biases(self, linears: Sequence[LinearMap]) -> list[LinearMap]:
+        """The same maps, without the biases that something else uses, too."""
+        ours = self._places(linears)
+        biases = [None if linear.bias is None or not self._is_theirs(linear.bias, ours)
+                  else self.stored(linear.bias) for linear in linears]  # fmt: skip
+        return [replace(each, bias=bias) for each, bias in zip(linears, biases, strict=True)]
+
+    def _places(self, linears: Iterable[LinearMap]) -> set[Place]:
+        return {self.place(linear.module) for linear in linears}
+
+    def _is_theirs(self, name: str, places: set[Place]) -> bool:
+        """Whether layers at these places are all that uses a tensor."""
+        each = [self._users.get(other, set()) for other in self.names(name)]
+        return all(users and users <= places for users in each)
+
+
 def part_of(linear: LinearMap, model: nn.Module) -> nn.Module:
     """The module that a layer of the map takes the place of."""
     owner = model.get_submodule(owner_of(linear.module))
@@ -73,12 +133,19 @@ def opened(layers: Iterable[str], model: nn.Module) -> dict[str, Layer]:
             if isinstance(owner, nn.MultiheadAttention)}  # fmt: skip
 
 
-def matrices(linear: LinearMap, vectors: TaskVectors, weight: str | None = None) -> list[Delta]:
-    """Every expert's change of the map, (out, in); ``weight`` is what task vectors call it."""
-    return [_matrix(delta, linear) for delta in vectors.at(weight or linear.weight)]
+def tensors_of(linear: LinearMap) -> tuple[object, ...]:
+    """Equal for maps whose weight and bias are the same numbers: what is made of one's task vectors
+    serves all."""
+    return linear.weight, linear.rows, linear.in_first, linear.kernel, linear.bias, linear.bias_rows
 
 
-def _matrix(delta: Delta, linear: LinearMap) -> Delta:
+def matrices(linear: LinearMap, vectors: TaskVectors) -> list[Delta]:
+    """Every expert's change of the map, (out, in)."""
+    return [matrix_of(delta, linear) for delta in vectors.at(linear.weight)]
+
+
+def matrix_of(delta: Delta, linear: LinearMap) -> Delta:
+    """What a delta of the map's tensor is of the map, (out, in)."""
     rows = slice(*linear.rows)
     if isinstance(delta, Factors):
         up, down = delta.up[rows], delta.down
@@ -88,7 +155,8 @@ def _matrix(delta: Delta, linear: LinearMap) -> Delta:
         shape = linear.outputs, linear.inputs * prod(linear.kernel)
         return replace(delta, shape=torch.Size(shape))
     whole = delta.dense()[rows].flatten(1)
-    return Dense(whole.T if linear.in_first else whole)
+    stored = delta.stored if isinstance(delta, Dense) else None
+    return Dense(whole.T if linear.in_first else whole, stored)
 
 
 def changed(vectors: TaskVectors) -> list[str]:

@@ -18,6 +18,7 @@ from fusewright.methods.routed._linears import (
     opened,
     part_of,
     shifts,
+    tensors_of,
     warn_of_left,
 )
 from fusewright.methods.routed._mixtures import MLP, Part, left_of, parts_of
@@ -111,11 +112,16 @@ class WEMoE(Learner, Routed):
         found = parts_of(model, vectors, self.modules)
         routing, places = self._routing(context, found, len(vectors.experts))
         layers: dict[str, Layer] = {}
+        of_tensors: dict[object, MixedLinear] = {}
         taken: set[str | None] = set()
         for part, place in zip(found, places, strict=True):
             mixture = routing.add(model, part.entry, place, self.per, part.maps)
             for linear in part.linears:
-                layers[linear.module] = self._layer(linear, model, vectors, mixture)
+                if (tied := of_tensors.get(tensors_of(linear))) is None:
+                    made = self._layer(linear, model, vectors, mixture)
+                else:
+                    made = MixedLinear(part_of(linear, model), tied.stack, tied.shift, mixture)
+                layers[linear.module] = of_tensors[tensors_of(linear)] = made
                 taken |= {linear.weight, linear.bias}
         rest = vectors.select(lambda name: name not in taken)
         layers = {**opened(layers, model), **layers, ROUTING: routing}
@@ -126,7 +132,7 @@ class WEMoE(Learner, Routed):
     ) -> tuple[Routing, list[int]]:
         """The routers, and which of them each part asks."""
         starts = [resolve(self.start, context.layout(part.linears[0].weight)) for part in parts]
-        keys = [part.inputs if self.shared else at for at, part in enumerate(parts)]
+        keys = [part.inputs for part in parts] if self.shared else _tied(parts)
         first = {key: keys.index(key) for key in keys}
         routers = [
             self._router(parts[at].inputs, experts, starts[at], context.seed + number)
@@ -188,6 +194,14 @@ class EWEMoE(WEMoE):
 
     def _density(self) -> float:
         return self.density
+
+
+def _tied(parts: Sequence[Part]) -> list[int]:
+    """A number for each part, the same for those that have weights in common: they are one part
+    that the model calls in several places, so that one router serves them."""
+    numbers: dict[object, int] = {}
+    return [min(numbers.setdefault((linear.weight, linear.rows), at) for linear in part.linears)
+            for at, part in enumerate(parts)]  # fmt: skip
 
 
 def _pruned(vector: Tensor, density: float) -> Tensor:
