@@ -51,8 +51,11 @@ class Directions:
 
     @property
     def real(self) -> Tensor:
-        """Which directions change anything: (n, T r)."""
-        return (self.up != 0).any(1)
+        """Which directions change more than an SVD's error is (LoRA's change, stored whole, has
+        others): (n, T r)."""
+        sigma = self.up.norm(dim=1).unflatten(1, (-1, self.rank))
+        error = torch.finfo(sigma.dtype).eps * max(self.up.shape[1], self.down.shape[2])
+        return (sigma > error * sigma.amax(dim=2, keepdim=True)).flatten(1)
 
 
 class DirectionMasks(Coefficients):
@@ -61,7 +64,8 @@ class DirectionMasks(Coefficients):
 
     B = 1[x > 0], whose gradient is taken for that of sigmoid(x / temperature) (the straight-through
     estimator, 1308.3432). Logits x are float32, (matrices, experts, directions); they begin at
-    ``margin`` for the leading share ``density`` of each matrix' directions, -``margin`` behind.
+    ``margin`` for the ``density`` min(rows, columns) leading directions of each matrix, -``margin``
+    behind.
     """
 
     def __init__(

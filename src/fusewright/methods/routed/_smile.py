@@ -55,6 +55,13 @@ class Smile(Routed):
     gained 3 points by ``[{"filter": "word_embeddings", "value": 1}, 0]``. Of LoRA experts a rank of
     theirs or more is exact.
 
+    V_{t,:g} are directions that an expert changed: one whose σ may be rounding alone is no part of
+    the gate, so that weights are routed alike as adapter and as full checkpoint. An expert that
+    left a layer's weight alone has no gate there, its norm is 0, and of ``top`` 1 it takes no token
+    from one that did not. What all left alone stays as it was. Modules whose weights are one tensor
+    are routed each by itself, from one copy of the experts' factors; what shares its weight with
+    anything but a block's linear maps is not routed, and ``rest`` is for it.
+
     Raises PlanError if no linear layer of the blocks is changed.
     """
 
@@ -133,11 +140,11 @@ def _floors(
     hear: full checkpoints have min(in, out) directions whatever was learned, adapters r.
 
     An SVD errs by ε max(in, out) σ_1, ε that of what it is made in. Before that, every element of
-    θ_t was rounded to ε of the dtype that it is stored in, by ε/2 of itself at most: errors like
-    noise, whose norm is at most about that of their longest row plus that of their longest column,
-    and θ_t's are no longer than θ_0's plus σ_1. Of adapters, too, so that they are routed as the
-    same weights merged. Where that leaves no expert's change (such updates are as small as the last
-    bit), what it hides is all there is to route by, and only the SVD's error counts.
+    θ_t was rounded in the dtype that it is stored in, by ε/√12 of itself, root mean square. Such
+    errors are noise, whose norm is about that of the longest row and that of the longest column
+    together (1408.6185); θ_t's are no longer than θ_0's and σ_1. Of adapters, too, so that they are
+    routed as the same weights merged. Where no expert's change is larger (updates of the last bit),
+    it is all there is to route by, and only the SVD's error counts.
     """
     wide = start.to(wide_dtype(start))
     longest = sum(float(wide.norm(dim=axis).max()) for axis in (0, 1))
@@ -147,7 +154,7 @@ def _floors(
         coarse = max(torch.finfo(dtype).eps for dtype in (stored, start.dtype))
         first = float(sigma.max()) if len(sigma) else 0.0
         least.append(torch.finfo(sigma.dtype).eps * max(start.shape) * first)
-        found.append(max(least[-1], coarse / 2 * (longest + 2 * first)))
+        found.append(max(least[-1], coarse / 12**0.5 * (longest + 2 * first)))
     heard = any(bool((s > floor).any()) for (_, s, _), floor in zip(split, found, strict=True))
     return found if heard else least
 

@@ -46,8 +46,10 @@ class WEMoE(Learner, Routed):
 
     ``modules``: "mlp", the feed-forward part of every block, as published (in a model without any,
     as a ResNet, the convolutions of its blocks); any other text is a regular expression for
-    modules' paths. A selected map that no layer can take (a convolution of several groups) is
-    merged as all other tensors, and named in the report: "left".
+    modules' paths. A selected map that no layer can take (a convolution of several groups, a head
+    whose weight is the table of embeddings) is merged as all other tensors, and named in the
+    report: "left". Parts whose weights are the same tensors are mixed each at its place, by one
+    router and from one copy of the task vectors; unloaded, their w is the mean of these.
 
     ``router``: its depth, 2, the paper's best; 0 does not see the input and can be unloaded into a
     plain model. ``start``: λ, and w at first, 0.3, so that it begins as task arithmetic; a module
