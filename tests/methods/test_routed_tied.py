@@ -12,7 +12,7 @@ from torch import nn
 
 import fusewright as fw
 from fusewright.errors import FusewrightWarning
-from fusewright.methods.routed._linears import Users
+from fusewright.methods.routed._linears import Users, untaken
 from fusewright.modules.architecture import describe_module
 from fusewright.modules.mixed import MixedLinear
 from fusewright.modules.routed import RoutedLinear
@@ -203,11 +203,21 @@ def test_a_tensor_of_several_maps_is_routed_if_all_of_them_are() -> None:
     found = {linear.module: linear for linear in users.owned(users.maps)}
     assert set(found) == {"attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "fc"}
     assert found["fc"].bias is None and found["attn.q_proj"].bias == "attn.in_proj_bias"
-    two = users.owned(linear for linear in users.maps if linear.module != "attn.k_proj")
-    assert {linear.module for linear in two} == {"attn.out_proj", "fc"}
+    few = users.owned(linear for linear in users.maps if linear.module != "attn.k_proj")
+    assert {linear.module for linear in few} == set(found) - {"attn.k_proj"}  # rows of their own
 
 
-def test_an_expert_without_its_weights_change_has_its_biases_merged() -> None:
+def test_a_second_copy_in_the_checkpoint_is_not_merged_into_a_layers_base() -> None:
+    base = base_of(gpt2)
+    block = base.transformer.h
+    block[1].mlp.c_fc.weight = block[0].mlp.c_fc.weight
+    vectors = TaskVectors(("a",), base.state_dict(), lambda *_: None)
+    names = {f"transformer.h.{at}.mlp.c_fc.weight" for at in (0, 1)}
+    rest = untaken(vectors, {min(names): [(None, None)]}, base)
+    assert set(vectors.names) - set(rest.names) == names
+
+
+def test_biases_of_rows_that_are_not_routed_are_merged() -> None:
     torch.manual_seed(0)
     base = nn.ModuleDict({"layers": nn.ModuleList([nn.MultiheadAttention(8, 2), nn.Linear(8, 8)])})
     expert = copy.deepcopy(base)
@@ -215,11 +225,29 @@ def test_an_expert_without_its_weights_change_has_its_biases_merged() -> None:
         expert.layers[0].in_proj_weight[16:] += torch.randn(8, 8)
         expert.layers[0].in_proj_bias += 1
     made = fw.merge(fw.Smile(rank=8, gate=1, rest=1.0), base=base, experts={"a": expert})
-    attention = made.module().layers[0]
-    assert isinstance(attention.v_proj, RoutedLinear) and attention.v_proj.shift is None
-    assert attention.base.in_proj_bias.equal(expert.layers[0].in_proj_bias)
-    x = torch.randn(3, 2, 8)
+    attention, x = made.module().layers[0], torch.randn(3, 2, 8)
+    assert [p for p in made.layers if "proj" in p] == ["layers.0.v_proj"]
     torch.testing.assert_close(attention(x, x, x)[0], expert.layers[0](x, x, x)[0])
+    bias = attention.base.in_proj_bias
+    assert bias[:16].equal(expert.layers[0].in_proj_bias[:16])
+    assert bias[16:].equal(base.layers[0].in_proj_bias[16:])
+    none = fw.merge(fw.Smile(rank=8, gate=1), base=base, experts={"a": expert})
+    assert none.report["fitted"]["left"] == ["layers.0.in_proj_bias"]
+
+
+def test_rows_of_attention_that_are_not_selected_are_merged() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    base = nn.TransformerEncoder(layer, 1).eval()
+    expert, x = expert_of(base, 1), torch.randn(3, 4, 8)
+    method = fw.WEMoE(steps=0, router=0, start=1.0, modules="q_proj")
+    made = fw.merge(method, base=base, experts={"a": expert})
+    assert [p for p in made.layers if "proj" in p] == ["layers.0.self_attn.q_proj"]
+    with torch.no_grad():
+        torch.testing.assert_close(made.module()(x), expert(x))
+    plain = made.unload().state_dict()
+    for name, tensor in expert.state_dict().items():
+        torch.testing.assert_close(plain[name], tensor)
 
 
 def zamba2() -> nn.Module:

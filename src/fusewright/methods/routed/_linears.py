@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import prod
+from math import inf, prod
 from warnings import warn
 
 import torch
@@ -17,7 +17,8 @@ from fusewright.modules.architecture import Architecture
 from fusewright.modules.attention import INWARD, OUTWARD, OpenAttention, Rows, slot
 from fusewright.modules.deltas import Delta, Dense, Factors, Sparse
 from fusewright.modules.layer import Layer
-from fusewright.modules.linears import LinearMap
+from fusewright.modules.linears import LinearMap, Span
+from fusewright.modules.tensors import tied_names
 from fusewright.modules.vectors import TaskVectors
 
 Place = tuple[int | str, ...]
@@ -69,11 +70,12 @@ class Users:
         self.maps = routable(described, model)
         self._model, self._base = model, vectors.base
         self._groups = {name: group for group in described.tied for name in group}
-        self._users: dict[str, set[Place]] = defaultdict(set)
+        self._users: dict[str, list[tuple[Place, Span]]] = defaultdict(list)
         for linear in self.maps:
-            for name in (linear.weight, linear.bias):
-                if name is not None:
-                    self._users[name].add(self.place(linear.module))
+            place = self.place(linear.module)
+            self._users[linear.weight].append((place, linear.rows))
+            if linear.bias is not None:
+                self._users[linear.bias].append((place, linear.bias_rows))
 
     def names(self, name: str) -> tuple[str, ...]:
         """All names of a tensor."""
@@ -92,30 +94,64 @@ class Users:
 
     def owned(self, linears: Iterable[LinearMap]) -> list[LinearMap]:
         """Of selected maps those whose weight nothing else uses, under any name: what else does (a
-        table of embeddings, a part that is not selected) would get the wrong values. Each place
-        once; tensors by the names that task vectors have for them."""
+        table of embeddings, a part that is not selected) would get the wrong values; other rows of
+        the tensor are no matter. Each place once; tensors by the names that task vectors have for
+        them."""
         ours = self._places(linears := list(linears))
         found: dict[Place, LinearMap] = {}
         for linear in linears:
             stored = self.stored(linear.weight)
-            if stored is not None and self._is_theirs(linear.weight, ours):
+            if stored is not None and self._is_theirs(linear.weight, linear.rows, ours):
                 found.setdefault(self.place(linear.module), replace(linear, weight=stored))
         return self.with_biases(list(found.values()))
 
     def with_biases(self, linears: Sequence[LinearMap]) -> list[LinearMap]:
         """The same maps, without the biases that something else uses, too."""
         ours = self._places(linears)
-        biases = [None if linear.bias is None or not self._is_theirs(linear.bias, ours)
-                  else self.stored(linear.bias) for linear in linears]  # fmt: skip
+        biases = [self.stored(each.bias) if each.bias is not None
+                  and self._is_theirs(each.bias, each.bias_rows, ours) else None
+                  for each in linears]  # fmt: skip
         return [replace(each, bias=bias) for each, bias in zip(linears, biases, strict=True)]
 
     def _places(self, linears: Iterable[LinearMap]) -> set[Place]:
         return {self.place(linear.module) for linear in linears}
 
-    def _is_theirs(self, name: str, places: set[Place]) -> bool:
-        """Whether layers at these places are all that uses a tensor."""
-        each = [self._users.get(other, set()) for other in self.names(name)]
-        return all(users and users <= places for users in each)
+    def _is_theirs(self, name: str, rows: Span, places: set[Place]) -> bool:
+        """Whether layers at these places are all that uses some rows of a tensor."""
+        each = [self._users.get(other, []) for other in self.names(name)]
+        return all(users and all(place in places or not _meet(rows, other)
+                                 for place, other in users) for users in each)  # fmt: skip
+
+
+def _meet(one: Span, two: Span) -> bool:
+    """Whether two spans have a row in common; (None, None) are all rows."""
+    (a, b), (c, d) = ((start or 0, inf if stop is None else stop) for start, stop in (one, two))
+    return a < d and c < b
+
+
+def untaken(
+    vectors: TaskVectors, taken: Mapping[str, Sequence[Span]], model: nn.Module
+) -> TaskVectors:
+    """What layers leave over that take these rows of the model's tensors: other tensors, and task
+    vectors that are zero in rows that are taken."""
+    kept: dict[str, Tensor] = {}
+    groups = {name: names for names in tied_names(model) for name in names}
+    for name, spans in taken.items():
+        left = torch.ones(len(vectors.base[name]), dtype=torch.bool)
+        for rows in spans:
+            left[slice(*rows)] = False
+        kept |= dict.fromkeys(groups.get(name, (name,)), left)  # a checkpoint may hold it twice
+
+    def read(expert: str, name: str) -> Delta:
+        delta = vectors.read(expert, name)
+        if name not in kept:
+            return delta
+        whole = delta.dense().clone()
+        whole[~kept[name].to(whole.device)] = 0
+        return Dense(whole)
+
+    some = vectors.select(lambda name: name not in kept or bool(kept[name].any()))
+    return replace(some, read=read)
 
 
 def part_of(linear: LinearMap, model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 from warnings import warn
@@ -22,6 +23,7 @@ from fusewright.methods.routed._linears import (
     part_of,
     shifts,
     tensors_of,
+    untaken,
     warn_of_left,
 )
 from fusewright.methods.settings import PerTensor, Range, resolve
@@ -29,7 +31,7 @@ from fusewright.methods.static._fields import Number
 from fusewright.modules.architecture import describe_module
 from fusewright.modules.deltas import Delta, Dense, triples
 from fusewright.modules.layer import Layer
-from fusewright.modules.linears import LinearMap
+from fusewright.modules.linears import LinearMap, Span
 from fusewright.modules.routed import RoutedLinear
 from fusewright.modules.tensors import wide_dtype
 from fusewright.modules.vectors import TaskVectors
@@ -85,7 +87,7 @@ class Smile(Routed):
         described = describe_module(model)
         found: dict[str, Layer] = {}
         of_tensors: dict[object, RoutedLinear] = {}
-        taken: set[str | None] = set()
+        taken: dict[str, list[Span]] = defaultdict(list)
         for linear in _routed(Users(described, model, vectors), vectors):
             base = part_of(linear, model)
             if (tied := of_tensors.get(tensors_of(linear))) is None:
@@ -93,13 +95,15 @@ class Smile(Routed):
             else:
                 layer = RoutedLinear(base, tied.up, tied.down, tied.gate, tied.shift, self.top)
             found[linear.module] = of_tensors[tensors_of(linear)] = layer
-            taken |= {linear.weight, linear.bias}
+            taken[linear.weight].append(linear.rows)
+            if layer.shift is not None and linear.bias is not None:
+                taken[linear.bias].append(linear.bias_rows)
         if not found:
             raise PlanError("no linear layer of a block is changed by an expert",
                             expected="nn.Linear, Conv1D or a convolution inside blocks",
                             fix="`fusewright inspect` shows what the experts change")  # fmt: skip
         _warn_of_blind(found)
-        rest = vectors.select(lambda name: name not in taken)
+        rest = untaken(vectors, taken, model)
         scaled = rest.select(lambda name: self._is_scaled(name, context))
         left = changed(rest.select(lambda name: name not in scaled.base))
         maps = {name for name, linear in described.linears.items() if linear.block is not None}

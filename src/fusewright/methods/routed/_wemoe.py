@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -19,6 +20,7 @@ from fusewright.methods.routed._linears import (
     part_of,
     shifts,
     tensors_of,
+    untaken,
     warn_of_left,
 )
 from fusewright.methods.routed._mixtures import MLP, Part, left_of, parts_of
@@ -27,7 +29,7 @@ from fusewright.methods.settings import PerTensor, resolve
 from fusewright.methods.static._fields import Number
 from fusewright.modules.critical import critical
 from fusewright.modules.layer import Layer
-from fusewright.modules.linears import LinearMap
+from fusewright.modules.linears import LinearMap, Span
 from fusewright.modules.mixed import MixedLinear
 from fusewright.modules.mixture import ROUTING, Mixture, Routing
 from fusewright.modules.routers import Router
@@ -115,7 +117,7 @@ class WEMoE(Learner, Routed):
         routing, places = self._routing(context, found, len(vectors.experts))
         layers: dict[str, Layer] = {}
         of_tensors: dict[object, MixedLinear] = {}
-        taken: set[str | None] = set()
+        taken: dict[str, list[Span]] = defaultdict(list)
         for part, place in zip(found, places, strict=True):
             mixture = routing.add(model, part.entry, place, self.per, part.maps)
             for linear in part.linears:
@@ -124,8 +126,10 @@ class WEMoE(Learner, Routed):
                 else:
                     made = MixedLinear(part_of(linear, model), tied.stack, tied.shift, mixture)
                 layers[linear.module] = of_tensors[tensors_of(linear)] = made
-                taken |= {linear.weight, linear.bias}
-        rest = vectors.select(lambda name: name not in taken)
+                taken[linear.weight].append(linear.rows)
+                if made.shift is not None and linear.bias is not None:
+                    taken[linear.bias].append(linear.bias_rows)
+        rest = untaken(vectors, taken, model)
         layers = {**opened(layers, model), **layers, ROUTING: routing}
         return Parts(layers, summed(context, rest, self.start))
 
