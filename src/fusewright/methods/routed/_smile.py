@@ -59,10 +59,10 @@ class Smile(Routed):
 
     V_{t,:g} are directions that an expert changed: one whose σ may be rounding alone is no part of
     the gate, so that weights are routed alike as adapter and as full checkpoint. An expert that
-    left a layer's weight alone has no gate there, its norm is 0, and of ``top`` 1 it takes no token
-    from one that did not. What all left alone stays as it was. Modules whose weights are one tensor
-    are routed each by itself, from one copy of the experts' factors; what shares its weight with
-    anything but a block's linear maps is not routed, and ``rest`` is for it.
+    left a layer's weight alone has no gate there: its norm is 0, and of ``top`` 1 it takes a token
+    only where all others' are 0, too. What all left alone stays as it was. Modules whose weights
+    are one tensor are routed each by itself, from one copy of the experts' factors; what shares its
+    weight with anything but a block's linear maps is not routed, and ``rest`` is for it.
 
     Raises PlanError if no linear layer of the blocks is changed.
     """
