@@ -146,6 +146,22 @@ def test_adapters_of_several_ranks_are_decomposed_as_factors() -> None:
     torch.testing.assert_close(found.combined(torch.ones(1, 6))[0], sum(d.dense() for d in low))
 
 
+@pytest.mark.parametrize("density, kept", [(0.25, 2), (0.5, 3), (1.0, 3)])
+def test_the_share_is_that_of_the_whole_matrix_however_it_is_stored(density, kept) -> None:
+    low = [Factors(shaped(9, 3, seed=s), shaped(3, 8, seed=s + 5), torch.Size((9, 8)))
+           for s in (1, 2)]  # fmt: skip
+    totals = []
+    for deltas in (low, [Dense(d.dense()) for d in low]):
+        found = Directions.of(deltas, 1)
+        linear = LinearCoefficients(["w"], ["a", "b"], lambda name: name, 1.0)
+        masks = DirectionMasks(linear, {"w": found}, 2, density, 10.0, 0.1)
+        real = found.real.view(2, -1)
+        assert real.sum(dim=1).tolist() == [3, 3]
+        assert (masks.kept("w")[0].detach() * real).sum(dim=1).tolist() == [kept, kept]
+        totals.append(found.combined(masks.kept("w").detach().flatten(1)))
+    torch.testing.assert_close(*totals, rtol=1e-5, atol=1e-5)
+
+
 def test_projection_gives_the_gradient_of_autograd() -> None:
     live = nn.Linear(4, 5).double()
     held = {(e, n): Dense(0.3 * shaped(*t.shape, seed=s + len(n)))

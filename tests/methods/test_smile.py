@@ -156,6 +156,84 @@ def test_lora_experts_are_exact_at_their_rank(tmp_path) -> None:
     assert layer.up.shape == (1, 64, 3) and layer.gate.shape == (1, 3, 16)
 
 
+def lora(base: nn.Module, targets: list[str], seed: int, size: float = 0.3) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(seed)
+    tuned = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=3, target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=size)
+    return tuned
+
+
+def rows_of(model: nn.Module, make) -> dict[str, list[int]]:
+    """How many rows each expert takes in each layer."""
+    found: dict[str, list[int]] = {}
+
+    def note(path: str, layer: RoutedLinear, x: torch.Tensor) -> None:
+        chosen = layer.routed(x.flatten(0, -2) @ layer.gate.flatten(0, 1).T)[1][:, 0]
+        found[path] = torch.bincount(chosen, minlength=layer.experts).tolist()
+
+    for path, layer in model.named_modules():
+        if isinstance(layer, RoutedLinear):
+            layer.register_forward_pre_hook(lambda each, args, path=path: note(path, each, args[0]))
+    with torch.no_grad():
+        model(**{name: ids + 1 for name, ids in INPUTS[make].items()})  # padding's row is zero
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapter_is_routed_as_the_same_weights_merged(tmp_path, dtype) -> None:
+    base = base_of(llama).to(dtype)
+    base.save_pretrained(tmp_path / "base")
+    targets = {"b": ["q_proj"], "a": ["q_proj", "up_proj"]}
+    for seed, (name, found) in enumerate(targets.items(), 1):
+        tuned = lora(base, found, seed)
+        tuned.save_pretrained(tmp_path / name)
+        tuned.merge_and_unload().save_pretrained(tmp_path / f"{name}-whole")
+    rows, answers = [], []
+    for kind in ("", "-whole"):
+        experts = {name: tmp_path / f"{name}{kind}" for name in targets}
+        model = fw.merge(Smile(gate=12), base=tmp_path / "base", experts=experts).module()
+        layers = [x for x in model.modules() if isinstance(x, RoutedLinear)]
+        assert {x.gate.shape[1] for x in layers} == {3}
+        answers.append(answer(model, llama))
+        rows.append(rows_of(model, llama))
+    assert rows[0].keys() == {f"model.layers.{at}.{path}" for at in (0, 1)
+                              for path in ("self_attn.q_proj", "mlp.up_proj")}  # fmt: skip
+    for path, (one, two) in rows[0].items():
+        assert (one == 0) == ("up_proj" in path) and two > 0, path
+    assert rows[0] == rows[1]
+    few = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(*answers, **few)
+
+
+def test_an_expert_that_changed_nothing_takes_no_rows() -> None:
+    """Also one that is stored in fewer bits than the base, which moves every weight a little."""
+    base = base_of(llama)
+    one = expert_of(base, 1, only="mlp")
+    rounded = copy.deepcopy(base).bfloat16()
+    changed = expert_of(base, 2)
+    for idle in (copy.deepcopy(base), one, rounded):
+        made = fw.merge(Smile(gate=12), base=base, experts={"idle": idle, "a": changed})
+        for path, (first, second) in rows_of(made.module(), llama).items():
+            assert second and (first == 0) == ("mlp" not in path or idle is not one), path
+
+
+def test_updates_of_the_last_bit_are_routed_by() -> None:
+    base = base_of(llama).bfloat16()
+    experts = {name: copy.deepcopy(base) for name in "ab"}
+    for at, expert in enumerate(experts.values()):
+        with torch.no_grad():
+            weight = expert.model.layers[0].mlp.up_proj.weight
+            weight[:, at] = torch.nextafter(weight[:, at], torch.tensor(9.0).bfloat16())
+    made = fw.merge(Smile(), base=base, experts=experts)
+    gate = made.module().get_submodule("model.layers.0.mlp.up_proj").gate.float()
+    assert [int(g.abs().sum(dim=0).argmax()) for g in gate] == [0, 1]
+    assert torch.allclose(gate.norm(dim=(1, 2)), torch.ones(2), atol=0.01)
+
+
 def test_parameters_are_those_of_the_formula() -> None:
     base = base_of(llama)
     made = fw.merge(Smile(rank=3, gate=2), base=base,

@@ -33,9 +33,11 @@ from fusewright.modules.masked import MASKS, TaskMasks
 from fusewright.modules.mixture import ROUTING, Routing, fixed
 from fusewright.modules.preferences import PREFERENCES, Preferences
 from fusewright.modules.surgery import SURGERY
+from fusewright.modules.tensors import tied_names, wide_dtype
 from fusewright.plain import finite
 from fusewright.weights import open_weights
 from fusewright.weights.locate import ROUTED_STEM
+from fusewright.weights.memory import tied_groups
 from fusewright.weights.names import canonical_names
 
 DESCRIPTION, FORMAT = "routed.json", 1
@@ -72,12 +74,14 @@ class RoutedModel(Merged):
         Other libraries find no weights in it: they would leave the layers out, and say so at most.
         Raises PlanError for a layer without a kind of its own, which nothing could open."""
         described = {path: _described(path, layer) for path, layer in self._layers()}
+        state = self.state_dict()
         said = {
             "routed": FORMAT, "method": self.report["method"], "left": list(self.left),
-            "layers": described, "fitted": finite(self.report.get("fitted", {})),
+            "tied": tied_groups(state), "layers": described,
+            "fitted": finite(self.report.get("fitted", {})),
         }  # fmt: skip
         files = {DESCRIPTION: json.dumps(said, indent=1).encode()}
-        source = MergedWeights(self.state_dict(), self.source, files, ROUTED_STEM)
+        source = MergedWeights(state, self.source, files, ROUTED_STEM)
         made = merge("passthrough", experts={"merged": source}, out=out, **options)
         made.report |= {key: self.report[key] for key in _TOLD if key in self.report}
         return made
@@ -104,12 +108,46 @@ class RoutedModel(Merged):
         return Merged(None, self.report, {"recipe": {}}, self._plain(), self.source)
 
     def _plain(self) -> dict[str, Tensor]:
-        state = self.state_dict()
-        for path, layer in sorted(self._layers(), reverse=True):  # those inside others first
-            state = {n: t for n, t in state.items() if not n.startswith(f"{path}.")}
+        """The base's tensors as the layers make them. Where several make one tensor (linear maps
+        that share it, a table of embeddings that is a head), it is their mean: that of the mean of
+        their w."""
+        named = self.routed.named_modules(remove_duplicate=False)
+        layers = {path: part for path, part in named if isinstance(part, Layer)}
+        made: dict[str, Tensor] = {}
+        for path in sorted(layers, reverse=True):  # those inside others first
+            made = _outside(made, path)
+            layer = layers[path]
             if isinstance(layer, Replacement):
-                state |= {f"{path}.{name}": tensor for name, tensor in layer.plain().items()}
+                made |= {f"{path}.{name}": tensor for name, tensor in layer.plain().items()}
+        state = self.state_dict()
+        for path in layers:
+            state = _outside(state, path)
+        state |= made
+        for tied in tied_names(self.routed):
+            names = [name for each in tied if (name := _in_base(each, layers)) in state]
+            if each := [made[name] for name in names if name in made]:
+                state |= dict.fromkeys(names, _mean(each))
         return {self.stored.get(name, name): tensor for name, tensor in state.items()}
+
+
+def _outside(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{path}.")}
+
+
+def _in_base(name: str, layers: Mapping[str, nn.Module]) -> str:
+    """What the base calls a tensor of the model."""
+    for path in layers:
+        if name.startswith(f"{path}.base."):
+            name = f"{path}.{name.removeprefix(f'{path}.base.')}"
+    return name
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    first = tensors[0]
+    if all(torch.equal(first, other) for other in tensors[1:]):
+        return first
+    wide = wide_dtype(first)
+    return torch.stack([tensor.to(wide) for tensor in tensors]).mean(dim=0).to(first.dtype)
 
 
 class ParetoModel(RoutedModel):
@@ -233,7 +271,7 @@ def load_routed(path: Path, module: nn.Module | None = None) -> nn.Module:
         raise WeightsError("the routed model is of another format", where=path / DESCRIPTION,
                            expected=f"routed: {FORMAT}", found=f"routed: {said.get('routed')}",
                            fix="pip install --upgrade fusewright")  # fmt: skip
-    state = mapped(path)
+    state = _under_all_names(mapped(path), said.get("tied", []))
     model = _empty(path) if module is None else module
     layers = _restored(model, said, state, path)
     _check_shapes(model, state, path)
@@ -246,6 +284,17 @@ def load_routed(path: Path, module: nn.Module | None = None) -> nn.Module:
     zero(model, absent)
     listen(model, layers)
     return model.eval().requires_grad_(False)
+
+
+def _under_all_names(
+    tensors: Mapping[str, Tensor], tied: Sequence[Sequence[str]]
+) -> dict[str, Tensor]:
+    """The tensors of files, of which those with several names are stored under one."""
+    found = dict(tensors)
+    for names in tied:
+        if stored := next((name for name in names if name in tensors), None):
+            found |= {name: tensors.get(name, tensors[stored]) for name in names}
+    return found
 
 
 def _described(path: str, layer: Layer) -> dict[str, Any]:

@@ -70,4 +70,4 @@ def _delta(weights: Weights, name: str, base: Tensor) -> Delta:
         nothing = torch.empty(0)
         return Sparse(nothing, nothing.to(torch.int32), base.shape)
     wide = wide_dtype(base)
-    return Dense(whole(weights, name).to(wide) - base.to(wide))
+    return Dense(whole(weights, name).to(wide) - base.to(wide), weights[name].dtype.torch)

@@ -56,9 +56,11 @@ class Delta(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Dense(Delta):
-    """Every element."""
+    """Every element; ``stored`` is the dtype that the expert's tensor was rounded to, where that is
+    known."""
 
     values: Tensor
+    stored: torch.dtype | None = None
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]

@@ -51,8 +51,11 @@ class Directions:
 
     @property
     def real(self) -> Tensor:
-        """Which directions change anything: (n, T r)."""
-        return (self.up != 0).any(1)
+        """Which directions change more than an SVD's error is (LoRA's change, stored whole, has
+        others): (n, T r)."""
+        sigma = self.up.norm(dim=1).unflatten(1, (-1, self.rank))
+        error = torch.finfo(sigma.dtype).eps * max(self.up.shape[1], self.down.shape[2])
+        return (sigma > error * sigma.amax(dim=2, keepdim=True)).flatten(1)
 
 
 class DirectionMasks(Coefficients):
@@ -61,7 +64,8 @@ class DirectionMasks(Coefficients):
 
     B = 1[x > 0], whose gradient is taken for that of sigmoid(x / temperature) (the straight-through
     estimator, 1308.3432). Logits x are float32, (matrices, experts, directions); they begin at
-    ``margin`` for the leading share ``density`` of each matrix' directions, -``margin`` behind.
+    ``margin`` for the ``density`` min(rows, columns) leading directions of each matrix, -``margin``
+    behind.
     """
 
     def __init__(
@@ -72,8 +76,7 @@ class DirectionMasks(Coefficients):
         self.linear, self.temperature = linear, temperature
         self._at = {name: at for at, name in enumerate(directions)}
         self.logits = nn.ParameterList(
-            nn.Parameter(_start(len(of.up), experts, of.rank, density, margin))
-            for of in directions.values()
+            nn.Parameter(_start(of, experts, density, margin)) for of in directions.values()
         )
 
     def weights(self, name: str) -> Tensor:
@@ -149,7 +152,9 @@ def _decomposed(delta: Delta, matrices: int) -> tuple[Tensor, Tensor]:
     return u * sigma[:, None], vt
 
 
-def _start(matrices: int, experts: int, rank: int, density: float, margin: float) -> Tensor:
-    logits = torch.full((matrices, experts, rank), -margin)
-    logits[..., : int(density * rank)] = margin
+def _start(of: Directions, experts: int, density: float, margin: float) -> Tensor:
+    """The share is of the directions that matrices of this shape can have: adapters have fewer than
+    the same weights as full checkpoints, and begin with the same ones."""
+    logits = torch.full((len(of.up), experts, of.rank), -margin)
+    logits[..., : int(density * min(of.up.shape[1], of.down.shape[2]))] = margin
     return logits

@@ -32,10 +32,11 @@ class AdaRank(Learner, Program):
 
     ``center``: θ0 is the "base", or the experts' "mean", about which task vectors are then taken
     (CART). ``scale``: what λ begins at, 0.3. ``weights``: learn λ too, as the code. ``density``:
-    the leading share of directions that is kept at first, 1. ``temperature``: of the masks'
-    gradient, 10. ``steps``: 1000, of the code's 10,000, among which it keeps what tests best.
-    ``rate``, ``batch``: 1e-3, 16, as there: a mask needs 100 steps to turn. Profile "cart":
-    about the mean, λ from 2.3, 16 % of the directions, as published for ViT-B/32.
+    how many leading directions are kept at first, as a share of min(rows, columns), 1.
+    ``temperature``: of the masks' gradient, 10. ``steps``: 1000, of the code's 10,000, among which
+    it keeps what tests best. ``rate``, ``batch``: 1e-3, 16, as there: a mask needs 100 steps to
+    turn. Profile "cart": about the mean, λ from 2.3, 16 % of the directions, as published for
+    ViT-B/32.
     ``objective``, ``guard``, ``every``: see :class:`Learner`.
 
     Matrices are linear maps and convolutions (out, -1); embeddings, heads and projections between

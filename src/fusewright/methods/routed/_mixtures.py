@@ -12,7 +12,7 @@ from torch import nn
 
 from fusewright.errors import PlanError
 from fusewright.layout import Role
-from fusewright.methods.routed._linears import changed, routable
+from fusewright.methods.routed._linears import Users, changed
 from fusewright.modules.architecture import Architecture, describe_module
 from fusewright.modules.linears import LinearMap
 from fusewright.modules.vectors import TaskVectors
@@ -40,8 +40,7 @@ def parts_of(model: nn.Module, vectors: TaskVectors, modules: str) -> tuple[Part
     Raises PlanError if there is none.
     """
     described = describe_module(model)
-    linears = [each for each in routable(described, model) if each.weight in vectors.base]
-    groups = _groups(linears, described, modules)
+    groups = _owned(described, Users(described, model, vectors), modules)
     if not groups:
         raise PlanError("no linear layer is selected that experts change",
                         found=f"modules: {modules!r}",
@@ -51,12 +50,25 @@ def parts_of(model: nn.Module, vectors: TaskVectors, modules: str) -> tuple[Part
 
 
 def left_of(model: nn.Module, vectors: TaskVectors, modules: str) -> list[str]:
-    """The weights of selected linear maps that experts change and that no layer can take."""
+    """The weights of selected linear maps that experts change and that no layer takes."""
     described = describe_module(model)
-    held = {each.weight for each in routable(described, model)}
-    wanted = _groups(list(described.linears.values()), described, modules)
-    names = {linear.weight for found in wanted.values() for linear in found} - held
+    users = Users(described, model, vectors)
+    wanted = _groups([*described.linears.values(), *users.maps], described, modules)
+    names = {users.stored(linear.weight) for found in wanted.values() for linear in found}
+    taken = _owned(described, users, modules)
+    names -= {linear.weight for found in taken.values() for linear in found}
     return changed(vectors.select(lambda name: name in names))
+
+
+def _owned(described: Architecture, users: Users, modules: str) -> dict[str, list[LinearMap]]:
+    """The selected maps that layers take, by the names that task vectors have for tensors."""
+    linears = [each for each in users.maps if users.stored(each.weight) is not None]
+    groups = _groups(linears, described, modules)
+    owned = users.owned(linear for found in groups.values() for linear in found)
+    by_path = {linear.module: linear for linear in owned}
+    found = {path: [by_path[each.module] for each in group if each.module in by_path]
+             for path, group in groups.items()}  # fmt: skip
+    return {path: group for path, group in found.items() if group}
 
 
 def _groups(
@@ -110,6 +122,8 @@ def _part(
         entry = entry.replace("/", ".")
         entry = entry if len(entry) > len(path) else first.module
     else:
-        inside = (each for each in described.linears.values() if each.kernel or each in linears)
+        ours = {linear.module for linear in linears}
+        known = described.linears.values()
+        inside = (each for each in known if each.kernel or each.module in ours)
         first = next((each for each in inside if f"{each.module}.".startswith(f"{path}.")), first)
     return Part(entry, first.inputs, tuple(linears), bool(first.kernel))

@@ -10,13 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from fusewright.methods.contract import Card, Context, Parts
-from fusewright.methods.learned._rest import summed
+from fusewright.methods.contract import Card
 from fusewright.methods.routed._linears import matrices, part_of
-from fusewright.methods.routed._mixtures import parts_of
 from fusewright.methods.routed._wemoe import WEMoE
 from fusewright.modules.deltas import leading
-from fusewright.modules.layer import put_in
 from fusewright.modules.linears import LinearMap
 from fusewright.modules.mixed import MixedLinear
 from fusewright.modules.mixture import Mixture
@@ -60,14 +57,6 @@ class RankOneMoE(WEMoE):
     rank: int = Field(32, ge=1)
     top: int | None = Field(None, ge=1)
     schedule: Literal["constant", "cosine"] = "constant"
-
-    def _parts(self, context: Context, model: nn.Module, vectors: TaskVectors) -> Parts:
-        made = super()._parts(context, model, vectors)
-        mixed = parts_of(model, vectors, self.modules)
-        biases = {linear.bias for part in mixed for linear in part.linears}
-        fixed = summed(context, vectors.select(lambda name: name in biases), self.start)
-        put_in(model, {}, fixed)  # now: later their names are those inside mixed layers
-        return made
 
     def _router(self, inputs: int, experts: int, start: float, seed: int) -> Router:
         return Router(inputs, experts * self.rank, self.router, start, seed, self.top or 0)

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 from warnings import warn
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from fusewright.errors import FusewrightWarning, PlanError
 from fusewright.methods.contract import Card, Context, Parts, Routed
 from fusewright.methods.learned._rest import is_statistic, summed
 from fusewright.methods.routed._linears import (
+    Users,
     changed,
     matrices,
+    matrix_of,
     opened,
     part_of,
-    routable,
     shifts,
+    tensors_of,
+    untaken,
     warn_of_left,
 )
 from fusewright.methods.settings import PerTensor, Range, resolve
 from fusewright.methods.static._fields import Number
 from fusewright.modules.architecture import describe_module
-from fusewright.modules.deltas import triples
+from fusewright.modules.deltas import Delta, Dense, triples
 from fusewright.modules.layer import Layer
-from fusewright.modules.linears import LinearMap
+from fusewright.modules.linears import LinearMap, Span
 from fusewright.modules.routed import RoutedLinear
+from fusewright.modules.tensors import wide_dtype
 from fusewright.modules.vectors import TaskVectors
 
 
@@ -52,6 +57,13 @@ class Smile(Routed):
     gained 3 points by ``[{"filter": "word_embeddings", "value": 1}, 0]``. Of LoRA experts a rank of
     theirs or more is exact.
 
+    V_{t,:g} are directions that an expert changed: one whose σ may be rounding alone is no part of
+    the gate, so that weights are routed alike as adapter and as full checkpoint. An expert that
+    left a layer's weight alone has no gate there: its norm is 0, and of ``top`` 1 it takes a token
+    only where all others' are 0, too. What all left alone stays as it was. Modules whose weights
+    are one tensor are routed each by itself, from one copy of the experts' factors; what shares its
+    weight with anything but a block's linear maps is not routed, and ``rest`` is for it.
+
     Raises PlanError if no linear layer of the blocks is changed.
     """
 
@@ -74,19 +86,24 @@ class Smile(Routed):
         model, vectors = context.module(), context.vectors()
         described = describe_module(model)
         found: dict[str, Layer] = {}
-        taken: set[str | None] = set()
-        for linear in routable(described, model):
-            if linear.block is not None and linear.weight in vectors.base:
-                layer = self._layer(linear, part_of(linear, model), vectors)
-                if layer is not None:
-                    found[linear.module] = layer
-                    taken |= {linear.weight, linear.bias}
+        of_tensors: dict[object, RoutedLinear] = {}
+        taken: dict[str, list[Span]] = defaultdict(list)
+        for linear in _routed(Users(described, model, vectors), vectors):
+            base = part_of(linear, model)
+            if (tied := of_tensors.get(tensors_of(linear))) is None:
+                layer = self._layer(linear, base, vectors)
+            else:
+                layer = RoutedLinear(base, tied.up, tied.down, tied.gate, tied.shift, self.top)
+            found[linear.module] = of_tensors[tensors_of(linear)] = layer
+            taken[linear.weight].append(linear.rows)
+            if layer.shift is not None and linear.bias is not None:
+                taken[linear.bias].append(linear.bias_rows)
         if not found:
             raise PlanError("no linear layer of a block is changed by an expert",
                             expected="nn.Linear, Conv1D or a convolution inside blocks",
                             fix="`fusewright inspect` shows what the experts change")  # fmt: skip
         _warn_of_blind(found)
-        rest = vectors.select(lambda name: name not in taken)
+        rest = untaken(vectors, taken, model)
         scaled = rest.select(lambda name: self._is_scaled(name, context))
         left = changed(rest.select(lambda name: name not in scaled.base))
         maps = {name for name, linear in described.linears.items() if linear.block is not None}
@@ -97,20 +114,53 @@ class Smile(Routed):
     def _is_scaled(self, name: str, context: Context) -> bool:
         return resolve(self.rest, context.layout(name)) != 0 or is_statistic(context, name)
 
-    def _layer(
-        self, linear: LinearMap, base: nn.Module, vectors: TaskVectors
-    ) -> RoutedLinear | None:
+    def _layer(self, linear: LinearMap, base: nn.Module, vectors: TaskVectors) -> RoutedLinear:
         wide = max(self.rank, self.gate)
-        split = [triples(delta, wide) for delta in matrices(linear, vectors)]
-        if not any(bool(values.any()) for _, values, _ in split):
-            return None
-        dtype = vectors.base[linear.weight].dtype
-        up = _stacked([(u * s)[:, : self.rank] for u, s, _ in split]).to(dtype)
-        down = _stacked([v[:, : self.rank] for *_, v in split]).mT.contiguous().to(dtype)
-        gate = _stacked([v[:, : self.gate] for *_, v in split]).mT.contiguous().to(dtype)
+        deltas = matrices(linear, vectors)
+        split = [triples(delta, wide) for delta in deltas]
+        start = vectors.base[linear.weight]
+        floors = _floors(deltas, split, matrix_of(Dense(start), linear).dense())
+        up = _stacked([(u * s)[:, : self.rank] for u, s, _ in split]).to(start.dtype)
+        down = _stacked([v[:, : self.rank] for *_, v in split]).mT.contiguous().to(start.dtype)
+        heard = [v[:, s > floor] for (_, s, v), floor in zip(split, floors, strict=True)]
+        gate = _stacked([v[:, : self.gate] for v in heard]).mT.contiguous().to(start.dtype)
         each = shifts(linear, vectors)
-        bias = None if each is None else torch.stack(each).to(dtype)
+        bias = None if each is None else torch.stack(each).to(start.dtype)
         return RoutedLinear(base, up, down, gate, bias, self.top)
+
+
+def _routed(users: Users, vectors: TaskVectors) -> list[LinearMap]:
+    """The maps of blocks that an expert changes."""
+    owned = users.owned(linear for linear in users.maps if linear.block is not None)
+    moved = [linear for linear in owned
+             if any(bool(delta.norm2() > 0) for delta in matrices(linear, vectors))]  # fmt: skip
+    return users.with_biases(moved)
+
+
+def _floors(
+    deltas: Sequence[Delta], split: Sequence[tuple[Tensor, Tensor, Tensor]], start: Tensor
+) -> list[float]:
+    """Of every expert's σ those up to this one may be nothing but rounding, of which gates must not
+    hear: full checkpoints have min(in, out) directions whatever was learned, adapters r.
+
+    An SVD errs by ε max(in, out) σ_1, ε that of what it is made in. Before that, every element of
+    θ_t was rounded in the dtype that it is stored in, by ε/√12 of itself, root mean square. Such
+    errors are noise, whose norm is about that of the longest row and that of the longest column
+    together (1408.6185); θ_t's are no longer than θ_0's and σ_1. Of adapters, too, so that they are
+    routed as the same weights merged. Where no expert's change is larger (updates of the last bit),
+    it is all there is to route by, and only the SVD's error counts.
+    """
+    wide = start.to(wide_dtype(start))
+    longest = sum(float(wide.norm(dim=axis).max()) for axis in (0, 1))
+    found, least = [], []
+    for delta, (_, sigma, _) in zip(deltas, split, strict=True):
+        stored = delta.stored if isinstance(delta, Dense) and delta.stored else start.dtype
+        coarse = max(torch.finfo(dtype).eps for dtype in (stored, start.dtype))
+        first = float(sigma.max()) if len(sigma) else 0.0
+        least.append(torch.finfo(sigma.dtype).eps * max(start.shape) * first)
+        found.append(max(least[-1], coarse / 12**0.5 * (longest + 2 * first)))
+    heard = any(bool((s > floor).any()) for (_, s, _), floor in zip(split, found, strict=True))
+    return found if heard else least
 
 
 def _warn_of_blind(layers: Mapping[str, Layer]) -> None:
@@ -124,7 +174,7 @@ def _warn_of_blind(layers: Mapping[str, Layer]) -> None:
              FusewrightWarning, stacklevel=2)  # fmt: skip
 
 
-def _stacked(columns: list[torch.Tensor]) -> torch.Tensor:
+def _stacked(columns: list[Tensor]) -> Tensor:
     """Matrices of the same height side by side in a new first axis, narrow ones filled up with
     zeros: (experts, height, width)."""
     width = max(c.shape[1] for c in columns)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,15 @@ from fusewright.methods.learned._rest import summed
 from fusewright.methods.learned._resume import Numbered, digest
 from fusewright.methods.learned.fitter import Fit, Fitter
 from fusewright.methods.learned.processes import Processes
-from fusewright.methods.routed._linears import matrices, opened, part_of, routable, shifts
+from fusewright.methods.routed._linears import (
+    Place,
+    Users,
+    matrices,
+    opened,
+    part_of,
+    shifts,
+    tensors_of,
+)
 from fusewright.methods.routed._named import Named, check_finite
 from fusewright.methods.routed._shares import Shares, shares_of, told
 from fusewright.modules.architecture import Architecture, describe_module
@@ -30,7 +39,7 @@ from fusewright.modules.mixed import MixedLinear
 from fusewright.modules.mixed_rest import MixedAffine, MixedTable
 from fusewright.modules.mixture import ROUTING
 from fusewright.modules.routers import Router
-from fusewright.modules.stacks import FactorStack, stacked
+from fusewright.modules.stacks import FactorStack, Stack, stacked
 from fusewright.modules.vectors import TaskVectors
 
 
@@ -183,20 +192,22 @@ class Twin(Routed):
 
 
 class _Layers:
-    """Mixed layers by path; ``taken`` are the tensors that they mix."""
+    """Mixed layers by path."""
 
     def __init__(
         self, method: Twin, model: nn.Module, vectors: TaskVectors, described: Architecture,
         mixture: SharedMixture,
     ) -> None:  # fmt: skip
         self.made: dict[str, Layer] = {}
-        self.taken: set[str] = set()
         self._method, self._model, self._vectors = method, model, vectors
         self._described, self._mixture = described, mixture
-        self._stored = {n: names[0] for names in described.tied for n in names}
+        self._users = Users(described, model, vectors)
+        self._taken: set[Place] = set()
+        self._places: set[Place] = set()
+        self._stacks: dict[object, Stack] = {}
         stems = self._stems()
-        for linear in routable(described, model):
-            if not linear.kernel and self._known(linear.weight) in vectors.base:
+        for linear in self._users.maps:
+            if not linear.kernel and self._is_free(linear.module):
                 self._linear(linear)
         self.made = {**opened(self.made, model), **self.made}
         if not self.made:
@@ -210,36 +221,52 @@ class _Layers:
 
     @property
     def left(self) -> list[str]:
-        """Tensors that experts change, and that are the shared part's alone."""
+        """Tensors that experts change, and that are the shared part's alone somewhere."""
         layout = self._described.layout
-        return [n for n in self._vectors.names if n not in self.taken and self._changed(n)
+        return [n for n in self._vectors.names if self._changed(n) and self._is_left(n)
                 and layout[n].role is not Role.STATISTIC]  # fmt: skip
+
+    def _is_left(self, name: str) -> bool:
+        """A second name beside children (a head's bias that is its decoder's) is not asked."""
+        names = self._users.names(name)
+        others = [n for n in names if self._users.place(n) not in self._taken]
+        asked = [n for n in others if not any(self._owner(n).children())]
+        return len(others) == len(names) or bool(asked)
+
+    def _owner(self, name: str) -> nn.Module:
+        return self._model.get_submodule(owner_of(name))
 
     def _changed(self, *names: str | None) -> bool:
         """Whether any expert changes any of these tensors."""
-        held = [name for name in names if name is not None and name in self._vectors.base]
-        return any(bool(delta.norm2() > 0) for name in held for delta in self._vectors.at(name))
+        known = {self._users.stored(name) for name in names if name is not None} - {None}
+        return any(bool(d.norm2() > 0) for n in known if n is not None for d in self._vectors.at(n))
 
-    def _known(self, name: str) -> str:
-        """A tensor under the name that task vectors have it."""
-        return next((n for n in (name, self._stored.get(name, name)) if n in self._vectors.base),
-                    name)  # fmt: skip
+    def _is_free(self, path: str) -> bool:
+        """Whether no layer is in that place."""
+        return self._users.place(path) not in self._places
+
+    def _put(self, path: str, layer: Layer, names: Iterable[str]) -> None:
+        """A layer at a path, which mixes these tensors there."""
+        self.made[path] = layer
+        self._places.add(self._users.place(path))
+        self._taken |= {self._users.place(name) for name in names}
 
     def _linear(self, linear: LinearMap) -> None:
-        weight, base = self._known(linear.weight), part_of(linear, self._model)
-        if not self._changed(weight, linear.bias):
+        own = [linear.weight, *([] if linear.bias is None else [linear.bias])]
+        weight = self._users.stored(linear.weight)
+        if weight is None or not self._changed(*own):
             return
-        deltas = matrices(linear, self._vectors, weight)
-        own, dtype = self._method.exclusive(deltas), self._vectors.base[weight].dtype
+        bias = None if linear.bias is None else self._users.stored(linear.bias)
+        known, dtype = replace(linear, weight=weight, bias=bias), self._vectors.base[weight].dtype
+        if (stack := self._stacks.get(tensors_of(known))) is None:
+            exclusive = self._method.exclusive(matrices(known, self._vectors))
+            stack = self._stacks[tensors_of(known)] = stacked(exclusive, 1.0, dtype)
         shift = None
-        if linear.bias is not None and (biases := shifts(linear, self._vectors)) is not None:
+        if (biases := shifts(known, self._vectors)) is not None:
             each = torch.stack(biases)
             shift = (each - self._method.scale * each.sum(dim=0)).to(dtype)
-            self.taken.add(linear.bias)
-        self.made[linear.module] = MixedLinear(
-            base, stacked(own, 1.0, dtype), shift, self._mixture
-        )
-        self.taken.add(weight)
+        base = part_of(linear, self._model)
+        self._put(linear.module, MixedLinear(base, stack, shift, self._mixture), own)
 
     def _stems(self) -> list[str]:
         """Modules before the first block with tensors of their own beside children, neither with
@@ -258,21 +285,27 @@ class _Layers:
         return found
 
     def _other(self, name: str, outside: bool) -> None:
-        path, known = owner_of(name), self._known(name)
-        if known not in self._vectors.base or path in self.made or not self._changed(known):
+        path = owner_of(name)
+        if path in self.made or not self._changed(name) or not self._is_free(path):
             return
-        if any(path == made or path.startswith(f"{made}.") for made in self.made):
+        if any(path.startswith(f"{made}.") for made in self.made):
             return
         part = self._model.get_submodule(path)
         if type(part) is nn.Embedding and outside:
-            deltas = list(self._vectors.at(known))
-            own, dtype = self._method.exclusive(deltas), self._vectors.base[known].dtype
-            up, down = (torch.stack([getattr(v, side) for v in own]).to(dtype)
-                        for side in ("up", "down"))  # fmt: skip
-            self.made[path] = MixedTable(part, FactorStack(up, down), self._mixture)
-            self.taken.add(known)
+            self._table(path, part)
         elif self._is_affine(name, part):
             self._affine(path)
+
+    def _table(self, path: str, part: nn.Module) -> None:
+        name = self._users.stored(f"{path}.weight")
+        assert name is not None
+        if (stack := self._stacks.get(name)) is None:
+            own = self._method.exclusive(list(self._vectors.at(name)))
+            up, down = (torch.stack([getattr(v, side) for v in own]) for side in ("up", "down"))
+            dtype = self._vectors.base[name].dtype
+            stack = self._stacks[name] = FactorStack(up.to(dtype), down.to(dtype))
+        assert isinstance(stack, FactorStack)
+        self._put(path, MixedTable(part, stack, self._mixture), [f"{path}.weight"])
 
     def _is_affine(self, name: str, part: nn.Module) -> bool:
         leaf = not any(True for _ in part.children())
@@ -283,14 +316,14 @@ class _Layers:
         part, vectors = self._model.get_submodule(path), self._vectors
         names = {n: f"{path}.{n}" for n, _ in part.named_parameters()
                  if self._changed(f"{path}.{n}")}  # fmt: skip
+        known = {own: stored for own, n in names.items() if (stored := self._users.stored(n))}
         values = {
             own: torch.stack([(vectors.base[n] + d.dense()).to(vectors.base[n].dtype)
                               for d in vectors.at(n)])
-            for own, n in names.items()
+            for own, n in known.items()
         }  # fmt: skip
         if values:
-            self.made[path] = MixedAffine(part, values, self._mixture)
-            self.taken |= set(names.values())
+            self._put(path, MixedAffine(part, values, self._mixture), names.values())
 
 
 def uniform(experts: int) -> Router:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -18,6 +19,8 @@ from fusewright.methods.routed._linears import (
     opened,
     part_of,
     shifts,
+    tensors_of,
+    untaken,
     warn_of_left,
 )
 from fusewright.methods.routed._mixtures import MLP, Part, left_of, parts_of
@@ -26,7 +29,7 @@ from fusewright.methods.settings import PerTensor, resolve
 from fusewright.methods.static._fields import Number
 from fusewright.modules.critical import critical
 from fusewright.modules.layer import Layer
-from fusewright.modules.linears import LinearMap
+from fusewright.modules.linears import LinearMap, Span
 from fusewright.modules.mixed import MixedLinear
 from fusewright.modules.mixture import ROUTING, Mixture, Routing
 from fusewright.modules.routers import Router
@@ -45,8 +48,10 @@ class WEMoE(Learner, Routed):
 
     ``modules``: "mlp", the feed-forward part of every block, as published (in a model without any,
     as a ResNet, the convolutions of its blocks); any other text is a regular expression for
-    modules' paths. A selected map that no layer can take (a convolution of several groups) is
-    merged as all other tensors, and named in the report: "left".
+    modules' paths. A selected map that no layer can take (a convolution of several groups, a head
+    whose weight is the table of embeddings) is merged as all other tensors, and named in the
+    report: "left". Parts whose weights are the same tensors are mixed each at its place, by one
+    router and from one copy of the task vectors; unloaded, their w is the mean of these.
 
     ``router``: its depth, 2, the paper's best; 0 does not see the input and can be unloaded into a
     plain model. ``start``: λ, and w at first, 0.3, so that it begins as task arithmetic; a module
@@ -111,13 +116,20 @@ class WEMoE(Learner, Routed):
         found = parts_of(model, vectors, self.modules)
         routing, places = self._routing(context, found, len(vectors.experts))
         layers: dict[str, Layer] = {}
-        taken: set[str | None] = set()
+        of_tensors: dict[object, MixedLinear] = {}
+        taken: dict[str, list[Span]] = defaultdict(list)
         for part, place in zip(found, places, strict=True):
             mixture = routing.add(model, part.entry, place, self.per, part.maps)
             for linear in part.linears:
-                layers[linear.module] = self._layer(linear, model, vectors, mixture)
-                taken |= {linear.weight, linear.bias}
-        rest = vectors.select(lambda name: name not in taken)
+                if (tied := of_tensors.get(tensors_of(linear))) is None:
+                    made = self._layer(linear, model, vectors, mixture)
+                else:
+                    made = MixedLinear(part_of(linear, model), tied.stack, tied.shift, mixture)
+                layers[linear.module] = of_tensors[tensors_of(linear)] = made
+                taken[linear.weight].append(linear.rows)
+                if made.shift is not None and linear.bias is not None:
+                    taken[linear.bias].append(linear.bias_rows)
+        rest = untaken(vectors, taken, model)
         layers = {**opened(layers, model), **layers, ROUTING: routing}
         return Parts(layers, summed(context, rest, self.start))
 
@@ -126,7 +138,7 @@ class WEMoE(Learner, Routed):
     ) -> tuple[Routing, list[int]]:
         """The routers, and which of them each part asks."""
         starts = [resolve(self.start, context.layout(part.linears[0].weight)) for part in parts]
-        keys = [part.inputs if self.shared else at for at, part in enumerate(parts)]
+        keys = [part.inputs for part in parts] if self.shared else _tied(parts)
         first = {key: keys.index(key) for key in keys}
         routers = [
             self._router(parts[at].inputs, experts, starts[at], context.seed + number)
@@ -188,6 +200,14 @@ class EWEMoE(WEMoE):
 
     def _density(self) -> float:
         return self.density
+
+
+def _tied(parts: Sequence[Part]) -> list[int]:
+    """A number for each part, the same for those that have weights in common: they are one part
+    that the model calls in several places, so that one router serves them."""
+    numbers: dict[object, int] = {}
+    return [min(numbers.setdefault((linear.weight, linear.rows), at) for linear in part.linears)
+            for at, part in enumerate(parts)]  # fmt: skip
 
 
 def _pruned(vector: Tensor, density: float) -> Tensor:
