@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from fusewright.errors import PlanError
 from fusewright.modules import patches
 from fusewright.modules.layer import Replacement, Saved
 from fusewright.modules.stacks import FactorStack, Stack, restored

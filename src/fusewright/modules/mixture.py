@@ -166,7 +166,9 @@ class Mixture:
         known = not texts or any(text.holds(inputs) or text.flat(inputs) for text in texts)
         if not known or rows % count or (rows != count and not texts):
             raise not_apart(inputs, texts[0].samples if texts else count, where or self.entry)
-        return self.weights.repeat_interleave(rows // count, dim=0) if rows > count else self.weights
+        if rows == count:
+            return self.weights
+        return self.weights.repeat_interleave(rows // count, dim=0)
 
     def _reading(self) -> list[Text]:
         """Those that say how many samples there are now."""
@@ -251,6 +253,10 @@ class Routing(Layer):
         for mixture in self.mixtures:
             entry = model.get_submodule(mixture.entry)
             entry.register_forward_pre_hook(mixture.route, with_kwargs=True)
+
+    @property
+    def precise(self) -> tuple[str, ...]:
+        return tuple(self.state_dict())
 
     def _proves(self, text: Text) -> bool:
         """Whether the text's model must show that it keeps samples apart."""
