@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import count
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -17,9 +19,15 @@ from fusewright.modules.routers import Router
 Per = Literal["sample", "batch"]
 
 
+_PROMPTS = count(1)
+_PROMPT = "_fusewright_prompt"
+"""What a cache is told the number of its prompt by."""
+
+
 class Text:
     """What a text model was called with, for the mixtures inside it: how many ``samples`` of how
-    many ``tokens``, which tokens are padding, and whether they go on from a cache."""
+    many ``tokens``, which tokens are padding, and whether they go on from a cache: of the prompt
+    that came last, or one of which nothing else is ``known``."""
 
     def __init__(self) -> None:
         self._forget()
@@ -29,6 +37,8 @@ class Text:
         self.continues = self.running = self.strict = self.proved = False
         self.samples: int | None = None
         self.tokens: int | None = None
+        self.prompt = 0
+        self.known = True
 
     def listen(self, part: nn.Module, prove: bool) -> None:
         """Have the model tell what it is called with; ``prove``, too, that samples come first."""
@@ -45,8 +55,15 @@ class Text:
         self.continues = cache is not None and int(cache.get_seq_length()) > 0
         self.samples, self.tokens = _size(given)
         self.running = True
+        if self.continues:
+            self.known = getattr(cache, _PROMPT, self.prompt) == self.prompt
+        else:
+            self.prompt, self.known = next(_PROMPTS), True
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.known and (cache := getattr(output, "past_key_values", None)) is not None:
+            with suppress(AttributeError):  # copies of a cache are of its prompt, too
+                setattr(cache, _PROMPT, self.prompt)
         self.proved |= output is not None and self.samples not in (None, 1, self.tokens)
         self.running = False
 
@@ -201,10 +218,12 @@ class Mixture:
         return mask != 0
 
     def _check_prompt(self, inputs: Tensor) -> None:
-        if self.weights is None or len(inputs) % len(self.weights):
+        known = self.text is None or self.text.known or not self.router.depth
+        if not known or self.weights is None or len(inputs) % len(self.weights):
+            count = 0 if self.weights is None else len(self.weights)
             raise PlanError("a cache is given whose prompt was not the last that was routed here",
-                            where=self.entry, found=f"{len(inputs)} samples",
-                            expected=f"{0 if self.weights is None else len(self.weights)} samples",
+                            where=self.entry, expected=f"{count} samples, of the last prompt",
+                            found=f"{len(inputs)} samples" + ("" if known else ", of another"),
                             fix="begin with the prompt, and without a cache")  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
