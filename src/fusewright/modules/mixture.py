@@ -30,9 +30,6 @@ class Text:
     that came last, or one of which nothing else is ``known``."""
 
     def __init__(self) -> None:
-        self._forget()
-
-    def _forget(self) -> None:
         self.mask: Tensor | None = None
         self.continues = self.running = self.strict = self.proved = False
         self.samples: int | None = None
@@ -106,10 +103,7 @@ class Text:
         return inputs.is_floating_point() and len(inputs) == self.samples * self.tokens
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: Any) -> None:
-        self._forget()
+        return vars(Text())
 
 
 def _given(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -156,11 +150,11 @@ class Mixture:
         if self.text is not None and self.text.continues:
             self._check_prompt(inputs)
             return
-        text = self.text
-        if text is not None and text.flat(inputs):
-            inputs = inputs.unflatten(0, (-1, text.tokens))
-        if text is not None and (self.sees or self._padded) and not text.holds(inputs):
-            raise not_apart(inputs, text.samples, self.entry)
+        for text in self._reading():
+            if text.flat(inputs):
+                inputs = inputs.unflatten(0, (text.samples, -1))
+            if (self.sees or self._padded) and not text.holds(inputs):
+                raise not_apart(inputs, text.samples, self.entry)
         tokens = inputs.reshape(len(inputs), -1, inputs.shape[-1])
         weights = self.router(tokens, self._mask(tokens))
         self.weights = weights.mean(dim=0, keepdim=True) if self.per == "batch" else weights
@@ -189,7 +183,8 @@ class Mixture:
 
     def _reading(self) -> list[Text]:
         """Those that say how many samples there are now."""
-        return [] if self.text is None or self.text.samples is None else [self.text]
+        text = self.text
+        return [text] if text is not None and text.running and text.samples is not None else []
 
     def settled(self) -> Tensor:
         """One w (experts,) for all inputs: that of a router without input, or the mean of what was
