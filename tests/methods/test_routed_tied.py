@@ -123,14 +123,17 @@ def test_how_weights_are_shared_makes_no_difference(method) -> None:
         torch.testing.assert_close(found[0], other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @METHODS
-def test_the_matrices_of_shared_maps_are_held_and_stored_once(method, tmp_path: Path) -> None:
+def test_the_matrices_of_shared_maps_are_held_and_stored_once(
+    method, dtype, tmp_path: Path
+) -> None:
     sizes = {}
     for how in ("part", "tensors"):
         base = network(how)
         made = fw.merge(method, base=base, experts={"a": expert_of(base, 1)})
         held = {t.data_ptr(): t.nbytes for t in made.module().state_dict().values()}
-        made.save(tmp_path / how)
+        made.save(tmp_path / how, out_dtype=dtype)
         again = fw.load(tmp_path / how, module=network(how)).state_dict().values()
         stored = {t.data_ptr(): t.nbytes for t in again}
         sizes[how] = sum(held.values()), sum(stored.values())

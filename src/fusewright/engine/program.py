@@ -198,10 +198,10 @@ def _run_fit(
     if isinstance(method, Routed) and method.routes:
         from fusewright.engine.routed import upscaled
 
-        made = upscaled(method, context)
+        made = upscaled(method, context, recipe, options)
         if out is not None and not writes:
             return Merged(Path(out), made.report, made.plan)
-        return made if out is None else made.save(out, overwrite=options.overwrite)
+        return made if out is None else made.save(out, **{**vars(options), "device": "cpu"})
     assert isinstance(method, Program)
     fitted = method.fit(context)
     report = {
