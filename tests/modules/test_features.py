@@ -20,9 +20,11 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def text(mask: torch.Tensor | None = None, continues: bool = False) -> Text:
+def text(
+    mask: torch.Tensor | None = None, continues: bool = False, samples: int | None = None
+) -> Text:
     made = Text()
-    made.mask, made.continues = mask, continues
+    made.mask, made.continues, made.samples = mask, continues, samples
     return made
 
 
@@ -129,13 +131,17 @@ def test_features_are_heard_only_inside() -> None:
 def test_beams_have_the_weights_of_their_text_and_others_are_refused() -> None:
     _, mixture = built()
     w = mixture.weights = draw(N, 4)
-    assert mixture.weights_for(draw(1, WIDTH)) is w
-    with pytest.raises(PlanError, match="other samples"):
-        mixture.weights_for(draw(3 * N, WIDTH))
-    mixture.text = text(continues=True)
-    assert mixture.weights_for(draw(3 * N, WIDTH)).equal(w[[0, 0, 0, 1, 1, 1]])
-    with pytest.raises(PlanError, match="other samples"):
-        mixture.weights_for(draw(3, WIDTH))
+    assert mixture.shared_by(draw(1, WIDTH)) is w
+    for rows in (1, 3 * N):
+        with pytest.raises(PlanError, match="other samples"):
+            mixture.weights_for(draw(rows, WIDTH))
+    beams = text(continues=True, samples=3 * N)
+    for mixture.text, mixture.others in ((beams, ()), (text(samples=N), (beams,))):
+        assert mixture.weights_for(draw(3 * N, WIDTH)).equal(w[[0, 0, 0, 1, 1, 1]])
+        for rows in (3, 2 * N):
+            with pytest.raises(PlanError, match="other samples"):
+                mixture.weights_for(draw(rows, WIDTH))
+    mixture.text, mixture.others = beams, ()
     mixture.route(nn.Identity(), (draw(N, WIDTH),), {})
     assert mixture.weights is w
     with pytest.raises(PlanError, match="cache is given"):

@@ -47,6 +47,11 @@ def encode(x: Tensor, stored: DType, where: str, rule: Finite) -> Tensor:
     return narrowed.contiguous().view(-1).view(torch.uint8)
 
 
+def narrowed(x: Tensor, dtype: torch.dtype, where: str, rule: Finite) -> Tensor:
+    """A tensor in another dtype, by the same rule."""
+    return encode(x.detach().reshape(-1), DType.of(dtype), where, rule).view(dtype).view(x.shape)
+
+
 def _check_output(x: Tensor, target: torch.dtype, where: str, rule: Finite) -> None:
     low, high = torch.aminmax(x)
     limit = overflow_limit(target)

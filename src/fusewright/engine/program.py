@@ -204,14 +204,14 @@ def _run_fit(
         from fusewright.engine.opening import opening
         from fusewright.engine.routed import upscaled
 
-        made = upscaled(method, context)
+        made = upscaled(method, context, recipe, options)
         report = {**finite(made.report["fitted"]), "program": method.spec(),
                   "experts": list(recipe.experts)}  # fmt: skip
         made.origin = Origin(recipe.plain(), method, report, sources(context.inputs))
         made.opens = opening(made.routed, context.arguments)
         if out is not None and not writes:
             return Merged(Path(out), made.report, made.plan)
-        return made if out is None else made.save(out, overwrite=options.overwrite)
+        return made if out is None else made.save(out, **{**vars(options), "device": "cpu"})
     assert isinstance(method, Program)
     fitted = method.fit(context)
     report = {

@@ -34,18 +34,21 @@ def renames(
     own = module.state_dict()
     if own.keys() == checkpoint.keys():
         return {}
-    found = _found(module, checkpoint, arguments or {})
+    found = _found(module, checkpoint, where, arguments or {})
     if found and not _proved(own, checkpoint, found):
-        raise PlanError(
-            "the module's tensors are not those of its checkpoint, renamed", where=where,
-            found=f"{type(module).__name__} of transformers changes them when it loads",
-            fix="save the model again with save_pretrained of this transformers",
-        )  # fmt: skip
+        raise _changed(module, where)
     return found
 
 
+def _changed(module: nn.Module, where: Path, name: str = "") -> PlanError:
+    does = f"{type(module).__name__} of transformers changes them when it loads"
+    return PlanError("the module's tensors are not those of its checkpoint, renamed", where=where,
+                     found=f"{does}: {name} is made of several" if name else does,
+                     fix="pass base and experts as modules, not as folders")  # fmt: skip
+
+
 def _found(
-    module: nn.Module, checkpoint: Mapping[str, Tensor], arguments: Mapping[str, Any]
+    module: nn.Module, checkpoint: Mapping[str, Tensor], where: Path, arguments: Mapping[str, Any]
 ) -> dict[str, str]:
     transformers: Any = needs("transformers", "transformers")
     config = copy.deepcopy(module.config)
@@ -60,9 +63,11 @@ def _found(
     for name, tensor in loaded.items():
         if tensor.numel() and tensor.is_floating_point():
             number = tensor.flatten()[0].item()
-            known = number.is_integer() and 0 <= number - FIRST < len(names)
-            if known and (tensor == number).all():
-                found[name] = names[int(number) - FIRST]
+            if not number.is_integer() or not 0 <= number - FIRST < len(names):
+                continue
+            if not (tensor == number).all():
+                raise _changed(module, where, name)
+            found[name] = names[int(number) - FIRST]
     return found
 
 

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import fusewright.methods.routed  # noqa: F401  (the layers of this package are known by it)
+from fusewright.engine.codec import Finite, narrowed
 from fusewright.engine.front import Merged, write
 from fusewright.engine.hollow import fill, mapped, zero
 from fusewright.engine.opening import BY_MODULE, OPENS, empty
+from fusewright.engine.options import Options
+from fusewright.engine.recipe import Recipe
 from fusewright.engine.state import MergedWeights
 from fusewright.errors import PlanError, WeightsError
 from fusewright.layout.names import module as owner_of
@@ -36,13 +39,15 @@ from fusewright.modules.masked import MASKS, TaskMasks
 from fusewright.modules.mixture import ROUTING, Routing, fixed
 from fusewright.modules.preferences import PREFERENCES, Preferences
 from fusewright.modules.surgery import SURGERY
+from fusewright.modules.tensors import named_tensors, same_tensor
 from fusewright.plain import finite
-from fusewright.weights import open_weights
+from fusewright.weights import DType, open_weights
 from fusewright.weights.json_text import read_object
 from fusewright.weights.locate import ROUTED_STEM
 from fusewright.weights.names import canonical_names
 
 DESCRIPTION, FORMAT = "routed.json", 1
+_COMPUTED = (DType.F64, DType.F32, DType.F16, DType.BF16)
 _TOLD = ("parameters", "fitted")
 """What the report of a saved model has of that in memory."""
 
@@ -77,7 +82,8 @@ class RoutedModel(Merged):
         the base's config and tokenizer, a card of the models that it was made of, and
         ``routed.json``, which also says how the base was opened and how the fit went.
         Other libraries find no weights in it: they would leave the layers out, and say so at most.
-        Raises PlanError for a layer without a kind of its own, which nothing could open."""
+        ``out_dtype`` is that of all but what was learned and what scales masks. Raises PlanError
+        for a layer without a kind of its own, which nothing could open."""
         described = {path: _described(path, layer) for path, layer in self._layers()}
         said = {
             "routed": FORMAT, "method": self.report["method"], OPENS: self.opens,
@@ -85,10 +91,21 @@ class RoutedModel(Merged):
             "layers": described, "fitted": finite(self.report.get("fitted", {})),
         }  # fmt: skip
         files = {DESCRIPTION: json.dumps(said, indent=1).encode()}
-        source = MergedWeights(self.state_dict(), self.source, files, ROUTED_STEM)
+        wanted = stored_dtype(options.pop("out_dtype", None), options.pop("dtype", None))
+        rule = Finite(options.get("allow_nonfinite", False), options.get("allow_overflow", False))
+        state = self._stored_in(wanted, rule)
+        source = MergedWeights(state, self.source, files, ROUTED_STEM)
         made = write(source, out, self.origin, **options)
         made.report |= {key: self.report[key] for key in _TOLD if key in self.report}
         return made
+
+    def _stored_in(self, dtype: torch.dtype | None, rule: Finite) -> dict[str, Tensor]:
+        kept = {f"{path}.{name}" for path, layer in self._layers() for name in layer.precise}
+        return {
+            n: narrowed(t, dtype, n, rule)
+            if dtype not in (None, t.dtype) and t.is_floating_point() and n not in kept else t
+            for n, t in self.state_dict().items()
+        }  # fmt: skip
 
     def unload(self, inputs: Any = None) -> Merged:
         """A plain model of the base's architecture, with one w for each mixture: that of routers
@@ -176,6 +193,7 @@ class TaskModel(RoutedModel):
                             expected=", ".join(self.masks.tasks))  # fmt: skip
         state = {n: t for n, t in self.state_dict().items() if not n.startswith(f"{MASKS}.")}
         state |= self.masks.weights(told)
+        state = {self.stored.get(name, name): tensor for name, tensor in state.items()}
         return self._unloaded(state, task=told)
 
 
@@ -199,9 +217,31 @@ _MODELS: dict[str, type[RoutedModel]] = {
 """What is built of a method that answers with a child of that name."""
 
 
-def upscaled(method: Routed, context: Context) -> RoutedModel:
-    """The base's module with what a method builds."""
+def stored_dtype(out_dtype: str | None, dtype: str | None) -> torch.dtype | None:
+    """What a routed model is stored in; None for the base's. Raises PlanError for what no module
+    computes with."""
+    wanted = out_dtype or dtype
+    if wanted is None:
+        return None
+    found = DType.of(wanted)
+    if found not in _COMPUTED:
+        raise PlanError("a routed model is run as it is stored, and nothing runs in that dtype",
+                        found=wanted, expected=", ".join(d.torch_name for d in _COMPUTED),
+                        fix="out_dtype: bfloat16")  # fmt: skip
+    return found.torch
+
+
+def upscaled(
+    method: Routed, context: Context, recipe: Recipe, options: Options
+) -> RoutedModel:
+    """The base's module with what a method builds, in the dtype that the recipe asks for.
+
+    Raises PlanError for a dtype that no module computes with, and for ``dtype: float64`` where the
+    base is not: layers are built as precisely as the models are.
+    """
+    wanted = stored_dtype(recipe.out_dtype, recipe.dtype)
     module = context.module()
+    _check_precision(module, recipe)
     own = [name for name, _ in module.named_parameters()]
     stored = {name: context.stored(name) for name in module.state_dict()}
     with open_weights(context.base) as base:
@@ -210,6 +250,8 @@ def upscaled(method: Routed, context: Context) -> RoutedModel:
     parts = method.build(context)
     put_in(module, parts.layers, parts.tensors)
     module.cpu()
+    if wanted is not None:
+        _cast(module, parts.layers, wanted, Finite(options.allow_nonfinite, options.allow_overflow))
     left = (*left, *(name for layer in parts.layers.values() for name in layer.remade(module)))
     of_base = sum(tensor.numel() for tensor in context.vectors().base.values())
     replaced = sum(isinstance(e, Replacement) and e.added > 0 for e in parts.layers.values())
@@ -220,6 +262,27 @@ def upscaled(method: Routed, context: Context) -> RoutedModel:
         None, report, {}, None, context.base, routed=module, layers=tuple(parts.layers), left=left,
         stored=stored,
     )  # fmt: skip
+
+
+def _check_precision(module: nn.Module, recipe: Recipe) -> None:
+    wide = all(p.dtype == torch.float64 for p in module.parameters())
+    if recipe.dtype is not None and DType.of(recipe.dtype) is DType.F64 and not wide:
+        raise PlanError("routed layers are built as precisely as the models are",
+                        found="dtype: float64", expected="a base in float64",
+                        fix="out_dtype: float64 stores it so, or models in float64")  # fmt: skip
+
+
+def _cast(
+    module: nn.Module, layers: Mapping[str, Layer], dtype: torch.dtype, rule: Finite
+) -> None:
+    """Have a model's stored tensors in a dtype, but for those that layers keep."""
+    kept = {f"{path}.{name}" for path, layer in layers.items() for name in layer.precise}
+    stored = module.state_dict().keys() - kept
+    own = dict(named_tensors(module))
+    for names in same_tensor(module):
+        tensor, named = own[names[0]], [name for name in names if name in stored]
+        if named and tensor.is_floating_point() and tensor.dtype != dtype:
+            tensor.data = narrowed(tensor, dtype, named[0], rule)
 
 
 def counted(

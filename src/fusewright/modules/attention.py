@@ -162,6 +162,10 @@ class OpenAttention(Replacement):
     def trained(self) -> int:
         return 0
 
+    @property
+    def precise(self) -> tuple[str, ...]:
+        return ()
+
     def plain(self) -> dict[str, Tensor]:
         found = {name: tensor.clone() for name, tensor in self.base.state_dict().items()}
         for name in (*INWARD, OUTWARD):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
@@ -62,16 +62,23 @@ class SharedMixture(Mixture):
 
     Features are found where the model is given its input, at ``entry``, which runs once more
     without what experts add. A router of depth 0 says w itself. With a filled cache the w of the
-    prompt stays.
+    prompt stays. ``others`` are texts that the model reads after it, as T5's decoder does: each of
+    their samples may be one of several of the entry's (beams).
     """
 
+    others: Sequence[Text] = ()
     asleep = False
     """Whether experts add nothing."""
+    over = False
+    """Whether the call that w was routed for has ended."""
 
     def route(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before the forward of the entry."""
         if self.asleep:
             return
+        self.over = False
+        for text in self.others:
+            text.samples = None
         if self.text is not None and self.text.continues:
             self._check_prompt(_first(args, kwargs))
         elif isinstance(self.router, Router):
@@ -90,17 +97,30 @@ class SharedMixture(Mixture):
         finally:
             self.asleep = before
 
-    def weights_for(self, inputs: Tensor) -> Tensor | None:  # type: ignore[override]
-        """w, for inputs (samples, …), or (1, …) for all. None where experts add nothing."""
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After the forward of an entry that is the whole model."""
+        self.over = not self.asleep
+
+    def weights_for(self, inputs: Tensor, where: str = "") -> Tensor | None:  # type: ignore[override]
+        """w, for inputs (samples, …). None where experts add nothing."""
         if self.asleep:
             return None
-        if self.weights is not None and len(inputs) == 1:
-            return self.weights
-        return super().weights_for(inputs)
+        if self.weights is None and isinstance(self.router, Router):
+            return self.router.bias.detach()[None]
+        if self.over and self.sees:
+            raise PlanError("a mixed layer was called outside of the model's call", where=where,
+                            fix="call the whole model")  # fmt: skip
+        return super().weights_for(inputs, where)
 
-    @property
-    def _multiplies(self) -> bool:
-        return self.text is not None  # T5's decoder is given beams of what its encoder read
+    def shared_by(self, inputs: Tensor, where: str = "") -> Tensor | None:
+        """The same, or for inputs (1, …) that all samples share, as positions are."""
+        if not self.asleep and not self.over and self.weights is not None and len(inputs) == 1:
+            return self.weights
+        return self.weights_for(inputs, where)
+
+    def _reading(self) -> list[Text]:
+        texts = [t for t in (self.text, *self.others) if t is not None and t.samples is not None]
+        return [text for text in texts if text.running] or texts
 
 
 class FeatureRouting(Routing):
@@ -111,18 +131,27 @@ class FeatureRouting(Routing):
     def __init__(self, model: nn.Module, router: Router | FeatureRouter) -> None:
         super().__init__([router])  # type: ignore[list-item]
         entry = entry_of(model)
+        others = _readers(model) - {entry}
         if router.depth:
             check_order(model)
-        text = Text() if text_model(model, entry) == entry else None
-        if text is not None:
-            self._texts[entry] = text
-        self.mixtures = [SharedMixture(0, entry, router, "sample", text)]  # type: ignore[arg-type]
+            _check_towers(model, entry, others)
+        for reader in (entry, *sorted(others)):
+            if text_model(model, reader) == reader:
+                self._texts[reader] = Text()
+        mixture = SharedMixture(0, entry, router, "sample", self._texts.get(entry))  # type: ignore
+        mixture.others = [text for reader, text in self._texts.items() if reader != entry]
+        self.mixtures = [mixture]
 
     @property
     def mixture(self) -> SharedMixture:
         found = self.mixtures[0]
         assert isinstance(found, SharedMixture)
         return found
+
+    def listen(self, model: nn.Module) -> None:
+        if not self._listens and not self.mixture.entry:
+            model.register_forward_hook(self.mixture.end)
+        super().listen(model)
 
     @contextmanager
     def heard(self, model: nn.Module) -> Iterator[list[Tensor]]:
@@ -138,8 +167,8 @@ class FeatureRouting(Routing):
 
         entry = model.get_submodule(self.mixture.entry)
         hooks = [entry.register_forward_hook(note)]
-        for each in self._texts.values():
-            hooks.append(entry.register_forward_pre_hook(each.note, with_kwargs=True))
+        if text is not None:
+            hooks.append(entry.register_forward_pre_hook(text.note, with_kwargs=True))
         try:
             with self.mixture.shared():
                 yield found
@@ -162,6 +191,20 @@ def entry_of(model: nn.Module) -> str:
     """The module that is given the user's input and holds the first block; "" is the whole."""
     blocks = describe_module(model).blocks
     return (input_reader(model, blocks[0].path) or "") if blocks else ""
+
+
+def _readers(model: nn.Module) -> set[str]:
+    """The modules that hold blocks and are given what a user has."""
+    return {input_reader(model, block.path) or "" for block in describe_module(model).blocks}
+
+
+def _check_towers(model: nn.Module, entry: str, others: set[str]) -> None:
+    """Refuse a model of several towers that may be called apart: what one reads says nothing of
+    what the others do. A decoder answers what its encoder read."""
+    if others and not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise PlanError("the model reads its inputs in several places, and one w is for all of it",
+                        where=", ".join(sorted(others)), expected=f"one, as {entry!r}",
+                        fix="WEMoE, which routes each module by itself, or epochs=0")  # fmt: skip
 
 
 def features(output: Any, text: Text | None) -> Tensor:

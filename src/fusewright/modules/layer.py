@@ -53,6 +53,12 @@ class Layer(nn.Module, ABC):
         """Numbers that its method learned: its parameters. What was not learned is a buffer."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    @property
+    def precise(self) -> tuple[str, ...]:
+        """Those of its tensors that keep their dtype, whatever the model is stored in: what was
+        learned."""
+        return tuple(name for name, _ in self.named_parameters())
+
     @abstractmethod
     def described(self) -> dict[str, Any]:
         """What is needed, beside the tensors, to make it again; plain JSON."""
@@ -120,6 +126,10 @@ class Replacement(Layer):
     @property
     def trained(self) -> int:
         return super().trained - sum(parameter.numel() for parameter in self.base.parameters())
+
+    @property
+    def precise(self) -> tuple[str, ...]:
+        return tuple(name for name in super().precise if not name.startswith("base."))
 
     def plain(self) -> dict[str, Tensor]:
         """The base's own tensors, by their names in it, with which it alone answers as this layer

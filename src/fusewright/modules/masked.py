@@ -102,6 +102,10 @@ class TaskMasks(Layer):
         """None: the task's weights replace the base's."""
         return 0
 
+    @property
+    def precise(self) -> tuple[str, ...]:
+        return ("scales",)
+
     def described(self) -> dict[str, Any]:
         return {"tasks": self.tasks, "names": self.names, "statistics": self.statistics}
 

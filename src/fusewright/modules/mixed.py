@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from fusewright.errors import PlanError
 from fusewright.modules import patches
 from fusewright.modules.layer import Replacement, Saved
 from fusewright.modules.stacks import FactorStack, Stack, restored
@@ -40,7 +39,10 @@ _BYTE = 4
 
 
 class Mixed(Replacement):
-    """A layer whose own tensors are mixed by w, which ``mixture`` knows."""
+    """A layer whose own tensors are mixed by w, which ``mixture`` knows. ``path`` is its place in
+    the model, for errors."""
+
+    path: str = ""
 
     def __init__(self, base: nn.Module, mixture: Mixture) -> None:
         super().__init__(base)
@@ -86,7 +88,7 @@ class MixedLinear(Mixed):
         return patches.matrix(self.base)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        weights = self.mixture.weights_for(inputs)
+        weights = self.mixture.weights_for(inputs, self.path)
         if weights is None:
             return self.base(inputs)
         if isinstance(self.base, patches.Convolution):
@@ -335,11 +337,3 @@ def _blocks(
 def _even(size: int) -> int:
     """One at least, and whole runs of 16 where there are some: products of odd sizes are slow."""
     return max(1, size if size < 16 else size // 16 * 16)
-
-
-def check_samples(inputs: Tensor, weights: Tensor, where: str) -> None:
-    """Refuse inputs of which nobody can say which sample they belong to."""
-    if len(weights) not in (1, len(inputs)):
-        raise PlanError("a mixed layer got other samples than its mixture routed", where=where,
-                        expected=f"inputs ({len(weights)}, ...)", found=tuple(inputs.shape),
-                        fix="per='batch', or modules that keep samples apart")  # fmt: skip

@@ -34,7 +34,7 @@ class MixedTable(Mixed):
 
     def forward(self, indices: Tensor) -> Tensor:
         indices = indices[None] if indices.dim() == 1 else indices
-        weights, found = self.mixture.weights_for(indices), self.base(indices)
+        weights, found = self.mixture.shared_by(indices, self.path), self.base(indices)
         if weights is None:
             return found
         for expert, (up, down) in enumerate(zip(self.stack.up, self.stack.down, strict=True)):
@@ -78,7 +78,7 @@ class MixedAffine(Mixed):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        weights, found = self.mixture.weights_for(given), self.base(*args, **kwargs)
+        weights, found = self.mixture.shared_by(given, self.path), self.base(*args, **kwargs)
         if weights is None:
             return found
         total = _beside(1 - weights.sum(dim=1), found) * found

@@ -3,37 +3,108 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 from torch import Tensor, nn
 
-from fusewright.errors import PlanError
+from fusewright.errors import FusewrightError, PlanError
 from fusewright.modules.layer import Layer, Saved
-from fusewright.modules.mixed import check_samples
+from fusewright.modules.mixed import Mixed
 from fusewright.modules.routers import Router
 
 Per = Literal["sample", "batch"]
 
 
 class Text:
-    """What a text model was called with, for the mixtures inside it: which tokens are padding, and
-    whether they go on from a cache."""
+    """What a text model was called with, for the mixtures inside it: how many ``samples`` of how
+    many ``tokens``, which tokens are padding, and whether they go on from a cache."""
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self.mask: Tensor | None = None
-        self.continues = False
+        self.continues = self.running = self.strict = self.proved = False
+        self.samples: int | None = None
+        self.tokens: int | None = None
+
+    def listen(self, part: nn.Module, prove: bool) -> None:
+        """Have the model tell what it is called with; ``prove``, too, that samples come first."""
+        if prove:
+            part.register_forward_pre_hook(self._prove, with_kwargs=True)
+        part.register_forward_pre_hook(self.note, with_kwargs=True)
+        part.register_forward_hook(self._end, always_call=True)
 
     def note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before the model's forward."""
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
+        given = _given(module, args, kwargs)
         mask, cache = given.get("attention_mask"), given.get("past_key_values")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.continues = cache is not None and int(cache.get_seq_length()) > 0
+        self.samples, self.tokens = _size(given)
+        self.running = True
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.proved |= output is not None and self.samples not in (None, 1, self.tokens)
+        self.running = False
+
+    def _prove(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Ask about the first of as many samples as tokens alone: only then can layers tell the
+        one from the other. Once, and not if other calls have shown it."""
+        given = _given(module, args, kwargs)
+        samples, tokens = _size(given)
+        if self.proved or self.strict or samples != tokens or samples in (None, 1):
+            return
+        cache = given.get("past_key_values")
+        if cache is not None and int(cache.get_seq_length()) > 0:
+            return
+        one = {n: v[:1] if isinstance(v, Tensor) and v.dim() > 1 and len(v) == samples else v
+               for n, v in given.items()}  # fmt: skip
+        if "past_key_values" in inspect.signature(module.forward).parameters:
+            one |= {"past_key_values": None, "use_cache": False}
+        self.strict = True
+        try:
+            with torch.no_grad():
+                module(**one)
+        except FusewrightError:
+            raise
+        except Exception as error:
+            raise PlanError("whether samples or tokens come first cannot be told of as many of "
+                            "both", where=type(module).__name__, found=str(error),
+                            fix="call it with another number of samples first") from error
+        finally:
+            self.strict = False
+        self.proved = True
+
+    def holds(self, inputs: Tensor) -> bool:
+        """Whether the inputs of a layer are of its samples, one row each."""
+        return self.samples is None or len(inputs) == self.samples
+
+    def flat(self, inputs: Tensor) -> bool:
+        """Whether they are rows of its tokens, one sample's behind the other's."""
+        if self.samples is None or self.tokens is None or inputs.dim() != 2:
+            return False
+        return inputs.is_floating_point() and len(inputs) == self.samples * self.tokens
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"mask": None, "continues": False}
+        return {}
+
+    def __setstate__(self, state: Any) -> None:
+        self._forget()
+
+
+def _given(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    given = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
+    return given | given.pop("kwargs", {})
+
+
+def _size(given: Mapping[str, Any]) -> tuple[int, int] | tuple[None, None]:
+    """Samples and tokens of a text; None where it is not among what is given."""
+    text = next((v for n in ("input_ids", "inputs_embeds")
+                 if isinstance(v := given.get(n), Tensor) and v.dim() > 1), None)  # fmt: skip
+    return (None, None) if text is None else (text.shape[0], text.shape[1])
 
 
 class Mixture:
@@ -42,7 +113,8 @@ class Mixture:
 
     ``per`` "sample": every sample has its own w, whatever it is in one batch with. "batch": the
     mean over the batch, for all. With a filled cache the w of the prompt stays: what is cached was
-    made with it.
+    made with it. What does not keep samples apart, one row each and first, is refused: no sample's
+    answer depends on the others.
     """
 
     def __init__(
@@ -67,26 +139,40 @@ class Mixture:
         if self.text is not None and self.text.continues:
             self._check_prompt(inputs)
             return
+        text = self.text
+        if text is not None and text.flat(inputs):
+            inputs = inputs.unflatten(0, (-1, text.tokens))
+        if text is not None and (self.sees or self._padded) and not text.holds(inputs):
+            raise not_apart(inputs, text.samples, self.entry)
         tokens = inputs.reshape(len(inputs), -1, inputs.shape[-1])
         weights = self.router(tokens, self._mask(tokens))
         self.weights = weights.mean(dim=0, keepdim=True) if self.per == "batch" else weights
 
-    def weights_for(self, inputs: Tensor) -> Tensor:
-        """w, for inputs inside the part. Where samples have become several rows each, one behind
-        the other (beams, or continuations of a cached prompt), each has its sample's w."""
+    @property
+    def sees(self) -> bool:
+        """Whether every sample has its own w."""
+        return self.per == "sample" and self.router.depth > 0
+
+    def weights_for(self, inputs: Tensor, where: str = "") -> Tensor:
+        """w, for inputs inside the part, of the layer at ``where``. Where samples have become
+        several rows each, one behind the other (beams, or continuations of a cached prompt, or
+        their tokens), each has its sample's w."""
         if self.weights is None:
             raise PlanError("a mixed layer was called before its mixture", where=self.entry,
                             fix="call the whole model, or at least that module")  # fmt: skip
-        rows, count = len(inputs), len(self.weights)
-        if 1 < count < rows and rows % count == 0 and self._multiplies:
-            return self.weights.repeat_interleave(rows // count, dim=0)
-        check_samples(inputs, self.weights, self.entry)
-        return self.weights
+        rows, count, texts = len(inputs), len(self.weights), self._reading()
+        if count == 1 and not any(text.strict for text in texts):
+            return self.weights
+        known = not texts or any(text.holds(inputs) or text.flat(inputs) for text in texts)
+        if not known or rows % count or (rows != count and not texts):
+            raise not_apart(inputs, texts[0].samples if texts else count, where or self.entry)
+        if rows == count:
+            return self.weights
+        return self.weights.repeat_interleave(rows // count, dim=0)
 
-    @property
-    def _multiplies(self) -> bool:
-        """Whether a sample may have become several rows."""
-        return self.text is not None and self.text.continues
+    def _reading(self) -> list[Text]:
+        """Those that say how many samples there are now."""
+        return [] if self.text is None or self.text.samples is None else [self.text]
 
     def settled(self) -> Tensor:
         """One w (experts,) for all inputs: that of a router without input, or the mean of what was
@@ -98,10 +184,16 @@ class Mixture:
                             fix="unload(inputs)")  # fmt: skip
         return self.weights.detach().mean(dim=0)
 
+    @property
+    def _padded(self) -> bool:
+        """Whether the router must know which tokens are padding."""
+        return self.text is not None and self.text.mask is not None and self.router.depth > 0
+
     def _mask(self, tokens: Tensor) -> Tensor | None:
-        mask = None if self.text is None else self.text.mask
-        if mask is None:
+        if not self._padded:
             return None
+        assert self.text is not None and self.text.mask is not None
+        mask = self.text.mask
         if mask.shape != tokens.shape[:2]:
             raise PlanError("the attention mask is of other tokens than the mixture sees",
                             where=self.entry, expected=tuple(tokens.shape[:2]),
@@ -154,10 +246,21 @@ class Routing(Layer):
             return
         self._listens = True
         for path, text in self._texts.items():
-            model.get_submodule(path).register_forward_pre_hook(text.note, with_kwargs=True)
+            text.listen(model.get_submodule(path), self._proves(text))
+        for path, part in model.named_modules():
+            if isinstance(part, Mixed):
+                part.path = path
         for mixture in self.mixtures:
             entry = model.get_submodule(mixture.entry)
             entry.register_forward_pre_hook(mixture.route, with_kwargs=True)
+
+    @property
+    def precise(self) -> tuple[str, ...]:
+        return tuple(self.state_dict())
+
+    def _proves(self, text: Text) -> bool:
+        """Whether the text's model must show that it keeps samples apart."""
+        return any(mixture.sees and mixture.text is text for mixture in self.mixtures)
 
     @property
     def active(self) -> int:
@@ -208,6 +311,13 @@ def _takes(model: nn.Module, path: str) -> set[str]:
     except AttributeError:  # a map of an attention that is not taken apart yet
         return set()
     return set(inspect.signature(part.forward).parameters)
+
+
+def not_apart(inputs: Tensor, samples: int | None, where: str) -> PlanError:
+    return PlanError("a mixed layer got other samples than its mixture routed", where=where,
+                     expected=f"inputs ({samples}, ...), samples first", found=tuple(inputs.shape),
+                     fix="one w for all (per='batch', router=0 or epochs=0), or modules that keep "
+                         "samples apart")  # fmt: skip
 
 
 def fixed(routing: Routing) -> bool:

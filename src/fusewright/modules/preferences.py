@@ -173,6 +173,10 @@ class Preferences(Layer):
         """Numbers of the merged tensors: all that an input's answer depends on."""
         return sum(held.base.numel() for held in self.held if isinstance(held, _Held))
 
+    @property
+    def precise(self) -> tuple[str, ...]:
+        return (*super().precise, "preference")
+
     def described(self) -> dict[str, Any]:
         return {
             "experts": list(self.experts), "names": list(self.names),

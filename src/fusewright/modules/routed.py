@@ -62,7 +62,7 @@ class RoutedLinear(Replacement):
     def routed(self, seen: Tensor) -> tuple[Tensor, Tensor]:
         """The shares (n, top) and numbers (n, top) of the experts that each row is sent to, by what
         all gates make of it (n, experts * g)."""
-        norms = seen.float().reshape(len(seen), self.experts, -1).norm(dim=2)
+        norms = seen.float().unflatten(1, (self.experts, -1)).norm(dim=2)
         shares, chosen = norms.softmax(dim=1).topk(min(self.top, self.experts), dim=1)
         return shares / shares.sum(dim=1, keepdim=True), chosen
 
@@ -75,6 +75,8 @@ class RoutedLinear(Replacement):
             if len(mine):
                 said = self._inner(mine, expert) @ self.up[expert].T.to(mine)
                 parts.append(said if self.shift is None else said + self.shift[expert].to(said))
+        if not parts:  # of no rows
+            return rows.new_empty(0, self.up.shape[1])
         scaled = torch.cat(parts) * shares[order, None].to(rows)
         return torch.empty_like(scaled).index_copy_(0, order, scaled)
 

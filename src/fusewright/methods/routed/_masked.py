@@ -59,9 +59,10 @@ class EMR(Masked):
     s_t = Σ|τ_t| / Σ|M_t τ|, sums over the whole model; θ_t = θ_0 + s_t M_t ⊙ τ.
 
     The task of every input must be told: ``model.set_task("mnist")``, or ``unload(task="mnist")``
-    for a plain model. One expert gives itself back. Running statistics are each task's own. The
-    official code adds up the tensors' means for s_t, where small tensors weigh as much as large
-    ones. It has no parameters.
+    for a plain model. One expert gives itself back; in sixteen bits up to the rounding of τ, which
+    is kept in the base's dtype: in a wider one it would be as large as two models. Running
+    statistics are each task's own. The official code adds up the tensors' means for s_t, where
+    small tensors weigh as much as large ones. It has no parameters.
     """
 
     name: ClassVar[str] = "emr"
@@ -88,8 +89,8 @@ class Tall(Masked):
 
     ``strictness``: λ; 0 keeps every entry, more means fewer. The paper chooses it from 0.2, 0.3,
     0.4, 0.5 and 0.6 by validation; 0.4 is their middle. The task of every input must be told:
-    ``model.set_task("mnist")``, or ``unload(task="mnist")``. One expert gives itself back. Running
-    statistics are each task's own. See :class:`~fusewright.methods.static.Consensus` for one model
+    ``model.set_task("mnist")``, or ``unload(task="mnist")``. One expert gives itself back, up to
+    the rounding of τ, as of :class:`EMR`. Running statistics are each task's own. See :class:`~fusewright.methods.static.Consensus` for one model
     of these masks.
     """
 

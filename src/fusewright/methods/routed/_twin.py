@@ -63,7 +63,9 @@ class Twin(Routed):
     these was recognised.
 
     Raises PlanError where experts change no linear layer, an expert has no data, or fewer than two
-    inputs, DataError for batches that are empty, NumericError for features that are not finite.
+    inputs; where a layer does not get samples first (Longformer, XLNet), and where the model reads
+    inputs in several towers (CLIP with both), of which one would be mixed by what another read;
+    DataError for batches that are empty, NumericError for features that are not finite.
     """
 
     name: ClassVar[str] = "twin"
@@ -96,7 +98,11 @@ class Twin(Routed):
         routing = FeatureRouting(model, router)
         layers = _Layers(self, model, vectors, described, routing.mixture)
         report["shared"] = layers.left
-        return Parts({**layers.made, ROUTING: routing}, shared, report)
+        made = {**layers.made, ROUTING: routing}
+        if trains:
+            put_in(model, made)
+            _tried(model, next(iter(questions.values())), context.seed)
+        return Parts(made, shared, report)
 
     def rank(self, outputs: int, inputs: int) -> int:
         """r of a matrix, 1 at least."""
@@ -296,6 +302,12 @@ class _Layers:
 def uniform(experts: int) -> Router:
     """w = 1/T for every input."""
     return Router(0, experts, 0, start=1 / experts)
+
+
+@torch.no_grad()
+def _tried(model: nn.Module, question: Any, seed: int) -> None:
+    """Ask about a few inputs: layers that cannot tell samples apart refuse them now."""
+    question.logits(model, next(iter(question.epoch(2, seed))))
 
 
 @torch.no_grad()
