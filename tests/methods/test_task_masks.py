@@ -19,6 +19,7 @@ from routed_toys import (
     gpt2,
     vit,
 )
+from torch import nn
 
 import fusewright as fw
 from fusewright.bench.sweep.cells import requirement_of
@@ -38,6 +39,19 @@ def test_one_expert_gives_itself_back(method, make) -> None:
     made.set_task("a")
     torch.testing.assert_close(answer(made.module(), make), answer(expert, make),
                                rtol=1e-5, atol=1e-6)  # fmt: skip
+
+
+@METHODS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_expert_is_itself_up_to_the_rounding_of_its_task_vector(method, dtype) -> None:
+    base, expert = (nn.Linear(64, 64).to(dtype) for _ in range(2))
+    found = fw.merge(method, base=base, experts={"a": expert}).unload("a").state_dict()
+    eps = 0 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for name, wanted in expert.state_dict().items():
+        start, wanted = base.state_dict()[name].double(), wanted.double()
+        bound = eps * ((wanted - start).abs() + wanted.abs()) / 2 + 1e-7
+        assert ((found[name].double() - wanted).abs() <= bound).all()
+        assert found[name].dtype == dtype
 
 
 def _taus(make) -> tuple[dict, list[dict]]:

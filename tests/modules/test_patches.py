@@ -176,3 +176,10 @@ def test_every_place_goes_where_its_patch_says(kind: str, top: int) -> None:
 def _alone(base: nn.Module, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """G_t of every patch, by a convolution with as many outputs."""
     return base._conv_forward(x, gate.reshape(len(gate), *base.weight.shape[1:]), None)
+
+
+@pytest.mark.parametrize("base", [nn.Linear(4, 3), nn.Conv2d(4, 3, 1)], ids=["linear", "conv"])
+def test_no_rows_are_answered_with_none(base) -> None:
+    layer = RoutedLinear(base, torch.ones(2, 3, 2), torch.ones(2, 2, 4), torch.ones(2, 1, 4), None)
+    nothing = torch.ones(0, 4) if isinstance(base, nn.Linear) else torch.ones(0, 4, 5, 5)
+    assert layer(nothing).shape == base(nothing).shape

@@ -49,8 +49,8 @@ def answered(base: nn.Module, inputs: Tensor, found: Tensor) -> Tensor:
     """The products (…, out) as the layer's answer to ``inputs``."""
     if not isinstance(base, Convolution):
         return found.reshape(*inputs.shape[:-1], found.shape[-1])
-    whole = found.reshape(len(inputs), -1, found.shape[-1]).mT
-    return whole.unflatten(2, places(base, inputs))
+    whole = found.reshape(len(inputs), *places(base, inputs), found.shape[-1])
+    return whole.movedim(-1, 1)
 
 
 def places(base: Convolution, inputs: Tensor) -> list[int]:
@@ -68,7 +68,7 @@ def convolved(base: Convolution, inputs: Tensor, matrices: Tensor) -> Tensor:
     x = x.reshape(-1, groups * x.shape[1], *x.shape[2:])
     run = conv1d if isinstance(base, nn.Conv1d) else conv2d
     found: Tensor = run(x, kernels, None, base.stride, 0, base.dilation, groups)
-    return found.reshape(len(inputs), -1, *found.shape[2:])
+    return found.reshape(len(inputs), matrices.shape[1], *found.shape[2:])
 
 
 def _padded(base: Convolution, inputs: Tensor) -> Tensor:

@@ -90,8 +90,8 @@ class Tall(Masked):
     ``strictness``: λ; 0 keeps every entry, more means fewer. The paper chooses it from 0.2, 0.3,
     0.4, 0.5 and 0.6 by validation; 0.4 is their middle. The task of every input must be told:
     ``model.set_task("mnist")``, or ``unload(task="mnist")``. One expert gives itself back, up to
-    the rounding of τ, as of :class:`EMR`. Running statistics are each task's own. See :class:`~fusewright.methods.static.Consensus` for one model
-    of these masks.
+    the rounding of τ, as of :class:`EMR`. Running statistics are each task's own. See
+    :class:`~fusewright.methods.static.Consensus` for one model of these masks.
     """
 
     name: ClassVar[str] = "tall"
