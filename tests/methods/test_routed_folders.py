@@ -73,6 +73,23 @@ def test_the_dtype_that_is_asked_for_is_that_of_all_but_what_was_learned(
     assert (found - wanted).norm() < 0.03 * wanted.norm()
 
 
+def test_what_the_checkpoint_lacks_is_of_the_same_dtype(tmp_path) -> None:
+    """A pooler that transformers adds: nobody knows its weights, and it is called all the same."""
+    torch.manual_seed(0)
+    base = hf.BertModel(hf.BertConfig(**TEXT)).eval()
+    for name, model in {"base": base, **experts_of(base)}.items():
+        model.save_pretrained(tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        state = {n: t for n, t in load_file(file).items() if "pooler" not in n}
+        save_file(state, file, metadata={"format": "pt"})
+    experts = {name: tmp_path / name for name in ("a", "b")}
+    fw.merge(ALL["smile"], base=tmp_path / "base", experts=experts, out=tmp_path / "out",
+             out_dtype="bfloat16")  # fmt: skip
+    with torch.no_grad():
+        found = fw.load(tmp_path / "out")(input_ids=IDS)
+    assert found.last_hidden_state.dtype == found.pooler_output.dtype == torch.bfloat16
+
+
 def test_what_is_unloaded_has_that_dtype_too(folders, tmp_path) -> None:
     for method, given in ((fw.EMR(), ("a",)), (routed.WEMoE(steps=0, router=0), ()),
                           (fw.Twin(epochs=0), ())):  # fmt: skip

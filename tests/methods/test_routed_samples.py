@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from routed_toys import IDS, PIXELS, TEXT, TINY, base_of, experts_of, hf, loud
+from routed_toys import IDS, PIXELS, TEXT, TINY, base_of, experts_of, gpt2, hf, llama, loud
 from torch import nn
 
 import fusewright as fw
@@ -144,6 +144,27 @@ def test_one_w_for_two_towers_is_refused() -> None:
             model.get_text_features(words)
             found.append(model.get_image_features(PIXELS).pooler_output)
     assert found[0].equal(found[1])
+
+
+@pytest.mark.parametrize("method", [LEARNT, ROUTED], ids=["twin", "wemoe"])
+@pytest.mark.parametrize("make", [gpt2, llama], ids=["gpt2", "llama"])
+def test_a_cache_goes_on_with_the_w_of_its_own_prompt_or_not_at_all(make, method) -> None:
+    model = loud(merged(make, method).module())
+    with torch.no_grad():
+        one, two = (model(input_ids=ids, use_cache=True).past_key_values for ids in (IDS, IDS + 9))
+        with pytest.raises(PlanError, match=r"not the last[\s\S]*of another"):
+            model(input_ids=IDS[:, :1], past_key_values=one)
+        copied = copy.deepcopy(two)
+        found = [model(input_ids=IDS[:, :1], past_key_values=cache)[0] for cache in (two, copied)]
+        model(input_ids=IDS[:, :1], past_key_values=two)  # what was filled further, too
+        assert found[0].equal(found[1])
+        with pytest.raises(PlanError, match=r"not the last[\s\S]*of another"):
+            model(input_ids=IDS[:, :1], past_key_values=one)
+        model(input_ids=IDS, use_cache=True)
+    still = merged(make, WEMoE(steps=0, router=0)).module()
+    with torch.no_grad():
+        one, _ = (still(input_ids=ids, use_cache=True).past_key_values for ids in (IDS, IDS + 9))
+        assert still(input_ids=IDS[:, :1], past_key_values=one)[0].isfinite().all()
 
 
 class Towers(nn.Module):

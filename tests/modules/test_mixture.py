@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -143,3 +144,21 @@ def test_a_copy_forgets_what_was_routed_and_hears_its_own_model() -> None:
     with torch.no_grad():
         model(IDS)
     assert copy.deepcopy(mixture).weights is None and mixture.weights is not None
+
+
+def test_a_part_may_be_called_by_itself_with_other_samples() -> None:
+    model, mixture = built()
+    model(IDS)
+    model.body(torch.ones(3, 5, WIDTH))
+    assert len(mixture.weights) == 3
+    model.register_forward_pre_hook(lambda *_: model.body(torch.ones(3, 5, WIDTH)))
+    with pytest.raises(PlanError, match=r"other samples[\s\S]*body"):
+        model(IDS)
+    model.body(torch.ones(3, 5, WIDTH))  # that call has ended, too
+
+
+def test_what_is_pickled_or_copied_has_forgotten_its_call() -> None:
+    text = Text()
+    text.mask, text.samples, text.continues, text.running = MASK, 2, True, True
+    for again in (copy.deepcopy(text), pickle.loads(pickle.dumps(text, 0))):
+        assert vars(again) == vars(Text())

@@ -78,7 +78,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[list[str], li
     return hollow, [name for name in tensors if name not in known]
 
 
-def zero(model: nn.Module, names: Sequence[str]) -> None:
-    """Give parameters that nothing is known of memory, and zeros."""
+def zero(model: nn.Module, names: Sequence[str], dtype: torch.dtype | None = None) -> None:
+    """Give parameters that nothing is known of memory, and zeros; of a dtype, if one is named."""
     own = dict(model.named_parameters(remove_duplicate=False))
-    fill(model, {name: torch.zeros_like(own[name], device="cpu") for name in names})
+    fill(model, {n: torch.zeros_like(own[n], device="cpu", dtype=dtype) for n in names})

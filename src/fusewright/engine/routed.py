@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +100,7 @@ class RoutedModel(Merged):
         return made
 
     def _stored_in(self, dtype: torch.dtype | None, rule: Finite) -> dict[str, Tensor]:
-        kept = {f"{path}.{name}" for path, layer in self._layers() for name in layer.precise}
+        kept = precise(self._layers())
         return {
             n: narrowed(t, dtype, n, rule)
             if dtype not in (None, t.dtype) and t.is_floating_point() and n not in kept else t
@@ -264,6 +264,11 @@ def upscaled(
     )  # fmt: skip
 
 
+def precise(layers: Iterable[tuple[str, Layer]]) -> set[str]:
+    """The tensors of layers that keep their dtype, by their names in the model."""
+    return {f"{path}.{name}" for path, layer in layers for name in layer.precise}
+
+
 def _check_precision(module: nn.Module, recipe: Recipe) -> None:
     wide = all(p.dtype == torch.float64 for p in module.parameters())
     if recipe.dtype is not None and DType.of(recipe.dtype) is DType.F64 and not wide:
@@ -276,7 +281,7 @@ def _cast(
     module: nn.Module, layers: Mapping[str, Layer], dtype: torch.dtype, rule: Finite
 ) -> None:
     """Have a model's stored tensors in a dtype, but for those that layers keep."""
-    kept = {f"{path}.{name}" for path, layer in layers.items() for name in layer.precise}
+    kept = precise(layers.items())
     stored = module.state_dict().keys() - kept
     own = dict(named_tensors(module))
     for names in same_tensor(module):
@@ -318,7 +323,7 @@ def load_routed(path: Path, module: nn.Module | None = None) -> nn.Module:
                            expected=", ".join(missing[:3]) or "no more",
                            found=", ".join(unexpected[:3]) or "without them",
                            fix=BY_MODULE)  # fmt: skip
-    zero(model, absent)
+    zero(model, absent, _dtype_of(model, layers))
     with _told(f"{path / DESCRIPTION}: layers"):
         listen(model, layers)
     return model.eval().requires_grad_(False)
@@ -344,6 +349,13 @@ def _broken(file: Path, key: str, expected: str, found: Any) -> WeightsError:
                         where=f"{file}: {key}", expected=expected,
                         found="nothing" if found is None else repr(found)[:80],
                         fix="save the model again, or copy the whole file")  # fmt: skip
+
+
+def _dtype_of(model: nn.Module, layers: Mapping[str, Layer]) -> torch.dtype | None:
+    """That of the base's own numbers, as they are stored."""
+    kept = precise(layers.items())
+    return next((p.dtype for n, p in model.named_parameters()
+                 if n not in kept and not p.is_meta and p.is_floating_point()), None)  # fmt: skip
 
 
 def _described(path: str, layer: Layer) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import count
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -17,18 +19,23 @@ from fusewright.modules.routers import Router
 Per = Literal["sample", "batch"]
 
 
+_PROMPTS = count(1)
+_PROMPT = "_fusewright_prompt"
+"""What a cache is told the number of its prompt by."""
+
+
 class Text:
     """What a text model was called with, for the mixtures inside it: how many ``samples`` of how
-    many ``tokens``, which tokens are padding, and whether they go on from a cache."""
+    many ``tokens``, which tokens are padding, and whether they go on from a cache: of the prompt
+    that came last, or one of which nothing else is ``known``."""
 
     def __init__(self) -> None:
-        self._forget()
-
-    def _forget(self) -> None:
         self.mask: Tensor | None = None
         self.continues = self.running = self.strict = self.proved = False
         self.samples: int | None = None
         self.tokens: int | None = None
+        self.prompt = 0
+        self.known = True
 
     def listen(self, part: nn.Module, prove: bool) -> None:
         """Have the model tell what it is called with; ``prove``, too, that samples come first."""
@@ -45,8 +52,15 @@ class Text:
         self.continues = cache is not None and int(cache.get_seq_length()) > 0
         self.samples, self.tokens = _size(given)
         self.running = True
+        if self.continues:
+            self.known = getattr(cache, _PROMPT, self.prompt) == self.prompt
+        else:
+            self.prompt, self.known = next(_PROMPTS), True
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.known and (cache := getattr(output, "past_key_values", None)) is not None:
+            with suppress(AttributeError):  # copies of a cache are of its prompt, too
+                setattr(cache, _PROMPT, self.prompt)
         self.proved |= output is not None and self.samples not in (None, 1, self.tokens)
         self.running = False
 
@@ -89,10 +103,7 @@ class Text:
         return inputs.is_floating_point() and len(inputs) == self.samples * self.tokens
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: Any) -> None:
-        self._forget()
+        return vars(Text())
 
 
 def _given(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -139,11 +150,11 @@ class Mixture:
         if self.text is not None and self.text.continues:
             self._check_prompt(inputs)
             return
-        text = self.text
-        if text is not None and text.flat(inputs):
-            inputs = inputs.unflatten(0, (-1, text.tokens))
-        if text is not None and (self.sees or self._padded) and not text.holds(inputs):
-            raise not_apart(inputs, text.samples, self.entry)
+        for text in self._reading():
+            if text.flat(inputs):
+                inputs = inputs.unflatten(0, (text.samples, -1))
+            if (self.sees or self._padded) and not text.holds(inputs):
+                raise not_apart(inputs, text.samples, self.entry)
         tokens = inputs.reshape(len(inputs), -1, inputs.shape[-1])
         weights = self.router(tokens, self._mask(tokens))
         self.weights = weights.mean(dim=0, keepdim=True) if self.per == "batch" else weights
@@ -172,7 +183,8 @@ class Mixture:
 
     def _reading(self) -> list[Text]:
         """Those that say how many samples there are now."""
-        return [] if self.text is None or self.text.samples is None else [self.text]
+        text = self.text
+        return [text] if text is not None and text.running and text.samples is not None else []
 
     def settled(self) -> Tensor:
         """One w (experts,) for all inputs: that of a router without input, or the mean of what was
@@ -201,10 +213,12 @@ class Mixture:
         return mask != 0
 
     def _check_prompt(self, inputs: Tensor) -> None:
-        if self.weights is None or len(inputs) % len(self.weights):
+        known = self.text is None or self.text.known or not self.router.depth
+        if not known or self.weights is None or len(inputs) % len(self.weights):
+            count = 0 if self.weights is None else len(self.weights)
             raise PlanError("a cache is given whose prompt was not the last that was routed here",
-                            where=self.entry, found=f"{len(inputs)} samples",
-                            expected=f"{0 if self.weights is None else len(self.weights)} samples",
+                            where=self.entry, expected=f"{count} samples, of the last prompt",
+                            found=f"{len(inputs)} samples" + ("" if known else ", of another"),
                             fix="begin with the prompt, and without a cache")  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
