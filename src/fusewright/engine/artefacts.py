@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from fusewright.engine.inputs import Inputs
-from fusewright.engine.origin import Origin
+from fusewright.engine.origin import Origin, Source
 from fusewright.engine.planner import Plan
 from fusewright.layout.compare import licences
 from fusewright.weights import Weights
@@ -73,17 +73,19 @@ def _code(staging: Staging, root: Path, copy: bool) -> list[str]:
 def model_card(plan: Plan, inputs: Inputs, fitted: Origin | None = None) -> str:
     """README.md of the result: front matter, sources with their licences, and the recipe that was
     asked for."""
-    recipe = (plan.recipe if fitted is None else fitted.recipe).plain()
-    models = (fitted.models if fitted is not None else {}) or inputs.all()
+    recipe = plan.recipe.plain() if fitted is None else dict(fitted.recipe)
+    given = {} if fitted is None else fitted.models
+    models: Mapping[str, Weights | Source] = given or inputs.all()
     roots = {label: w.root for label, w in models.items() if w.root is not None}
     found = licences(list(roots.values()))
     by_label = {label: found.get(root) for label, root in roots.items()}
-    names = [n for n in dict.fromkeys(by_label.values()) if n]
+    names = {by_label.get(label) for label in models}
     front: dict[str, Any] = {"tags": ["merge", "fusewright"]}
-    if len(names) == 1:
-        front["license"] = names[0]
+    one = names.pop() if len(names) == 1 else None
+    if one:
+        front["license"] = one
     sources = "\n".join(_source(k, w, by_label) for k, w in models.items())
-    stages = plan.method.chain if fitted is None else [fitted.method]
+    stages = plan.method.chain if fitted is None else fitted.stages
     cards = {s.card.title: s.card for s in stages}
     papers = "\n".join(f"- {t}: {c.paper}{f' (arXiv:{c.arxiv})' if c.arxiv else ''}"
                        for t, c in cards.items() if c.paper)  # fmt: skip
@@ -91,11 +93,11 @@ def model_card(plan: Plan, inputs: Inputs, fitted: Origin | None = None) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
         "# A merged model\n\nMade with fusewright; `fusewright.json` holds the full provenance.\n\n"
         f"## Sources\n\n{sources}\n\n"
-        + ("Their licences differ or are not all stated: read them.\n\n" if len(names) != 1 else "")
+        + ("Their licences differ or are not all stated: read them.\n\n" if not one else "")
         + (f"## Method\n\n{papers}\n\n" if papers else "")
         + f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```\n"
     )
 
 
-def _source(label: str, weights: Weights, licence: Mapping[str, str | None]) -> str:
+def _source(label: str, weights: Weights | Source, licence: Mapping[str, str | None]) -> str:
     return f"- {label}: `{weights.label}` (licence: {licence.get(label) or 'not stated'})"

@@ -49,6 +49,8 @@ class Merged:
     plan: dict[str, Any] = field(repr=False)
     tensors: dict[str, Tensor] | None = field(default=None, repr=False)
     source: Any = field(default=None, repr=False)
+    origin: Origin | None = field(default=None, repr=False)
+    """What made a model in memory; its card says so where it is saved."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor by name; read from disk if that is where it is."""
@@ -89,7 +91,16 @@ class Merged:
         source = MergedWeights(self.tensors, self.source)
         recipe = self.plan["recipe"]
         options.setdefault("out_dtype", recipe.get("out_dtype") or recipe.get("dtype"))
-        return merge("passthrough", experts={"merged": source}, out=out, **options)
+        return write(source, out, self.origin, **options)
+
+
+def write(source: Any, out: str | Path, origin: Origin | None, **options: Any) -> Merged:
+    """Write a model that is made already, with the card and manifest of what made it; ``options``
+    as in :func:`merge`."""
+    form = {key: options.pop(key) for key in ("dtype", "out_dtype") if key in options}
+    recipe = make_recipe(method="passthrough", experts=_entries({"merged": source}), **form)
+    progress = options.pop("progress", None)
+    return run(recipe, out, make_options(**options), progress, fitted=origin)
 
 
 def merge(
@@ -168,9 +179,22 @@ def run(
         _warn_of_strangers(plan_, inputs)
         if out is None:
             tensors, report = run_to_memory(plan_, inputs, progress)
-            return Merged(None, report, plan_.to_json(), tensors, source_of(recipe, inputs))
+            source = source_of(recipe, inputs)
+            origin = _origin(recipe, method, fitted, inputs, report)
+            return Merged(None, report, plan_.to_json(), tensors, source, origin)
         report = run_to_folder(plan_, inputs, Path(out), progress, started, fitted)
         return Merged(Path(out), report, plan_.to_json())
+
+
+def _origin(
+    recipe: Recipe, method: Method, fitted: Origin | None, inputs: Inputs,
+    report: Mapping[str, Any],
+) -> Origin:  # fmt: skip
+    """What made a result in memory: what was fitted, or the recipe itself."""
+    from fusewright.engine.origin import Origin, sources
+
+    made = Origin(recipe.plain(), method) if fitted is None else fitted
+    return replace(made, models=made.models or sources(inputs, report["inputs"]))
 
 
 def plan(

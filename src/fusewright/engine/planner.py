@@ -27,6 +27,7 @@ from fusewright.methods.registry import parse_method
 from fusewright.methods.settings import OTHERS, ByExpert, plain
 from fusewright.methods.static import Linear
 from fusewright.weights import DType, TensorInfo
+from fusewright.weights.locate import ROUTED_STEM
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,8 @@ def _check_parameters(plan: Plan) -> None:
 
 
 def _notes(inputs: Inputs, jobs: Mapping[str, Job]) -> tuple[str, ...]:
+    if getattr(inputs.reference, "stem", None) == ROUTED_STEM:
+        return ()  # a routed model is written as it is: rules of one architecture are not its own
     notes = [*inputs.layout.notes, *inputs.alignment.notes]
     notes += [f"{label}: {n}" for label, w in inputs.all().items() for n in w.notes]
     actions = Counter(job.action for job in jobs.values())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fusewright.engine.front import Merged, run, source_of
 from fusewright.engine.inputs import Inputs, open_inputs
 from fusewright.engine.options import Options
-from fusewright.engine.origin import Origin
+from fusewright.engine.origin import Origin, Source, sources
 from fusewright.engine.planner import make_plan, recipe_method
 from fusewright.engine.progress import Listener, fit_told
 from fusewright.engine.recipe import ExpertEntry, Recipe
@@ -32,7 +32,7 @@ from fusewright.methods.contract import Context, Fold, Method, Program, Routed
 from fusewright.methods.learned.fitter import is_shortage, shortage
 from fusewright.methods.learned.processes import Processes
 from fusewright.methods.static import Passthrough, Sum
-from fusewright.weights import Weights
+from fusewright.plain import finite
 from fusewright.weights.folders import make_folder
 from fusewright.weights.target import check_absent, resolve_target
 
@@ -72,6 +72,11 @@ class Trials(Context):
             if isinstance(self.base, str | Path) and hasattr(module, "config"):
                 names = renames(module, read_state(Path(self.base)), Path(self.base))
         return module.to(self.device).eval().requires_grad_(False), names
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """What the module was opened with, beside its folder."""
+        return getattr(self.data, "arguments", {})
 
     def module(self) -> nn.Module:
         return self._module[0]
@@ -196,9 +201,14 @@ def _run_fit(
     writes: bool,
 ) -> Merged:
     if isinstance(method, Routed) and method.routes:
+        from fusewright.engine.opening import opening
         from fusewright.engine.routed import upscaled
 
         made = upscaled(method, context, recipe, options)
+        report = {**finite(made.report["fitted"]), "program": method.spec(),
+                  "experts": list(recipe.experts)}  # fmt: skip
+        made.origin = Origin(recipe.plain(), method, report, sources(context.inputs))
+        made.opens = opening(made.routed, context.arguments)
         if out is not None and not writes:
             return Merged(Path(out), made.report, made.plan)
         return made if out is None else made.save(out, **{**vars(options), "device": "cpu"})
@@ -210,13 +220,13 @@ def _run_fit(
     }  # fmt: skip
     if out is not None and not writes:
         return Merged(Path(out), {"fitted": report}, {})
-    models: Mapping[str, Weights] = {}
+    models: Mapping[str, Source] = {}
     if fitted.method is not None:
         chosen = with_method(recipe, fitted.method, fitted.experts)
         report["method"] = fitted.method.spec()
     else:
-        chosen, models = _given(recipe, fitted.state or {}, context), context.inputs.all()
-    origin = Origin(recipe, method, report, models)
+        chosen, models = _given(recipe, fitted.state or {}, context), sources(context.inputs)
+    origin = Origin(recipe.plain(), method, report, models)
     merged = run(chosen, out, options, progress, fitted=origin)
     if merged.path is None:
         merged.source = source_of(recipe, context.inputs)

@@ -7,7 +7,14 @@ from typing import Any
 
 from fusewright.engine.inputs import Inputs
 from fusewright.engine.planner import Plan
-from fusewright.weights.digest import content_digest, tensor_digest
+from fusewright.weights import Weights
+from fusewright.weights.digest import (
+    BLOCK,
+    READ,
+    block_digests,
+    content_digest,
+    tensor_digest,
+)
 
 
 class ReadDigests:
@@ -44,6 +51,22 @@ class ReadDigests:
                     "content": content_digest(digests)}
             for label, digests in sorted(self._models.items())
         }  # fmt: skip
+
+
+def content_of(weights: Weights) -> dict[str, Any]:
+    """What :meth:`ReadDigests.summary` says of a model that is read as a whole, for this alone."""
+    digests = {name: _digest(weights, name) for name in weights}
+    return {"label": weights.label, "tensors": len(digests), "content": content_digest(digests)}
+
+
+def _digest(weights: Weights, name: str) -> str:
+    info, leaves = weights[name], []
+    for start in range(0, info.numel, READ * BLOCK):
+        stop = min(start + READ * BLOCK, info.numel)
+        part = memoryview(bytearray((stop - start) * info.dtype.itemsize))
+        weights.read(name, start, stop, part)
+        leaves.append(block_digests(part, info.dtype.itemsize))
+    return tensor_digest(b"".join(leaves), info)
 
 
 def _key(label: str) -> str | None:

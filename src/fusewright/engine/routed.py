@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 
 import fusewright.methods.routed  # noqa: F401  (the layers of this package are known by it)
 from fusewright.engine.codec import Finite, narrowed
-from fusewright.engine.front import Merged, merge
-from fusewright.engine.hollow import fill, hollow, mapped, zero
+from fusewright.engine.front import Merged, write
+from fusewright.engine.hollow import fill, mapped, zero
+from fusewright.engine.opening import BY_MODULE, OPENS, empty
 from fusewright.engine.options import Options
 from fusewright.engine.recipe import Recipe
-from fusewright.engine.state import MergedWeights, class_of
+from fusewright.engine.state import MergedWeights
 from fusewright.errors import PlanError, WeightsError
+from fusewright.layout.names import module as owner_of
 from fusewright.methods import registry
 from fusewright.methods.contract import Context, Routed
 from fusewright.modules.batchnorm import call
@@ -39,6 +42,7 @@ from fusewright.modules.surgery import SURGERY
 from fusewright.modules.tensors import named_tensors, same_tensor, tied_names, wide_dtype
 from fusewright.plain import finite
 from fusewright.weights import DType, open_weights
+from fusewright.weights.json_text import read_object
 from fusewright.weights.locate import ROUTED_STEM
 from fusewright.weights.memory import tied_groups
 from fusewright.weights.names import canonical_names
@@ -59,6 +63,8 @@ class RoutedModel(Merged):
     left: tuple[str, ...] = ()
     stored: Mapping[str, str] = field(default_factory=dict, repr=False)
     """{the module's name: what the base's checkpoint calls it}, where they differ."""
+    opens: Mapping[str, Any] | None = None
+    """How the base became a module; see :func:`fusewright.engine.opening.opening`."""
 
     def module(self) -> nn.Module:
         return self.routed
@@ -74,22 +80,23 @@ class RoutedModel(Merged):
 
     def save(self, out: str | Path, **options: Any) -> Merged:
         """Write it as a folder that :func:`fusewright.load` opens: the tensors of base and layers,
-        the base's config and tokenizer, and ``routed.json``, which also says how the fit went.
+        the base's config and tokenizer, a card of the models that it was made of, and
+        ``routed.json``, which also says how the base was opened and how the fit went.
         Other libraries find no weights in it: they would leave the layers out, and say so at most.
         ``out_dtype`` is that of all but what was learned and what scales masks. Raises PlanError
         for a layer without a kind of its own, which nothing could open."""
         described = {path: _described(path, layer) for path, layer in self._layers()}
         said = {
-            "routed": FORMAT, "method": self.report["method"], "left": list(self.left),
-            "tied": tied_groups(self.state_dict()), "layers": described,
-            "fitted": finite(self.report.get("fitted", {})),
+            "routed": FORMAT, "method": self.report["method"], OPENS: self.opens,
+            "left": list(self.left), "tied": tied_groups(self.state_dict()),
+            "layers": described, "fitted": finite(self.report.get("fitted", {})),
         }  # fmt: skip
         files = {DESCRIPTION: json.dumps(said, indent=1).encode()}
         wanted = stored_dtype(options.pop("out_dtype", None), options.pop("dtype", None))
         rule = Finite(options.get("allow_nonfinite", False), options.get("allow_overflow", False))
         state = self._stored_in(wanted, rule)
         source = MergedWeights(state, self.source, files, ROUTED_STEM)
-        made = merge("passthrough", experts={"merged": source}, out=out, **options)
+        made = write(source, out, self.origin, **options)
         made.report |= {key: self.report[key] for key in _TOLD if key in self.report}
         return made
 
@@ -126,7 +133,11 @@ class RoutedModel(Merged):
         elif not fixed(routing):
             raise PlanError("the weights depend on the input", expected="routers of depth 0",
                             fix="unload(inputs), or WEMoE(router=0)")  # fmt: skip
-        return Merged(None, self.report, {"recipe": {}}, self._plain(), self.source)
+        return self._unloaded(self._plain())
+
+    def _unloaded(self, state: dict[str, Tensor], **told: Any) -> Merged:
+        report = {**self.report, **told}
+        return Merged(None, report, {"recipe": {}}, state, self.source, self.origin)
 
     def _plain(self) -> dict[str, Tensor]:
         """The base's tensors as the layers make them. Where several make one tensor (linear maps
@@ -197,7 +208,7 @@ class ParetoModel(RoutedModel):
         state = {self.stored.get(n, n): t.clone() for n, t in self.routed.state_dict().items()
                  if n not in absent and not n.startswith(f"{PREFERENCES}.")}  # fmt: skip
         r = self.preferences.preference.tolist()
-        return Merged(None, {**self.report, "preference": r}, {"recipe": {}}, state, self.source)
+        return self._unloaded(state, preference=r)
 
 
 class TaskModel(RoutedModel):
@@ -224,7 +235,7 @@ class TaskModel(RoutedModel):
         state = {n: t for n, t in self.state_dict().items() if not n.startswith(f"{MASKS}.")}
         state |= self.masks.weights(told)
         state = {self.stored.get(name, name): tensor for name, tensor in state.items()}
-        return Merged(None, {**self.report, "task": told}, {"recipe": {}}, state, self.source)
+        return self._unloaded(state, task=told)
 
 
 class SurgeryModel(RoutedModel):
@@ -289,7 +300,8 @@ def upscaled(
     report = {"method": method.spec(), "parameters": sizes, "fitted": dict(parts.report)}
     made = next((_MODELS[child] for child in _MODELS if child in parts.layers), RoutedModel)
     return made(
-        None, report, {}, None, context.base, module, tuple(parts.layers), left, stored
+        None, report, {}, None, context.base, routed=module, layers=tuple(parts.layers), left=left,
+        stored=stored,
     )  # fmt: skip
 
 
@@ -338,13 +350,11 @@ def counted(
 def load_routed(path: Path, module: nn.Module | None = None) -> nn.Module:
     """A saved routed model, whose tensors are read when they are used. Raises WeightsError if its
     description or tensors do not fit."""
-    said = json.loads((path / DESCRIPTION).read_text("utf-8"))
-    if said.get("routed") != FORMAT:
-        raise WeightsError("the routed model is of another format", where=path / DESCRIPTION,
-                           expected=f"routed: {FORMAT}", found=f"routed: {said.get('routed')}",
-                           fix="pip install --upgrade fusewright")  # fmt: skip
-    state = _under_all_names(mapped(path), said.get("tied", []))
-    model = _empty(path) if module is None else module
+    said = _description(path / DESCRIPTION)
+    state = _under_all_names(mapped(path), said["tied"])
+    model = module
+    if model is None:
+        model = empty(path, said.get(OPENS), path / DESCRIPTION)
     layers = _restored(model, said, state, path)
     _check_shapes(model, state, path)
     absent, unexpected = fill(model, state)
@@ -352,10 +362,41 @@ def load_routed(path: Path, module: nn.Module | None = None) -> nn.Module:
     if missing or unexpected:
         raise WeightsError("the tensors are not those of the described model", where=path,
                            expected=", ".join(missing[:3]) or "no more",
-                           found=", ".join(unexpected[:3]) or "without them")  # fmt: skip
+                           found=", ".join(unexpected[:3]) or "without them",
+                           fix=BY_MODULE)  # fmt: skip
     zero(model, absent, _dtype_of(model, layers))
-    listen(model, layers)
+    with _told(f"{path / DESCRIPTION}: layers"):
+        listen(model, layers)
     return model.eval().requires_grad_(False)
+
+
+def _description(file: Path) -> dict[str, Any]:
+    """What the file says. Raises WeightsError if it is cut, of another format or without a key."""
+    said = read_object(file)
+    if said.get("routed") != FORMAT:
+        raise WeightsError("the routed model is of another format", where=file,
+                           expected=f"routed: {FORMAT}", found=f"routed: {said.get('routed')}",
+                           fix="pip install --upgrade fusewright")  # fmt: skip
+    layers, left = said.get("layers"), said.get("left")
+    if not isinstance(layers, dict) or not all(isinstance(one, dict) for one in layers.values()):
+        raise _broken(file, "layers", "a description of each layer by its path", layers)
+    if not _is_names(left):
+        raise _broken(file, "left", "a list of tensors' names", left)
+    tied = said.setdefault("tied", [])
+    if not isinstance(tied, list) or not all(map(_is_names, tied)):
+        raise _broken(file, "tied", "lists of names of one tensor", tied)
+    return said
+
+
+def _is_names(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(name, str) for name in found)
+
+
+def _broken(file: Path, key: str, expected: str, found: Any) -> WeightsError:
+    return WeightsError("the description of the routed model is not complete",
+                        where=f"{file}: {key}", expected=expected,
+                        found="nothing" if found is None else repr(found)[:80],
+                        fix="save the model again, or copy the whole file")  # fmt: skip
 
 
 def _under_all_names(
@@ -395,13 +436,29 @@ def _restored(
         tensors = {n.removeprefix(f"{at}."): t for n, t in state.items() if n.startswith(f"{at}.")}
         routing = layers.get(ROUTING)
         assert routing is None or isinstance(routing, Routing)
-        try:
+        with _told(f"{path / DESCRIPTION}: {at}"):
+            model.get_submodule(at if issubclass(kind, Replacement) else owner_of(at))
             layers[at] = kind.restored(Saved(model, at, described[at], tensors, routing))
-        except (KeyError, AttributeError) as error:
-            raise WeightsError("a routed layer is not complete", where=f"{path}: {at}",
-                               expected=str(error)) from error  # fmt: skip
-        place(model, {at: layers[at]})
+            place(model, {at: layers[at]})
     return layers
+
+
+_FAULTS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, PlanError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
+"""What layers raise of descriptions that do not fit them, their tensors or the module."""
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    try:
+        yield
+    except _FAULTS as error:
+        raise WeightsError("a routed layer is not complete, or not of this module", where=where,
+                           expected="the path of a module, and all that its kind was saved with",
+                           found=f"{type(error).__name__}: {error}", fix=BY_MODULE
+                           ) from error  # fmt: skip
 
 
 def _check_shapes(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
@@ -428,18 +485,3 @@ def _kind(kind: str, where: str, said: Mapping[str, Any]) -> type[Layer]:
                            fix=f"install the package that offers {method!r}, or import the module "
                                "that defines the layer before fw.load")  # fmt: skip
     return known[kind]
-
-
-def _empty(path: Path) -> nn.Module:
-    """The architecture that the folder's config names, without weights."""
-    from fusewright.extras import needs
-
-    transformers: Any = needs("transformers", "transformers")
-    cls = class_of(path)
-    if cls is None:
-        raise WeightsError("the config does not say what module the base is", where=path,
-                           expected="architectures: [a class of transformers]",
-                           fix="fw.load(path, module=...)")  # fmt: skip
-    with hollow():
-        model: nn.Module = cls(transformers.AutoConfig.from_pretrained(path))
-    return model

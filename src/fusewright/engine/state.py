@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fusewright.errors import PlanError
 from fusewright.weights import open_weights
-from fusewright.weights.locate import MODEL_STEMS
+from fusewright.weights.directory import read_config
+from fusewright.weights.locate import MODEL_STEMS, ROUTED_STEM
 from fusewright.weights.memory import MemoryWeights
 from fusewright.weights.names import canonical_names
 from fusewright.weights.spec import Weights
@@ -98,6 +99,10 @@ def load_module(path: Path) -> nn.Module:
         raise PlanError("transformers is needed to make a module of a folder",
                         fix="pip install 'fusewright[transformers]'") from error  # fmt: skip
     cls = class_of(path) or transformers.AutoModel
+    if not (path / "config.json").is_file():
+        raise PlanError("the folder does not say what module it holds", where=path,
+                        expected="config.json", found="none",
+                        fix="load its tensors into the module that they are of")  # fmt: skip
     with quiet(transformers.utils.logging):
         module: nn.Module = cls.from_pretrained(path)
     return module
@@ -105,10 +110,10 @@ def load_module(path: Path) -> nn.Module:
 
 def class_of(path: Path) -> Any:
     """The class of transformers that a folder's config names; None if it names none that there
-    is."""
+    is, or there is no config."""
     import transformers
 
-    names = json.loads((path / "config.json").read_text()).get("architectures") or []
+    names = map(str, read_config(path, "config.json").get("architectures") or [])
     return next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
 
 
@@ -131,6 +136,6 @@ def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
     """
     from fusewright.engine.routed import DESCRIPTION, load_routed
 
-    if (Path(path) / DESCRIPTION).is_file():
+    if (Path(path) / DESCRIPTION).is_file() or any(Path(path).glob(f"{ROUTED_STEM}*.safetensors")):
         return load_routed(Path(path), module)
     return load_module(Path(path))

@@ -93,13 +93,14 @@ class Adaptation:
     tasks in turn, "task" saying whose.
 
     ``open`` makes the module that is asked, with {its tensor: the checkpoint's} where names
-    differ; without it the base's own config does.
+    differ, with these ``arguments``; without it the base's own config does.
     """
 
     questions: Mapping[str, Question]
     open: Open | None = field(default=None, repr=False)
     size: int = 32
     seed: int = 0
+    arguments: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __iter__(self) -> Iterator[Batch]:
         streams = {name: iter(q.epoch(self.size, self.seed)) for name, q in self.questions.items()}

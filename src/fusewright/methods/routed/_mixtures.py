@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from posixpath import commonpath
 
+from pydantic import AfterValidator
 from torch import nn
 
 from fusewright.errors import PlanError
@@ -17,7 +18,19 @@ from fusewright.modules.architecture import Architecture, describe_module
 from fusewright.modules.linears import LinearMap
 from fusewright.modules.vectors import TaskVectors
 
-MLP = "mlp"
+MLP, ALL = "mlp", "all"
+
+
+def selects(*words: str) -> AfterValidator:
+    """Refuses a field ``modules`` that is none of the words and no regular expression."""
+    def checked(modules: str) -> str:
+        try:
+            re.compile(modules)
+        except re.error as error:
+            raise ValueError(f"{', '.join(words)} or a regular expression ({error})") from error
+        return modules
+
+    return AfterValidator(checked)
 
 
 @dataclass(frozen=True)

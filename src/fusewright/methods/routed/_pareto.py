@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from fusewright.errors import PlanError
@@ -21,6 +21,7 @@ from fusewright.methods.learned._rest import summed
 from fusewright.methods.learned.epo import Epo
 from fusewright.methods.learned.objectives import Name as Objective
 from fusewright.methods.learned.preferences import PreferenceCoefficients, drawn
+from fusewright.methods.routed._mixtures import ALL, MLP, selects
 from fusewright.modules.architecture import describe_module
 from fusewright.modules.critical import kind_of
 from fusewright.modules.layer import put_in
@@ -33,7 +34,6 @@ from fusewright.modules.preferences import (
 )
 from fusewright.modules.vectors import TaskVectors
 
-MLP, ALL = "mlp", "all"
 _WHOLE = (Role.MLP, Role.ATTENTION)
 
 
@@ -74,7 +74,7 @@ class ParetoSet(Learner, Program, Routed):
     )  # fmt: skip
 
     preference: dict[str, float] | tuple[float, ...] | None = None
-    modules: str = MLP
+    modules: Annotated[str, selects(MLP, ALL)] = MLP
     router: Literal[1, 2] = 2
     start: float = 0.3
     scalarise: Literal["linear", "epo", "tchebycheff"] = "linear"
@@ -84,15 +84,6 @@ class ParetoSet(Learner, Program, Routed):
     batch: int = Field(16, ge=1)
     objective: Objective = "cross_entropy"
     guard: int = Field(0, ge=0)
-
-    @field_validator("modules")
-    @classmethod
-    def _compiles(cls, modules: str) -> str:
-        try:
-            re.compile(modules)
-        except re.error as error:
-            raise ValueError(f"mlp, all or a regular expression ({error})") from error
-        return modules
 
     @property
     def routes(self) -> bool:

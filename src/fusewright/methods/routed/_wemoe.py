@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,7 +23,7 @@ from fusewright.methods.routed._linears import (
     untaken,
     warn_of_left,
 )
-from fusewright.methods.routed._mixtures import MLP, Part, left_of, parts_of
+from fusewright.methods.routed._mixtures import MLP, Part, left_of, parts_of, selects
 from fusewright.methods.routed._shares import asked_weights, told
 from fusewright.methods.settings import PerTensor, resolve
 from fusewright.methods.static._fields import Number
@@ -86,7 +86,7 @@ class WEMoE(Learner, Routed):
     shared: ClassVar[bool] = False
     """Whether one router serves all modules of a width."""
 
-    modules: str = MLP
+    modules: Annotated[str, selects(MLP)] = MLP
     router: Literal[0, 1, 2] = 2
     start: PerTensor[Number] = 0.3
     per: Literal["sample", "batch"] = "sample"
