@@ -49,6 +49,12 @@ def bart():
     return hf.BartForConditionalGeneration(hf.BartConfig(**SIDES, max_position_embeddings=32))
 
 
+def whisper():
+    return hf.WhisperForConditionalGeneration(hf.WhisperConfig(
+        **{**SIDES, "decoder_start_token_id": 3}, num_mel_bins=8, max_source_positions=10,
+        max_target_positions=20, suppress_tokens=None, begin_suppress_tokens=None))  # fmt: skip
+
+
 def two_towers():
     text = {**TINY, "intermediate_size": 32, "vocab_size": 50, "max_position_embeddings": 16,
             "bos_token_id": 0, "eos_token_id": 49, "pad_token_id": 0}  # fmt: skip
@@ -60,8 +66,11 @@ def merged(make, method):
     base, draw, data = base_of(make), torch.Generator().manual_seed(0), {}
     for name in ("a", "b"):
         batch = {"input_ids": torch.randint(3, 48, (4, 8), generator=draw)}
-        if make in (led, bart):
+        if make in (led, bart, whisper):
             batch["decoder_input_ids"] = batch["input_ids"][:, :3]
+        if make is whisper:
+            batch["input_features"] = torch.randn(4, 8, 20, generator=draw)
+            del batch["input_ids"]
         if make is two_towers:
             batch["pixel_values"] = torch.randn(4, 3, 8, 8, generator=draw)
         data[name] = [batch, batch]
@@ -117,6 +126,12 @@ def test_as_many_samples_as_tokens_are_told_apart_by_one_of_them() -> None:
             model(input_ids=square)
     assert len(calls) == 4  # once more than it was asked
     alike(model, square)
+    told = loud(merged(opt, ROUTED).module())
+    with torch.no_grad():
+        told(input_ids=IDS)  # which shows it
+        told.model.decoder.register_forward_hook(lambda part, args, said: calls.append(2))
+        told(input_ids=square)
+    assert calls.count(2) == 1
 
 
 @pytest.mark.parametrize("method", [LEARNT, ROUTED], ids=["twin", "wemoe"])
@@ -131,6 +146,18 @@ def test_others_go_on_beams_too(make, method) -> None:
     for row in range(3):
         alone = model.generate(input_ids=ids[row : row + 1], **ASKED)
         assert whole[row : row + 1, : alone.shape[1]].equal(alone)
+
+
+def test_an_encoder_of_other_things_has_beams_too() -> None:
+    model = loud(merged(whisper, LEARNT).module())
+    heard = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(2))
+    whole = model.generate(input_features=heard, **ASKED)
+    for row in range(3):  # of other numbers of samples than came before
+        alone = model.generate(input_features=heard[row : row + 1], **ASKED)
+        assert whole[row : row + 1, : alone.shape[1]].equal(alone)
+    with torch.no_grad():
+        two = [model(input_features=heard[:n], decoder_input_ids=IDS[:n, :4])[0] for n in (3, 2)]
+    torch.testing.assert_close(two[0][:2], two[1], rtol=1e-4, atol=1e-5)
 
 
 def test_one_w_for_two_towers_is_refused() -> None:

@@ -110,7 +110,7 @@ class Twin(Routed):
         made = {**layers.made, ROUTING: routing}
         if trains:
             put_in(model, made)
-            _tried(model, next(iter(questions.values())), context.seed)
+            _tried(model, questions, context.seed)
         return Parts(made, shared, report)
 
     def rank(self, outputs: int, inputs: int) -> int:
@@ -338,9 +338,10 @@ def uniform(experts: int) -> Router:
 
 
 @torch.no_grad()
-def _tried(model: nn.Module, question: Any, seed: int) -> None:
-    """Ask about a few inputs: layers that cannot tell samples apart refuse them now."""
-    question.logits(model, next(iter(question.epoch(2, seed))))
+def _tried(model: nn.Module, questions: Mapping[str, Any], seed: int) -> None:
+    """Ask about a few inputs of each task: layers that cannot tell samples apart refuse them."""
+    for task in Processes.started().mine(questions):
+        questions[task].logits(model, next(iter(questions[task].epoch(2, seed))))
 
 
 @torch.no_grad()

@@ -71,7 +71,8 @@ class WEMoE(Learner, Routed):
     collapsed: an expert has nine tenths of every task's |w|, or no mixture's w differs between
     tasks by more than one per cent.
 
-    Raises PlanError where nothing is selected or an expert has no data, and as :class:`Learner`.
+    Raises PlanError where nothing is selected or an expert has no data, and as :class:`Learner`;
+    where samples have their own w and a module does not get them first (XLNet), when it is called.
     """
 
     name: ClassVar[str] = "wemoe"
