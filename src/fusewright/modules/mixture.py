@@ -8,10 +8,9 @@ from contextlib import suppress
 from itertools import count
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from torch import Tensor, nn
 
-from fusewright.errors import FusewrightError, PlanError
+from fusewright.errors import PlanError
 from fusewright.modules.layer import Layer, Saved
 from fusewright.modules.mixed import Mixed
 from fusewright.modules.routers import Router
@@ -31,16 +30,14 @@ class Text:
 
     def __init__(self) -> None:
         self.mask: Tensor | None = None
-        self.continues = self.running = self.strict = self.proved = False
+        self.continues = self.running = False
         self.samples: int | None = None
         self.tokens: int | None = None
         self.prompt = 0
         self.known = True
 
-    def listen(self, part: nn.Module, prove: bool) -> None:
-        """Have the model tell what it is called with; ``prove``, too, that samples come first."""
-        if prove:
-            part.register_forward_pre_hook(self._prove, with_kwargs=True)
+    def listen(self, part: nn.Module) -> None:
+        """Have the model tell what it is called with."""
         part.register_forward_pre_hook(self.note, with_kwargs=True)
         part.register_forward_hook(self._end, always_call=True)
 
@@ -61,36 +58,7 @@ class Text:
         if self.known and (cache := getattr(output, "past_key_values", None)) is not None:
             with suppress(AttributeError):  # copies of a cache are of its prompt, too
                 setattr(cache, _PROMPT, self.prompt)
-        self.proved |= output is not None and self.samples not in (None, 1, self.tokens)
         self.running = False
-
-    def _prove(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Ask about the first of as many samples as tokens alone: only then can layers tell the
-        one from the other. Once, and not if other calls have shown it."""
-        given = _given(module, args, kwargs)
-        samples, tokens = _size(given)
-        if self.proved or self.strict or samples != tokens or samples in (None, 1):
-            return
-        cache = given.get("past_key_values")
-        if cache is not None and int(cache.get_seq_length()) > 0:
-            return
-        one = {n: v[:1] if isinstance(v, Tensor) and v.dim() > 1 and len(v) == samples else v
-               for n, v in given.items()}  # fmt: skip
-        if "past_key_values" in inspect.signature(module.forward).parameters:
-            one |= {"past_key_values": None, "use_cache": False}
-        self.strict = True
-        try:
-            with torch.no_grad():
-                module(**one)
-        except FusewrightError:
-            raise
-        except Exception as error:
-            raise PlanError("whether samples or tokens come first cannot be told of as many of "
-                            "both", where=type(module).__name__, found=str(error),
-                            fix="call it with another number of samples first") from error
-        finally:
-            self.strict = False
-        self.proved = True
 
     def holds(self, inputs: Tensor) -> bool:
         """Whether the inputs of a layer are of its samples, one row each."""
@@ -172,7 +140,7 @@ class Mixture:
             raise PlanError("a mixed layer was called before its mixture", where=self.entry,
                             fix="call the whole model, or at least that module")  # fmt: skip
         rows, count, texts = len(inputs), len(self.weights), self._reading()
-        if count == 1 and not any(text.strict for text in texts):
+        if count == 1:
             return self.weights
         known = not texts or any(text.holds(inputs) or text.flat(inputs) for text in texts)
         if not known or rows % count or (rows != count and not texts):
@@ -260,7 +228,7 @@ class Routing(Layer):
             return
         self._listens = True
         for path, text in self._texts.items():
-            text.listen(model.get_submodule(path), self._proves(text))
+            text.listen(model.get_submodule(path))
         for path, part in model.named_modules():
             if isinstance(part, Mixed):
                 part.path = path
@@ -271,10 +239,6 @@ class Routing(Layer):
     @property
     def precise(self) -> tuple[str, ...]:
         return tuple(self.state_dict())
-
-    def _proves(self, text: Text) -> bool:
-        """Whether the text's model must show that it keeps samples apart."""
-        return any(mixture.sees and mixture.text is text for mixture in self.mixtures)
 
     @property
     def active(self) -> int:
