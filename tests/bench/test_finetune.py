@@ -23,6 +23,7 @@ from fusewright.bench.suite import Suite  # noqa: E402
 from fusewright.bench.suite_file import SuiteError  # noqa: E402
 from fusewright.errors import FusewrightWarning, NumericError, OutputError, RecipeError  # noqa: E402
 from fusewright.modules.linearise import linearise  # noqa: E402
+from fusewright.weights._fs import FileSystem  # noqa: E402
 from tiny_suite import PARAMETERS, built  # noqa: E402
 
 QUICK = {"steps": 4, "limit": 20, "progress": False}
@@ -296,14 +297,14 @@ def test_a_task_without_training_rows_is_refused(suite, tmp_path):
     refused(Suite("other", spec, suite.pool), tmp_path / "x", SuiteError, "no train split")
 
 
-@pytest.mark.parametrize("file", ["checkpoint.pt.partial", "adapter"])
+@pytest.mark.parametrize("file", ["checkpoint", "adapter"])
 def test_a_full_disk_is_a_refusal_after_which_the_run_goes_on(suite, tmp_path, monkeypatch, file):
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
         if file == "adapter":
             patch.setattr(peft.PeftModel, "save_pretrained", lambda *_: (_ for _ in ()).throw(full))
         else:
-            patch.setattr(descent.Path, "write_bytes", lambda *_: (_ for _ in ()).throw(full))
+            patch.setattr(FileSystem, "append", lambda *_: (_ for _ in ()).throw(full))
         refused(suite, tmp_path / "x", OutputError, "the disk is full", how="lora")
     assert fw.finetune(suite, "parity", how="lora", out=tmp_path / "x", **QUICK).path.is_dir()
 
