@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 from zipfile import ZipFile
 
 from ..errors import OutputError
@@ -58,7 +58,7 @@ def _write(path: Path, held: Mapping[str, Any]) -> None:
 
     file = _File(_fs.fs.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC))
     try:
-        torch.save(held, file)
+        torch.save(held, cast("IO[bytes]", file))
         _fs.fs.fsync(file.fd)
     except RuntimeError:
         if file.failed is not None:
