@@ -122,7 +122,7 @@ def test_a_union_of_types_is_named_with_all_its_members(run: Any) -> None:
     types = {each["name"]: each["type"] for each in card["parameters"]}
     assert types["preference"] == "object | array | null"
     text = run("methods", "pwe_moe").stdout
-    (line,) = [line for line in text.splitlines() if line.startswith("preference")]
+    (line,) = [line for line in text.splitlines() if line.split()[:2] == ["preference", "None"]]
     assert "object | array | null" in line
     ties = json.loads(run("methods", "ties", "--json").stdout)["parameters"]
     assert "object" not in next(each for each in ties if each["name"] == "density")["type"]

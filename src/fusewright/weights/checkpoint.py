@@ -69,8 +69,7 @@ def _write(path: Path, held: Mapping[str, Any]) -> None:
 
 
 class _File:
-    """Takes what torch writes. Torch's own writer says of a disk only that something was wrong, and
-    of another's error no more; this one remembers it."""
+    """Takes what torch writes, and remembers why it could not: torch's own error does not say."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
