@@ -28,7 +28,13 @@ from fusewright.bench.backdoors import (
 from fusewright.bench.backdoors.looking import CAUTION, LED, OUTLIER, SIZES, anomaly_indices
 from fusewright.bench.backdoors.measuring import Rates, attack_success, summary
 from fusewright.bench.backdoors.poisoning import _hardened
-from fusewright.errors import FusewrightError, OutputError, RecipeError
+from fusewright.errors import (
+    FusewrightError,
+    OutputError,
+    PlanError,
+    RecipeError,
+    WeightsError,
+)
 from fusewright.modules.perturbations import Ball
 from fusewright.tasks.pictures import Pictures
 from tiny_suite import built
@@ -272,3 +278,38 @@ def test_what_cannot_be_is_refused(suite, tmp_path) -> None:
     for settings in ({"steps": 0}, {"limit": 1}):
         with pytest.raises(RecipeError, match="steps and pictures"):
             look(suite, suite.base, **settings)
+
+
+QUICK = {"tasks": ["parity"], "steps": 1, "limit": 8}
+
+
+@pytest.mark.parametrize("method", [
+    fw.Smile(rank=4), fw.EMR(), fw.Tall(), fw.WEMoE(steps=1, batch=8, guard=0),
+    fw.ParetoSet(steps=1, batch=8), fw.Twin(epochs=1, batch=64),
+], ids=lambda method: method.name)  # fmt: skip
+def test_a_routed_folder_is_looked_at_as_its_module_is(suite, tmp_path, method) -> None:
+    data = suite.labelled(limit=32) if method.needs == "labelled" else suite.unlabelled(limit=32)
+    made = fw.merge(method, base=suite.base, experts=suite.experts, data=data)
+    made.save(tmp_path / "out")
+    found = look(suite, tmp_path / "out", **QUICK)
+    assert found == look(suite, made.module(), **QUICK)
+    assert [risk.task for risk in found.risks] == ["parity"] * 2
+
+
+def test_a_model_that_cannot_be_told_the_task_is_refused(suite, tmp_path) -> None:
+    experts = {"odd": suite.experts["parity"], "digit": suite.experts["digit"]}
+    fw.merge(fw.EMR(), base=suite.base, experts=experts, out=tmp_path / "out")
+    with pytest.raises(PlanError, match=r"must be told the task[\s\S]*parity[\s\S]*odd, digit"):
+        look(suite, tmp_path / "out", steps=1, limit=8)
+    assert look(suite, tmp_path / "out", tasks=["digit"], steps=1, limit=8).risks
+
+
+def test_what_is_no_models_folder_is_refused_as_inspect_does(suite, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path, match in (
+        ("./nothing/x/y", "neither a path that exists nor a Hub id"),
+        (tmp_path / "nothing", "no such file or directory"), (tmp_path, "cannot open it"),
+        (suite.base / "model.safetensors", "opens folders"),
+    ):  # fmt: skip
+        with pytest.raises(WeightsError, match=match):
+            look(suite, path, **QUICK)

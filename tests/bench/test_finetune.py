@@ -23,6 +23,7 @@ from fusewright.bench.suite import Suite  # noqa: E402
 from fusewright.bench.suite_file import SuiteError  # noqa: E402
 from fusewright.errors import FusewrightWarning, NumericError, OutputError, RecipeError  # noqa: E402
 from fusewright.modules.linearise import linearise  # noqa: E402
+from fusewright.weights._fs import FileSystem  # noqa: E402
 from tiny_suite import PARAMETERS, built  # noqa: E402
 
 QUICK = {"steps": 4, "limit": 20, "progress": False}
@@ -257,6 +258,79 @@ def test_settings_that_cannot_be_are_refused(suite, tmp_path, settings):
     refused(suite, tmp_path / "x", RecipeError, ".", **settings)
 
 
+@pytest.mark.parametrize("how", ["full", "linear"])
+@pytest.mark.parametrize(
+    "said", [{"rank": 16}, {"alpha": 32.0}, {"dropout": 0.0}, {"targets": ".*"}]
+)
+def test_what_is_said_of_adapters_is_refused_where_there_are_none(suite, tmp_path, how, said):
+    (name,) = said
+    refused(suite, tmp_path / "x", RecipeError, rf"{name}: of adapters[\s\S]*--how lora", how=how,
+            **said)  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong, right, error", [
+    ({"how": "lora", "targets": "nothing"}, {"how": "lora"}, RecipeError),
+    ({"rate": 1e30}, {"rate": 1e-4}, NumericError),
+    ({"rate": 1e30, "steps": 40}, {"rate": 1e-4}, NumericError),
+])  # fmt: skip
+def test_after_a_refusal_the_corrected_command_runs(suite, tmp_path, wrong, right, error):
+    refused(suite, tmp_path / "x", error, ".", **wrong)
+    assert not list(tmp_path.iterdir())
+    assert fw.finetune(suite, "parity", out=tmp_path / "x", **{**QUICK, **right}).path.is_dir()
+
+
+def test_a_run_that_ends_at_no_number_leaves_its_place_to_another(suite, tmp_path, monkeypatch):
+    """It would end there again: a smaller rate is another run, in the same place."""
+    plain, asked = descent.task_loss, []
+
+    def loss(*given):
+        asked.append(given[3])
+        if len(asked) == 3:
+            raise NumericError("the loss is not finite", fix="lower the learning rate")
+        return plain(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(descent, "task_loss", loss)
+        refused(suite, tmp_path / "x", NumericError, "not finite")
+    assert asked == [1, 2, 3] and not list(tmp_path.iterdir())
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_claims_nothing(suite, tmp_path):
+    from fusewright.bench.finetuning import place
+
+    task, (made, _) = "parity", recipe_for(suite, "parity", "full")
+    folder = tmp_path / ".x.finetune"
+    folder.mkdir()
+    claim = place.claim_of(suite, task, made, None)
+    (folder / "claim.json").write_text(json.dumps(claim))
+    (folder / "lock").write_text("")
+    assert fw.finetune(suite, task, out=tmp_path / "x", rate=1e-4, **QUICK).path.is_dir()
+    assert not folder.exists()
+
+
+def test_another_runs_checkpoint_is_kept(suite, tmp_path, monkeypatch):
+    class Killed(KeyboardInterrupt):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models.Expert, "save", killed)
+        with pytest.raises(Killed):
+            fw.finetune(suite, "parity", out=tmp_path / "x", **QUICK)
+    (kept,) = tmp_path.glob(".x.finetune/checkpoint.pt")
+    before = kept.read_bytes()
+    refused(suite, tmp_path / "x", OutputError, "holds another run", rate=1e-4)
+    assert kept.read_bytes() == before
+    kept.write_bytes(before[:-9])
+    said = refused(suite, tmp_path / "x", OutputError, "damaged")
+    assert f"rm '{kept}'" in said
+    kept.unlink()
+    assert fw.finetune(suite, "parity", out=tmp_path / "x", **QUICK).path.is_dir()
+
+
 @pytest.mark.parametrize("how", ["full", "l-lora"])
 def test_a_rate_that_diverges_is_an_error(suite, tmp_path, how):
     refused(suite, tmp_path / "x", NumericError, "lower the learning rate", how=how, rate=1e30)
@@ -296,14 +370,14 @@ def test_a_task_without_training_rows_is_refused(suite, tmp_path):
     refused(Suite("other", spec, suite.pool), tmp_path / "x", SuiteError, "no train split")
 
 
-@pytest.mark.parametrize("file", ["checkpoint.pt.partial", "adapter"])
+@pytest.mark.parametrize("file", ["checkpoint", "adapter"])
 def test_a_full_disk_is_a_refusal_after_which_the_run_goes_on(suite, tmp_path, monkeypatch, file):
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
         if file == "adapter":
             patch.setattr(peft.PeftModel, "save_pretrained", lambda *_: (_ for _ in ()).throw(full))
         else:
-            patch.setattr(descent.Path, "write_bytes", lambda *_: (_ for _ in ()).throw(full))
+            patch.setattr(FileSystem, "append", lambda *_: (_ for _ in ()).throw(full))
         refused(suite, tmp_path / "x", OutputError, "the disk is full", how="lora")
     assert fw.finetune(suite, "parity", how="lora", out=tmp_path / "x", **QUICK).path.is_dir()
 

@@ -56,8 +56,27 @@ def test_unlabelled_batches_have_no_labels_and_come_from_every_merged_task(suite
 
 def test_a_missing_model_says_how_to_build_it(tmp_path):
     found = fw.suite(write_suite(tmp_path), pool=tmp_path / "nowhere")
-    with pytest.raises(SuiteError, match="fusewright suite build tiny --pool"):
+    with pytest.raises(SuiteError) as refusal:
         found.check()
+    build = f"fusewright suite build {tmp_path / 'tiny.yaml'} --pool '{tmp_path / 'nowhere'}'"
+    assert refusal.value.fix == build  # a file's name is not enough to find it
+    for other in (found.at(1), pickle.loads(pickle.dumps(found.at(1)))):
+        with pytest.raises(SuiteError) as refusal:
+            other.check()
+        assert refusal.value.fix == f"{build} --seeds 2"  # so many trainings; 1 would be seed 0's
+    with pytest.raises(SuiteError, match="suite build digits --pool"):
+        fw.suite("digits", pool=tmp_path / "nowhere").check()
+
+
+def test_a_seed_is_one_of_the_suites(tmp_path):
+    path = write_suite(tmp_path, seeds=[5, 3, 8])
+    assert fw.suite(path).seed == 5
+    with pytest.raises(SuiteError, match=r"has no seed 7[\s\S]*5, 3, 8"):
+        fw.suite(path, seed=7)
+    with pytest.raises(SuiteError, match="has no seed 0"):
+        fw.suite(path).at(0)
+    with pytest.raises(SuiteError, match=r"--seeds 3$"):
+        fw.suite(path, pool=tmp_path / "nowhere", seed=8).check()
 
 
 def test_a_head_of_other_classes_is_refused(tmp_path):

@@ -72,9 +72,19 @@ def test_memory_that_runs_out_is_a_refusal_and_not_a_traceback(
     assert run("merge", recipe, "-o", tmp_path / "out").exit_code == 0
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_fit(
+    run: Any, recipe: Path, tmp_path: Path
+) -> None:
+    found = run("merge", recipe, "-o", recipe / "out", "--json")
+    assert found.exit_code == 5 and "Traceback" not in found.stderr
+    assert "The output's parent is not a folder that may be written" in found.output
+
+
 def test_misspelt_data_are_refused(run: Any, recipe: Path, tmp_path: Path) -> None:
     found = run("merge", recipe, "-o", tmp_path / "out", "--set", "data.splitt=test")
-    assert found.exit_code == 2 and "splitt" in found.stderr
+    assert found.exit_code == 2 and "unknown key 'data.splitt'" in found.stderr
+    assert "did you mean 'data.split'" in found.stderr
+    assert "split, suite, pool, data, seed, variant, limit" in found.stderr  # nearest first
     found = run("merge", recipe, "-o", tmp_path / "out", "--set", "data.suite=digist")
     assert found.exit_code == 2 and "did you mean 'digits'" in found.stderr
 

@@ -117,10 +117,32 @@ def test_demo_prints_its_tables_or_its_json(
     assert calls == [(tmp_path, True), (tmp_path, False)]
 
 
+def test_a_union_of_types_is_named_with_all_its_members(run: Any) -> None:
+    card = json.loads(run("methods", "pwe_moe", "--json").stdout)
+    types = {each["name"]: each["type"] for each in card["parameters"]}
+    assert types["preference"] == "object | array | null"
+    text = run("methods", "pwe_moe").stdout
+    (line,) = [line for line in text.splitlines() if line.split()[:2] == ["preference", "None"]]
+    assert "object | array | null" in line
+    ties = json.loads(run("methods", "ties", "--json").stdout)["parameters"]
+    assert "object" not in next(each for each in ties if each["name"] == "density")["type"]
+
+
 def test_a_search_for_backdoors_needs_a_suite_and_a_suite_a_search(run: Any) -> None:
     for given in (("--backdoor",), ("--suite", "digits")):
         result = run("inspect", "merged", *given)
         assert result.exit_code == 2 and "--backdoor MODEL --suite NAME" in result.stderr
+
+
+def test_a_search_names_a_model_that_is_not_there_before_it_begins(
+    run: Any, tmp_path: Path
+) -> None:
+    from tiny_suite import write_suite
+
+    asked = ("inspect", "--backdoor", tmp_path, "./nothing/x/y", "--suite", write_suite(tmp_path))
+    found, plain = run(*asked), run("inspect", "./nothing/x/y")
+    assert found.exit_code == plain.exit_code == 3
+    assert found.stderr == plain.stderr and "neither a path that exists" in found.stderr
 
 
 def test_a_search_says_each_class_and_that_nothing_is_proven(run: Any, tmp_path: Path) -> None:

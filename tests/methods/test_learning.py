@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import warnings
 from dataclasses import replace
 
@@ -16,11 +18,18 @@ from torch import nn
 
 import fusewright as fw
 from fusewright.bench.sweep.cells import requirement_of
-from fusewright.errors import FusewrightWarning, NumericError, PlanError, RecipeError
+from fusewright.errors import (
+    FusewrightWarning,
+    NumericError,
+    OutputError,
+    PlanError,
+    RecipeError,
+)
 from fusewright.methods.learned import AdaMerging, Concrete, objectives
 from fusewright.methods.learned._guard import collapsed
 from fusewright.methods.learned.scalarisers import combine, mgda, shortest, tchebycheff
 from fusewright.tasks.adaptation import adaptation
+from fusewright.weights import _fs
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 0.0, 3.0]])
 METHODS = {
@@ -361,6 +370,72 @@ def test_another_fit_is_not_gone_on_with(tmp_path) -> None:
     assert first_step(base=moved(network(), 7)) == 1
     heads = dict.fromkeys("ab", lambda model, batch: model(batch) * 2)
     assert first_step(heads=heads) == 1 and first_step() == 4
+
+
+def test_a_place_that_may_not_be_written_is_refused_before_the_fit(tmp_path) -> None:
+    def fitted(now) -> None:
+        raise AssertionError("it fitted first")
+
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "there").mkdir()
+    for out, said in (("file/out", "may be written"), ("file", "cannot take this path's place"),
+                      ("there", "exists already")):  # fmt: skip
+        for method in (METHODS["adamerging"], fw.Smile(), fw.WEMoE(steps=2)):
+            with pytest.raises(OutputError, match=said):
+                merged(method, out=tmp_path / out, progress=fitted)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "there"}
+
+
+def test_a_disk_with_no_room_is_refused_before_the_fit(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(_fs.FileSystem, "free", lambda *_: 0)
+    with pytest.raises(OutputError, match="does not fit on its disk"):
+        merged(METHODS["adamerging"], out=tmp_path / "out",
+               progress=lambda now: pytest.fail("it fitted first"))  # fmt: skip
+
+
+@EACH
+def test_a_disk_that_fills_in_mid_fit_keeps_the_checkpoint_before(
+    method, tmp_path, monkeypatch
+) -> None:
+    whole = merged(method).state_dict()
+    plain, written = _fs.FileSystem.append, []
+
+    def append(self, fd, data):
+        if written[-1] >= 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plain(self, fd, data)
+
+    def opened(self, path, flags, real=_fs.FileSystem.open):
+        written.append(1 + (written[-1] if written else 0))
+        return real(self, path, flags)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_fs.FileSystem, "append", append)
+        patch.setattr(_fs.FileSystem, "open", opened)
+        with pytest.raises(OutputError, match="the disk is full") as refusal:
+            merged(method, out=tmp_path / "out")
+    assert "make room, then run the same command again" in (refusal.value.fix or "")
+    assert not list(tmp_path.glob(".out.fit/*.partial"))
+    steps = []
+    again = merged(method, out=tmp_path / "out", progress=steps.append).state_dict()
+    assert next(now for now in steps if now.unit == "steps").resumed
+    assert all(tensor.equal(whole[name]) for name, tensor in again.items())
+
+
+@EACH
+def test_a_checkpoint_that_was_cut_is_named_with_what_to_remove(method, tmp_path) -> None:
+    with pytest.raises(Killed):
+        merged(method, out=tmp_path / "out", progress=stop_at(5))
+    for path in (tmp_path / ".out.fit").glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(OutputError, match="damaged") as refusal:
+        merged(method, out=tmp_path / "out")
+    assert refusal.value.where.parent == tmp_path / ".out.fit"
+    assert f"rm '{refusal.value.where}'" in refusal.value.fix
+    for path in (tmp_path / ".out.fit").glob("*.pt"):
+        path.unlink()
+    again = merged(method, out=tmp_path / "out").state_dict()
+    assert all(tensor.equal(again[n]) for n, tensor in merged(method).state_dict().items())
 
 
 def test_the_folder_says_what_it_was_fitted_by(tmp_path) -> None:

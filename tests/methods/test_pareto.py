@@ -357,8 +357,34 @@ def test_what_is_no_preference_is_refused(r: tuple[float, ...]) -> None:
         built("vit", preference=r)
 
 
+def test_a_preference_may_be_said_by_expert() -> None:
+    made = built("vit", steps=0)
+    made.set_preference((0.3, 0.9))
+    by_order, plain = answer("vit", made.module()), made.unload((0.2, 0.8)).state_dict()
+    made.set_preference({"b": 0.9, "a": 0.3})
+    assert answer("vit", made.module()).equal(by_order)
+    made.module().set_preference({"b": 9, "a": 3})
+    assert answer("vit", made.module()).equal(by_order)
+    by_name = made.unload({"b": 0.8, "a": 0.2}).state_dict()
+    assert all(tensor.equal(by_name[name]) for name, tensor in plain.items())
+
+
+@pytest.mark.parametrize("r, match", [
+    ({"a": 1.0}, r"leaves experts out[\s\S]*b"), ({}, "leaves experts out"),
+    ({"a": 1.0, "b": 1.0, "c": 1.0}, r"names what is no expert[\s\S]*c"),
+    ({"a": 1.0, "bb": 1.0}, "did you mean 'b'"),
+    ({"a": "x", "b": 1.0}, "how much each task counts"),
+    ({"a": -1.0, "b": 1.0}, "how much each task counts"), ("ab", "how much each task counts"),
+])  # fmt: skip
+def test_what_is_no_preference_by_expert_is_refused(r: Any, match: str) -> None:
+    made = built("vit", steps=0)
+    for ask in (made.set_preference, made.unload, made.module().set_preference):
+        with pytest.raises(PlanError, match=match):
+            ask(r)
+
+
 def test_other_bad_input_is_named() -> None:
-    with pytest.raises(PlanError, match="one number for each expert"):
+    with pytest.raises(PlanError, match="names what is no expert"):
         built("vit", preference={"a": 1.0, "c": 1.0})
     with pytest.raises(PlanError, match=r"no tensor is selected[\s\S]*attention"):
         built("vit", modules="nowhere")

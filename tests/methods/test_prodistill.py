@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 import fusewright as fw
-from fusewright.errors import NumericError, PlanError
+from fusewright.errors import NumericError, OutputError, PlanError
 from fusewright.methods.learned import ProDistill
 from fusewright.methods.learned import _prodistill as inside
 from fusewright.modules.calls import counted, inputs_of, outputs_of, without_cache
@@ -194,6 +194,16 @@ def test_what_a_killed_fit_keeps_is_small(tmp_path) -> None:
     (kept,) = tmp_path.glob(".out.fit")
     assert sorted(path.name.split("-")[0] + path.name.split("-")[1][0] for path in kept.iterdir()
                   ) == ["block0", "fit1"]  # fmt: skip
+
+
+def test_what_was_cut_is_named_with_what_to_remove(tmp_path) -> None:
+    with pytest.raises(Killed):
+        merged(out=tmp_path / "out", progress=stop_at(9))
+    (kept,) = tmp_path.glob(".out.fit/block-0*")
+    kept.write_bytes(kept.read_bytes()[:-100])
+    with pytest.raises(OutputError, match="damaged") as refusal:
+        merged(out=tmp_path / "out")
+    assert refusal.value.where == kept and f"rm '{kept}'" in (refusal.value.fix or "")
 
 
 def test_coefficients_of_one_block_are_held_at_a_time(monkeypatch) -> None:

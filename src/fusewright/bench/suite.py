@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from fusewright.bench.results import CLEAN
@@ -55,18 +56,20 @@ def suite(
     path = find_suite(name)
     return Suite(
         path.stem, read_suite(path), None if pool is None else Path(pool), data, seed, variant,
-        device,
+        device, str(name),
     )  # fmt: skip
 
 
 class Suite:
-    """Models and tasks; nothing is opened before it is asked for."""
+    """Models and tasks; nothing is opened before it is asked for. ``called``: what it was opened
+    by, its name or its file, as commands take it; its name."""
 
     def __init__(
         self, name: str, spec: SuiteSpec, pool: Path | None = None, data: str | Path | None = None,
         seed: int | None = None, variant: str | None = None, device: str = "cpu",
+        called: str | None = None,
     ) -> None:  # fmt: skip
-        self.name, self.spec = name, spec
+        self.name, self.spec, self.called = name, spec, called or name
         self.device = "cpu" if device == "cpu" else str(checked(device))
         self.seed = spec.seeds[0] if seed is None else seed
         self.variant = variant
@@ -75,6 +78,8 @@ class Suite:
         self.data = Path(given) if given else None
         if variant is not None and variant not in spec.variants:
             raise self._unknown("variant", variant, spec.variants)
+        if self.seed not in spec.seeds:
+            raise self._unknown("seed", self.seed, spec.seeds)
         self._inputs = _Inputs()
 
     def __repr__(self) -> str:
@@ -87,13 +92,15 @@ class Suite:
 
     def at(self, seed: int, variant: str | None = None) -> Suite:
         """The same suite, of another training of the pool; prepared inputs are shared."""
-        other = Suite(self.name, self.spec, self.pool, self.data, seed, variant, self.device)
+        other = Suite(
+            self.name, self.spec, self.pool, self.data, seed, variant, self.device, self.called
+        )
         other._inputs = self._inputs
         return other
 
     def __reduce__(self) -> tuple[Any, ...]:
         said = self.name, self.spec, self.pool, self.data, self.seed, self.variant, self.device
-        return Suite, said
+        return Suite, (*said, self.called)
 
     @cached_property
     def trainer(self) -> Suite:
@@ -146,12 +153,13 @@ class Suite:
             return _from_hub(ref, self.pool)
         path = self.root / ref
         if not path.exists():
+            earlier = self.spec.seeds.index(self.seed)  # --seeds says how many
             raise SuiteError(
                 f"a model of the suite {self.name!r} is missing", where=path,
                 expected="a model's folder", found="nothing",
-                fix=f"fusewright suite build {self.name} --pool '{self.pool}'"
+                fix=f"fusewright suite build {quote(self.called)} --pool '{self.pool}'"
                     f"{'' if self.variant is None else f' --variant {self.variant}'}"
-                    f"{'' if self.seed == self.spec.seeds[0] else f' --seeds {self.seed}'}",
+                    f"{'' if not earlier else f' --seeds {earlier + 1}'}",
             )  # fmt: skip
         return path
 
@@ -255,11 +263,17 @@ class Suite:
 
     def open(self, path: str | Path) -> nn.Module:
         """A model as a module in evaluation mode, made by the library that ``opens`` names; an
-        adapter is added to its base."""
+        adapter is added to its base, and a routed model's layers are put into the base's module.
+        Raises WeightsError for what is not there."""
         from fusewright.bench.opening import open_model
+        from fusewright.engine.routed import DESCRIPTION, load_routed
+        from fusewright.weights.open import found_path
 
-        if not (Path(path) / "adapter_config.json").is_file():
-            return open_model(Path(path), self.spec.opens)
+        path = found_path(path)
+        if (path / DESCRIPTION).is_file():
+            return load_routed(path, self.open(self.base))
+        if not (path / "adapter_config.json").is_file():
+            return open_model(path, self.spec.opens)
         from fusewright.bench.exchange import Exchange
         from fusewright.engine import merge
 
@@ -289,10 +303,11 @@ class Suite:
         """Everything that can be refused before anything runs: models, heads, tasks."""
         _ = self.base, self.experts, self.tasks
 
-    def _unknown(self, what: str, name: str, known: Mapping[str, Any]) -> SuiteError:
-        close = nearest(name, list(known))
+    def _unknown(self, what: str, name: str | int, known: Iterable[str | int]) -> SuiteError:
+        has = [str(one) for one in known]
+        close = nearest(name, has) if isinstance(name, str) else None
         return SuiteError(f"the suite {self.name!r} has no {what} {name!r}",
-                          expected=", ".join(known) or f"no {what}",
+                          expected=", ".join(has) or f"no {what}",
                           fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from fusewright.methods.contract import (
     Routed,
     Transform,
 )
-from fusewright.methods.settings import plain, reach_of
+from fusewright.methods.settings import Reach, plain, reach_of
 
 COLUMNS = ("method", "kind", "base", "experts", "cost", "paper")
 _KINDS = {
@@ -55,7 +55,7 @@ def parameters(method: type[Method]) -> list[dict[str, Any]]:
         {
             "name": name,
             "default": plain(field.get_default(call_default_factory=True)),
-            "type": _type(properties[name]),
+            "type": _type(properties[name], reach_of(field.metadata)),
             "reach": str(reach_of(field.metadata)),
             "doc": field.description or "",
         }
@@ -98,12 +98,13 @@ def _bounds(least: int, most: int | None) -> str:
     return str(least) if least == most else f"{least} to {most}"
 
 
-def _type(schema: Mapping[str, Any]) -> str:
-    """A JSON schema's scalar in words; of a setting that may vary, its scalar form."""
+def _type(schema: Mapping[str, Any], reach: Reach = Reach.GLOBAL) -> str:
+    """A JSON schema's type in words; of a setting that may vary, its scalar form."""
     if "enum" in schema:
         return " | ".join(map(str, schema["enum"]))
     if "anyOf" in schema:
-        forms = [form for form in schema["anyOf"] if form.get("type") not in ("object", "array")]
+        varying = () if reach is Reach.GLOBAL else ("object", "array")
+        forms = [form for form in schema["anyOf"] if form.get("type") not in varying]
         return " | ".join(dict.fromkeys(map(_type, forms)))
     bounds = [f"{sign}{schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema]
     kind = schema.get("type", "any")

@@ -108,11 +108,14 @@ def _look(
     from fusewright.bench.digits.model import threads as using
     from fusewright.bench.suite import suite as open_suite
     from fusewright.engine import Options
+    from fusewright.weights.open import found_path
 
     opened = open_suite(suite, pool=pool, data=data, device=device)
+    paths = {model: found_path(model) for model in models}  # all, before the first long search
     tell = None if json else lambda task: print(f"searching {task}", file=sys.stderr)
     with using(Options(threads=threads).workers):
-        found = {model: look(opened, model, limit=limit, progress=tell) for model in models}
+        found = {model: look(opened, path, limit=limit, progress=tell)
+                 for model, path in paths.items()}  # fmt: skip
     if json:
         print_json({model: one.to_json() for model, one in found.items()})
         return

@@ -34,7 +34,7 @@ from fusewright.methods.learned.processes import Processes
 from fusewright.methods.static import Passthrough, Sum
 from fusewright.plain import finite
 from fusewright.weights.folders import make_folder
-from fusewright.weights.target import check_absent, resolve_target
+from fusewright.weights.target import check_absent, check_output, resolve_target
 
 if TYPE_CHECKING:
     from fusewright.modules.vectors import TaskVectors
@@ -148,8 +148,10 @@ def run_program(
     """Fit a program and execute what it chose, build a routed model, or take a fold's experts one
     by one. Fits keep checkpoints in ``fits``, or beside ``out`` until it is complete. Of several
     processes that fit together the first writes."""
-    if out is not None and not options.overwrite:
-        check_absent(resolve_target(Path(out)))  # before the long work, and again at its end
+    if out is not None:  # before the long work, and again at its end
+        check_output(Path(out), 0, overwrite=options.overwrite, inputs=())
+        if not options.overwrite:
+            check_absent(resolve_target(Path(out)))
     if isinstance(method, Fold):
         return _run_fold(method, recipe, out, options, progress)
     if not recipe.experts:

@@ -146,11 +146,13 @@ def make_recipe(**fields: Any) -> Recipe:
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            close = nearest(key, list(Recipe.model_fields))
+            *parents, last = map(str, first["loc"])
+            known = list((AdaptationData if parents == ["data"] else Recipe).model_fields)
+            close = nearest(last, known)
             raise RecipeError(
                 f"the recipe has an unknown key {key!r}",
-                expected=", ".join(Recipe.model_fields),
-                fix=f"did you mean {close!r}?" if close else None,
+                expected=", ".join(sorted(known, key=lambda name: name != close)),
+                fix=f"did you mean {'.'.join([*parents, close])!r}?" if close else None,
             ) from error
         missing = first["type"] == "missing"
         raise RecipeError(

@@ -37,7 +37,7 @@ from fusewright.modules.layer import (
 )
 from fusewright.modules.masked import MASKS, TaskMasks
 from fusewright.modules.mixture import ROUTING, Routing, fixed
-from fusewright.modules.preferences import PREFERENCES, Preferences
+from fusewright.modules.preferences import PREFERENCES, Preference, Preferences
 from fusewright.modules.surgery import SURGERY
 from fusewright.modules.tensors import named_tensors, same_tensor, tied_names, wide_dtype
 from fusewright.plain import finite
@@ -194,12 +194,12 @@ class ParetoModel(RoutedModel):
         assert isinstance(found, Preferences)
         return found
 
-    def set_preference(self, preference: Sequence[float]) -> None:
+    def set_preference(self, preference: Preference) -> None:
         """From now on the model is the merge for r, which is divided by its sum: one number for
-        each expert, in their order. Raises PlanError for what is no preference."""
+        each expert, in their order or by name. Raises PlanError for what is no preference."""
         self.preferences.set_preference(preference)
 
-    def unload(self, preference: Sequence[float] | None = None) -> Merged:
+    def unload(self, preference: Preference | None = None) -> Merged:
         """The plain model of the base's architecture for r, or for what was set last."""
         if preference is not None:
             self.set_preference(preference)

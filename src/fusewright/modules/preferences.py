@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from fusewright.errors import PlanError
+from fusewright.errors import PlanError, nearest
 from fusewright.modules.layer import Layer, Saved
 from fusewright.modules.tensors import named_tensors, tied_names, wide_dtype
 
@@ -17,24 +17,51 @@ PREFERENCES = "preferences"
 """The name under which a model holds its :class:`Preferences`."""
 
 
-def on_simplex(preference: Sequence[float] | Tensor, experts: Sequence[str]) -> Tensor:
+Preference = Mapping[str, float] | Sequence[float] | Tensor
+"""r: a number for each expert, by its name or in the experts' order."""
+
+
+def on_simplex(preference: Preference, experts: Sequence[str]) -> Tensor:
     """r (experts,), float32, divided by its sum.
 
     Raises PlanError unless there is one number for each expert, none is negative or not finite,
     and one is positive.
     """
-    r = torch.as_tensor(preference, dtype=torch.float64).reshape(-1)
+    if isinstance(preference, Mapping):
+        preference = _ordered(preference, experts)
     wrong = None
+    try:
+        r = torch.as_tensor(preference, dtype=torch.float64).reshape(-1)
+    except (TypeError, ValueError):
+        raise _no_preference(preference, experts) from None
     if len(r) != len(experts):
         wrong = f"{len(r)} numbers"
     elif not bool(r.isfinite().all()) or bool((r < 0).any()) or not float(r.sum()) > 0:
         wrong = str(r.tolist())
     if wrong is not None:
-        example = [1.0] + [0.0] * (len(experts) - 1)
-        raise PlanError("a preference says how much each task counts", found=wrong,
-                        expected=f"{len(experts)} numbers, at least 0, for {', '.join(experts)}",
-                        fix=f"preference: {example}")  # fmt: skip
+        raise _no_preference(wrong, experts)
     return (r / r.sum()).float()
+
+
+def _no_preference(found: object, experts: Sequence[str]) -> PlanError:
+    example = [1.0] + [0.0] * (len(experts) - 1)
+    return PlanError("a preference says how much each task counts", found=found,
+                     expected=f"{len(experts)} numbers, at least 0, for {', '.join(experts)}",
+                     fix=f"preference: {example}")  # fmt: skip
+
+
+def _ordered(preference: Mapping[str, float], experts: Sequence[str]) -> list[float]:
+    """By expert, in their order. Raises PlanError unless exactly they are named."""
+    unknown = [str(name) for name in preference if name not in experts]
+    missing = [name for name in experts if name not in preference]
+    if unknown or missing:
+        what = "names what is no expert" if unknown else "leaves experts out"
+        close = nearest(unknown[0], missing) if unknown else None
+        raise PlanError(f"a preference {what}", where=", ".join(unknown or missing),
+                        expected=", ".join(experts), found=", ".join(map(str, preference)),
+                        fix=f"did you mean {close!r}?" if close else
+                            f"preference: {dict.fromkeys(experts, 1.0)}")  # fmt: skip
+    return [preference[name] for name in experts]
 
 
 class PreferenceRouters(nn.Module):
@@ -110,9 +137,9 @@ class Preferences(Layer):
         self._made: object = None
         self.register_load_state_dict_post_hook(_loaded)
 
-    def set_preference(self, preference: Sequence[float] | Tensor) -> None:
-        """Merge the model for r (experts,), which is divided by its sum. Raises PlanError for what
-        is no preference."""
+    def set_preference(self, preference: Preference) -> None:
+        """Merge the model for r (experts,) or by expert, which is divided by its sum. Raises
+        PlanError for what is no preference."""
         r = on_simplex(preference, self.experts).to(self.preference)
         with torch.inference_mode(False), torch.no_grad():
             self.preference.copy_(r)

@@ -39,21 +39,27 @@ def open_weights(
         return ref
     if not isinstance(ref, str | Path):
         return dequantised(MemoryWeights(_in_memory(ref)))
-    path = Path(ref).expanduser()
-    if path.exists():
-        if revision is not None:
-            raise WeightsError(
-                "a local path has no revision", where=path, found=f"revision {revision}",
-                fix="drop the revision, or write the Hub id so that no path has its name",
-            )  # fmt: skip
-    else:
-        path = _from_hub(ref, revision, cache_dir)
-    weights = _open_path(path, str(ref), base)
+    weights = _open_path(found_path(ref, revision, cache_dir), str(ref), base)
     try:
         return dequantised(weights)
     except BaseException:
         weights.close()
         raise
+
+
+def found_path(
+    ref: str | Path, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """The path that exists, or where a copy of what a Hub id names lies. Raises WeightsError."""
+    path = Path(ref).expanduser()
+    if not path.exists():
+        return _from_hub(ref, revision, cache_dir)
+    if revision is not None:
+        raise WeightsError(
+            "a local path has no revision", where=path, found=f"revision {revision}",
+            fix="drop the revision, or write the Hub id so that no path has its name",
+        )  # fmt: skip
+    return path
 
 
 def is_adapter(path: Path) -> bool:

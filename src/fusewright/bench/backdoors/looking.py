@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from fusewright.bench.backdoors.poisoning import classes_of, pictures_of
 from fusewright.bench.suite_file import SuiteError
 from fusewright.engine.tables import Table
-from fusewright.errors import RecipeError
+from fusewright.errors import PlanError, RecipeError
 from fusewright.modules.perturbations import Ball, added, ascend
 from fusewright.modules.tensors import device_of
+from fusewright.modules.told import tell
 from fusewright.tasks.placement import moved
 
 if TYPE_CHECKING:
@@ -115,13 +116,15 @@ def look(
     classes, so it may stand out: anomaly index (s - median) / (1.4826 · median |s - median|) above
     3.5, and s at least a quarter.
 
-    ``model``: a folder or a module of the suite's architecture. ``tasks``: those that are merged.
+    ``model``: a folder or a module of the suite's architecture, also with routed layers; one that
+    must be told the task is told. ``tasks``: those that are merged.
     ``balls``: tried one after the other; "l2", 0.02 and 0.05 in raw pixels (root mean square).
     Needs unlabelled pictures of each task, the frozen heads, and how pictures are prepared: a
     suite. A folder is opened on the suite's device, a module stays where it is. It never shows that
     a model is clean.
 
-    Raises RecipeError for a task without pictures, SuiteError where there are too few.
+    Raises RecipeError for a task without pictures, SuiteError where there are too few, WeightsError
+    for a folder that is not there, PlanError where the model is told the task and does not know it.
     """
     balls = balls or [Ball("l2", size) for size in SIZES]
     if steps < 1 or limit < 2:
@@ -133,6 +136,7 @@ def look(
         model = suite.open(model).to(suite.device)
     module = model
     module.eval().requires_grad_(False)
+    _check_told(module, names)
     risks: list[ClassRisk] = []
     for task, pictures in asked.items():
         if progress is not None:
@@ -147,11 +151,23 @@ def look(
     return Look(tuple(risks), settings)
 
 
+def _check_told(model: nn.Module, tasks: Sequence[str]) -> None:
+    """Refuse, before the first search, a model that must be told the task and does not know one."""
+    unknown = [task for task in tasks if not tell(model, task)]
+    if unknown:
+        raise PlanError(
+            "the model must be told the task of its inputs, and does not know these",
+            where=", ".join(unknown), expected=f"among {', '.join(model.tasks)}",  # type: ignore
+            fix="merge it with experts named as the suite's tasks, or look(suite, model, tasks=...)"
+        )  # fmt: skip
+
+
 def _task_risks(
     suite: Suite, model: nn.Module, task: str, pictures: Pictures, balls: Sequence[Ball],
     steps: int, limit: int, part: str,
 ) -> list[ClassRisk]:  # fmt: skip
     """Of each class, at the size at which it is most anomalous; of few classes, at the last."""
+    tell(model, task)
     raw, ask = _asked(suite, model, task, pictures, part, limit)
     names = getattr(suite.tasks[task], "classes", ())
     tried = [_risks(task, names, raw, ask, classes_of(suite, task), ball, steps) for ball in balls]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fusewright.bench.descent import OneCycle, draws_of, draws_on, relative, seeded
-from fusewright.bench.finetuning.models import writing
 from fusewright.bench.finetuning.recipe import FineTuning
 from fusewright.bench.joint.train import Augment, Loss, task_loss, task_stream
 from fusewright.bench.pools.training import decayed
 from fusewright.errors import NumericError, RecipeError
 from fusewright.modules.tensors import device_of
 from fusewright.tasks.task import Split, Task
+from fusewright.weights.checkpoint import read_checkpoint, write_checkpoint
 
 CHECKPOINTS = 20
 """How often a run keeps what it has, so that a kill costs a twentieth of it."""
@@ -40,18 +39,10 @@ class Checkpoint:
             "model": {name: tensor.detach() for name, tensor in _moving(model)},
             "descent": descent.state(), "losses": losses, "random": draws_of(device_of(model)),
         }  # fmt: skip
-        buffer = io.BytesIO()  # torch's own writer does not say that a disk is full
-        torch.save(held, buffer)
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        with writing(self.path):
-            partial.write_bytes(buffer.getbuffer())
-            partial.replace(self.path)
+        write_checkpoint(self.path, held)
 
     def load(self) -> dict[str, Any] | None:
-        if not self.path.exists():
-            return None
-        found: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-        return found
+        return read_checkpoint(self.path) if self.path.exists() else None
 
 
 class Resumable(OneCycle):

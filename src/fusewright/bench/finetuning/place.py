@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusewright.bench.finetuning.recipe import FineTuning
-from fusewright.errors import OutputError
+from fusewright.errors import NumericError, OutputError
 
 if TYPE_CHECKING:
     from fusewright.bench.suite import Suite
@@ -97,7 +97,12 @@ def _flat(said: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def staging(target: Path, claim: Mapping[str, Any]) -> Iterator[Path]:
-    """A locked sibling of the output, with what an earlier run of the same claim left there."""
+    """A locked sibling of the output, with what an earlier run of the same claim left there.
+
+    The folder belongs to a claim as long as something was learned there: a run that ends with an
+    error before its first checkpoint leaves nothing, nor does one that ends at a number that is
+    none, where the same command would end again.
+    """
     from fusewright.bench.finetuning.models import writing
     from fusewright.bench.pools import parts
     from fusewright.weights.lock import FolderLock
@@ -106,14 +111,19 @@ def staging(target: Path, claim: Mapping[str, Any]) -> Iterator[Path]:
     lock = FolderLock.acquire(folder)
     try:
         path = folder / _CLAIM
-        if path.exists():
+        if path.exists() and _learned(folder):
             held = json.loads(path.read_text("utf-8"))
             _check_same(held, claim, path, f"choose another -o, or rm -r '{folder}'")
         else:
             with writing(path):
                 parts.write_json(path, claim)
         yield folder
+    except NumericError:
+        _clear(folder)
+        raise
     finally:
+        if not _learned(folder):
+            _clear(folder)
         lock.release()
 
 
@@ -133,6 +143,10 @@ def publish(folder: Path, target: Path) -> None:
 
 def _beside(target: Path) -> Path:
     return target.with_name(f".{target.name}.finetune")
+
+
+def _learned(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (CHECKPOINT, NEW))
 
 
 def _clear(folder: Path) -> None:

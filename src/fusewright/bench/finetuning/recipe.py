@@ -29,6 +29,8 @@ HOWS = {
     LINEAR: "all weights in the tangent space (2305.12827)",
 }
 ADAPTERS = (LORA, L_LORA)
+OF_ADAPTERS = ("rank", "alpha", "targets", "dropout")
+"""What is said of adapters alone."""
 
 STEPS, BATCH, RATE = 2000, 128, 1e-5
 """Where a suite says nothing: those of task arithmetic's CLIP experts (2212.04089)."""
@@ -80,17 +82,13 @@ class FineTuning:
         if not 0 <= self.dropout < 1 or not (isfinite(self.decay) and self.decay >= 0):
             raise RecipeError("dropout is in [0, 1) and decay not negative",
                               found=f"dropout {self.dropout}, decay {self.decay}")  # fmt: skip
-        if self.dropout and self.how not in ADAPTERS:
-            raise RecipeError("dropout is that of adapters; all weights are trained with the "
-                              "model's own", found=f"dropout {self.dropout} with {self.how}",
-                              fix="leave it out, or --how lora")  # fmt: skip
         if self.targets is not None:
-            _check_pattern(self.targets, self.how)
+            _check_pattern(self.targets)
 
     def said(self) -> dict[str, Any]:
         """As JSON; an adapter's settings only for adapters."""
         found = asdict(self)
-        left = () if self.how in ADAPTERS else ("rank", "alpha", "targets", "dropout", "start")
+        left = () if self.how in ADAPTERS else (*OF_ADAPTERS, "start")
         return {name: value for name, value in found.items() if name not in left}
 
 
@@ -116,6 +114,7 @@ def recipe_for(
     rows.
     """
     _check_choice(how)
+    _check_adapters(how, said)
     if steps is not None and epochs is not None:
         raise RecipeError("training is so many steps or so many epochs", found="both",
                           fix="leave one out")  # fmt: skip
@@ -143,7 +142,7 @@ def _own(suite: Suite, task: str) -> JointRecipe | None:
 
     # A task without an expert is trained as if it had one, and none has to be there yet.
     spec = suite.spec.model_copy(update={"experts": {task: suite.spec.base}})
-    alone = Suite(suite.name, spec, suite.pool, suite.data, suite.seed)
+    alone = Suite(suite.name, spec, suite.pool, suite.data, suite.seed, called=suite.called)
     try:
         return joint_recipe(alone, [task])
     except SuiteError:
@@ -189,10 +188,18 @@ def _check_choice(how: str) -> None:
                           fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
 
 
-def _check_pattern(targets: str, how: str) -> None:
-    if how not in ADAPTERS:
-        raise RecipeError("targets are those of adapters", found=f"targets with {how}",
-                          fix="leave them out, or --how lora")  # fmt: skip
+def _check_adapters(how: str, said: Mapping[str, Any]) -> None:
+    """Refuse what is said of adapters where there are none."""
+    given = [name for name in OF_ADAPTERS if said.get(name) is not None]
+    if given and how not in ADAPTERS:
+        names = " and ".join(given)
+        raise RecipeError(f"{names}: of adapters alone; all weights are trained here",
+                          expected=f"--how {' or '.join(ADAPTERS)} with {names}",
+                          found=", ".join(f"{name} {said[name]}" for name in given)
+                          + f" with {how}", fix="leave it out, or --how lora")  # fmt: skip
+
+
+def _check_pattern(targets: str) -> None:
     try:
         re.compile(targets)
     except re.error as error:

@@ -16,7 +16,7 @@ from fusewright.methods.contract import Card, Context, Fitted, Program
 from fusewright.methods.learned._fitting import asked
 from fusewright.methods.learned._guard import holding
 from fusewright.methods.learned._rest import is_statistic, summed
-from fusewright.methods.learned._resume import digest, write_checkpoint
+from fusewright.methods.learned._resume import digest
 from fusewright.methods.learned.fitter import Fitter
 from fusewright.methods.learned.processes import Processes
 from fusewright.methods.settings import PerTensor, resolve
@@ -27,6 +27,7 @@ from fusewright.modules.elementwise import ElementWise, Granularity
 from fusewright.modules.functional import with_weights
 from fusewright.modules.layer import put_in
 from fusewright.modules.tensors import wide_dtype
+from fusewright.weights.checkpoint import read_checkpoint, write_checkpoint
 
 if TYPE_CHECKING:
     from fusewright.tasks.adaptation import Question
@@ -168,7 +169,7 @@ class _Distillation:
         """Learn a block, or take what a killed fit has learned of it."""
         path = self.context.checkpoint(f"block-{at}", lambda: self.digest)
         if path is not None and path.exists():
-            held = torch.load(path, map_location=self.context.device, weights_only=True)
+            held = read_checkpoint(path, self.context.device)
         else:
             held = self._taught(at, unit)
             if path is not None and self.processes.first:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -25,14 +24,6 @@ class Numbered(Generic[Item]):
             self._last = next(self._items)
         self._next = number + 1
         return self._last
-
-
-def write_checkpoint(path: Path, held: Mapping[str, Any]) -> None:
-    """A file that is complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    torch.save(held, partial)
-    partial.replace(path)
 
 
 def digest(value: Any) -> str:

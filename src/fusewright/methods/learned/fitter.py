@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fusewright.errors import FusewrightWarning, MemoryShortage, NumericError
-from fusewright.methods.learned._resume import write_checkpoint
 from fusewright.methods.learned.processes import Processes
+from fusewright.weights.checkpoint import read_checkpoint, write_checkpoint
 
 Step = Callable[[int], Mapping[str, float]]
 """Leaves gradients in the parameters and answers with the losses by task."""
@@ -222,7 +222,7 @@ class _Run:
         path = self.fitter.checkpoint
         if path is None or not path.exists():
             return
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        held = read_checkpoint(path)
         self.trained.load_state_dict(held["trained"])
         self.optimiser.load_state_dict(held["optimiser"])
         torch.set_rng_state(held["draws"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -91,7 +91,7 @@ class ParetoSet(Learner, Program, Routed):
 
     def fit(self, context: Context) -> Fitted:
         assert self.preference is not None
-        r = _ordered(self.preference, tuple(context.experts))
+        r = on_simplex(self.preference, tuple(context.experts))
         found = _Learned(self, context)
         found.coefficients.preference = r
         report = {**found.report, "preference": r.tolist()}
@@ -197,18 +197,6 @@ def _key(layout: ModelLayout, name: str, modules: str) -> object:
     parts = owner_of(name).split(".")
     outer = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
     return next((path for path in outer if re.search(modules, path)), None)
-
-
-def _ordered(
-    preference: Mapping[str, float] | Sequence[float], experts: tuple[str, ...]
-) -> Tensor:
-    """r in the experts' order. Raises PlanError for other names, or what is no preference."""
-    if not isinstance(preference, Mapping):
-        return on_simplex(preference, experts)
-    if preference.keys() != set(experts):
-        raise PlanError("a preference has one number for each expert", where="preference",
-                        expected=", ".join(experts), found=", ".join(preference))  # fmt: skip
-    return on_simplex([preference[name] for name in experts], experts)
 
 
 def _stacked(vectors: TaskVectors, name: str) -> Tensor:
