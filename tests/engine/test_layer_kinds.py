@@ -195,7 +195,7 @@ def test_a_base_of_other_shapes_is_refused(folder: Path) -> None:
 def test_every_built_in_kind_is_known_in_a_fresh_process_whatever_packages_offer() -> None:
     own = [k for k, cls in layer_kinds().items() if cls.__module__.startswith("fusewright.")]
     code = f"""
-import fusewright.engine.routed as engine
+import fusewright.engine.routed_folder as engine
 del engine.registry.registry  # a package whose import fails
 for kind in {own!r}:
     engine._kind(kind, "", {{}})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fusewright.engine.routed as engine
+import fusewright.engine.routed_folder as engine
 from fusewright.methods.contract import Card, Context, Fitted, Method, Parts, Program, Routed
 from fusewright.methods.learned import asked
 from fusewright.methods.routed import WEMoE

@@ -266,7 +266,7 @@ class Suite:
         adapter is added to its base, and a routed model's layers are put into the base's module.
         Raises WeightsError for what is not there."""
         from fusewright.bench.opening import open_model
-        from fusewright.engine.routed import DESCRIPTION, load_routed
+        from fusewright.engine.routed_folder import DESCRIPTION, load_routed
         from fusewright.weights.open import found_path
 
         path = found_path(path)

@@ -134,7 +134,7 @@ def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
     Of a routed model, ``module`` is the base's architecture where its config does not say it; it
     is changed.
     """
-    from fusewright.engine.routed import DESCRIPTION, load_routed
+    from fusewright.engine.routed_folder import DESCRIPTION, load_routed
 
     if (Path(path) / DESCRIPTION).is_file() or any(Path(path).glob(f"{ROUTED_STEM}*.safetensors")):
         return load_routed(Path(path), module)
