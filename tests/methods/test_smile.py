@@ -306,6 +306,19 @@ def test_transformers_refuses_a_folder_whose_layers_it_would_leave_out(tmp_path)
         assert all(again.state_dict()[n].equal(t) for n, t in made.state_dict().items())
 
 
+def test_convolutions_beside_linear_maps_stay_the_bases() -> None:
+    """Stages of Segformer begin with one."""
+    kinds = {"num_encoder_blocks": 1, "depths": [1], "sr_ratios": [1], "hidden_sizes": [16],
+             "patch_sizes": [3], "strides": [2], "num_attention_heads": [2], "mlp_ratios": [2],
+             "decoder_hidden_size": 8}  # fmt: skip
+    base = base_of(lambda: transformers.SegformerModel(transformers.SegformerConfig(**kinds)))
+    made = fw.merge(Smile(rank=4, gate=2), base=base, experts={"a": expert_of(base, 1)})
+    assert not any(isinstance(layer.base, nn.Conv2d) for _, layer in made._layers())
+    left = made.report["fitted"]["left"]
+    assert any("patch_embeddings.proj" in name for name in left)
+    assert any("dwconv" in name for name in left) and not any("fc1" in name for name in left)
+
+
 def test_running_statistics_are_the_experts_mean_and_norms_the_bases() -> None:
     base = base_of(resnet)
     experts = {name: moved(expert_of(base, seed), seed) for seed, name in enumerate("ab", 1)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 from warnings import warn
 
@@ -45,9 +45,10 @@ class Smile(Routed):
     ΔW_t = U_t Σ_t V_tᵀ; y = W_0 x + b_0 + Σ_{t ∈ top} p_t (U_{t,:k} Σ_{t,:k} V_{t,:k}ᵀ x + Δb_t),
     p = softmax(‖V_{t,:g}ᵀ x‖_2), the ``top`` largest renormalised.
 
-    In every linear map of the blocks: Linear, Conv1D, q, k, v and out of ``nn.MultiheadAttention``,
-    and convolutions of one group, where x are patches and a token is a place of the answer; the
-    paper has no convolutions.
+    In every linear map of the blocks: Linear, Conv1D, q, k, v and out of ``nn.MultiheadAttention``;
+    in a model whose blocks have none, as a ResNet, in their convolutions of one group, where x are
+    patches and a token is a place of the answer. The paper has no convolutions, and beside linear
+    maps they cost: those between the stages of vision-mini's model 1.1 points.
 
     ``rank``: k, 32, and ``gate``: g, 16: the paper's smaller setting of CLIP, 1.6 times the
     parameters. ``top``: 1; more experts did worse there. ``rest``: λ, 0; all other tensors, those
@@ -88,7 +89,8 @@ class Smile(Routed):
         found: dict[str, Layer] = {}
         of_tensors: dict[object, RoutedLinear] = {}
         taken: dict[str, list[Span]] = defaultdict(list)
-        for linear in _routed(Users(described, model, vectors), vectors):
+        users = Users(described, model, vectors)
+        for linear in _routed(users, vectors):
             base = part_of(linear, model)
             if (tied := of_tensors.get(tensors_of(linear))) is None:
                 layer = self._layer(linear, base, vectors)
@@ -106,7 +108,7 @@ class Smile(Routed):
         rest = untaken(vectors, taken, model)
         scaled = rest.select(lambda name: self._is_scaled(name, context))
         left = changed(rest.select(lambda name: name not in scaled.base))
-        maps = {name for name, linear in described.linears.items() if linear.block is not None}
+        maps = {linear.weight for linear in _inside(described.linears.values())}
         warn_of_left([n for n in left if n in maps], "stay the base's, unless `rest` is for them")
         layers = {**opened(found, model), **found}
         return Parts(layers, summed(context, scaled, self.rest), {"left": left})
@@ -129,9 +131,15 @@ class Smile(Routed):
         return RoutedLinear(base, up, down, gate, bias, self.top)
 
 
+def _inside(maps: Iterable[LinearMap]) -> list[LinearMap]:
+    """The linear maps of blocks; if there are none, their convolutions."""
+    inside = [linear for linear in maps if linear.block is not None]
+    return [linear for linear in inside if not linear.kernel] or inside
+
+
 def _routed(users: Users, vectors: TaskVectors) -> list[LinearMap]:
-    """The maps of blocks that an expert changes."""
-    owned = users.owned(linear for linear in users.maps if linear.block is not None)
+    """Those that an expert changes."""
+    owned = users.owned(_inside(users.maps))
     moved = [linear for linear in owned
              if any(bool(delta.norm2() > 0) for delta in matrices(linear, vectors))]  # fmt: skip
     return users.with_biases(moved)
