@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fusewright as fw
-from fusewright.errors import NumericError, PlanError
+from fusewright.errors import NumericError, PlanError, WeightsError
 from fusewright.methods import routed
 
 QUICK = {"steps": 1, "batch": 3, "guard": 0}
@@ -170,3 +170,10 @@ def test_tensors_that_are_fused_on_loading_are_told_of(name, tmp_path) -> None:
     assert found.isfinite().all()
     if name != "twin":  # which shares what is no linear map
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    for name, found in {"none": "nothing", "file": "a file"}.items():
+        with pytest.raises(WeightsError, match=rf"no such folder[\s\S]*{name}[\s\S]*{found}"):
+            fw.load(tmp_path / name)
