@@ -32,6 +32,7 @@ DESCRIPTION, FORMAT = "routed.json", 1
 
 
 def described(path: str, layer: Layer) -> dict[str, Any]:
+    """What ``routed.json`` says of a layer. Raises PlanError if it has no kind of its own."""
     if not restorable(layer):
         raise PlanError("a layer has no kind of its own, so nothing could open it again",
                         where=f"{path}: {type(layer).__name__}",

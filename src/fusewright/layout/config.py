@@ -36,3 +36,8 @@ def integers(config: Mapping[str, Any], keys: Sequence[str]) -> set[int]:
     """What any section states under any of the keys."""
     found = (integer(section, (key,)) for _, section in sections(config) for key in keys)
     return {value for value in found if value is not None}
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether a model's config says that an encoder reads what a decoder answers."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

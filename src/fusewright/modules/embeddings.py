@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusewright.layout.config import is_encoder_decoder
+
 _ROWS = 4096
 """Tokens whose embeddings are measured, evenly over the vocabulary."""
 
@@ -63,5 +65,4 @@ def embedded(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[N
 
 def _reader(model: Any) -> Any:
     """What tokens are read by: the encoder of a model that has a decoder beside it."""
-    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return model.get_encoder() if both else model
+    return model.get_encoder() if is_encoder_decoder(model) else model

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusewright.errors import PlanError
+from fusewright.layout.config import is_encoder_decoder
 from fusewright.modules.architecture import describe_module
 from fusewright.modules.layer import Saved
 from fusewright.modules.mixture import (
@@ -201,7 +202,7 @@ def _readers(model: nn.Module) -> set[str]:
 def _check_towers(model: nn.Module, entry: str, others: set[str]) -> None:
     """Refuse a model of several towers that may be called apart: what one reads says nothing of
     what the others do. A decoder answers what its encoder read."""
-    if others and not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if others and not is_encoder_decoder(model):
         raise PlanError("the model reads its inputs in several places, and one w is for all of it",
                         where=", ".join(sorted(others)), expected=f"one, as {entry!r}",
                         fix="WEMoE, which routes each module by itself, or epochs=0")  # fmt: skip

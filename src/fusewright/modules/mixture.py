@@ -292,6 +292,7 @@ def _takes(model: nn.Module, path: str) -> set[str]:
 
 
 def not_apart(inputs: Tensor, samples: int | None, where: str) -> PlanError:
+    """The refusal of inputs that do not hold one row of each sample, samples first."""
     return PlanError("a mixed layer got other samples than its mixture routed", where=where,
                      expected=f"inputs ({samples}, ...), samples first", found=tuple(inputs.shape),
                      fix="one w for all (per='batch', router=0 or epochs=0), or modules that keep "

@@ -12,10 +12,11 @@ import numpy as np
 
 from fusewright.errors import RecipeError
 from fusewright.extras import needs
+from fusewright.layout.config import is_encoder_decoder
 from fusewright.tasks.batching import BatchedTask, column
 from fusewright.tasks.errors import DataError
 from fusewright.tasks.outcomes import Outcomes
-from fusewright.tasks.prompts import is_encoder_decoder, taught
+from fusewright.tasks.prompts import taught
 from fusewright.tasks.rows import as_labels
 from fusewright.tasks.task import Batch
 from fusewright.tasks.tokens import IGNORED, filled, pad_id, padded, tokenised, tokens_of

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fusewright.errors import PlanError
-from fusewright.tasks.prompts import is_encoder_decoder, predicted, writes
+from fusewright.layout.config import is_encoder_decoder
+from fusewright.tasks.prompts import predicted, writes
 from fusewright.tasks.tokens import IGNORED
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from fusewright.layout.config import is_encoder_decoder
 from fusewright.tasks.errors import DataError
 from fusewright.tasks.tokens import IGNORED, on_the_left, positions
 
@@ -120,11 +121,6 @@ def decoder_start(model: Any) -> int:
             expected="config.decoder_start_token_id", fix="give the task start=TOKEN_ID",
         )  # fmt: skip
     return int(found)
-
-
-def is_encoder_decoder(model: Any) -> bool:
-    """Whether a model reads its prompt with an encoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def writes(model: Any) -> bool:
