@@ -13,7 +13,7 @@ from torch import Tensor
 from fusewright.methods.contract import Card, Context, Fitted, Program
 from fusewright.methods.learned._adamerging import per_group
 from fusewright.methods.learned._fitting import Fitting, Learner
-from fusewright.methods.static._matrices import is_treated
+from fusewright.methods.static._matrices import held_matrices
 from fusewright.modules.directions import DirectionMasks, DirectionMerge, decomposed
 from fusewright.modules.vectors import TaskVectors
 
@@ -69,7 +69,9 @@ class AdaRank(Learner, Program):
         fitting = Fitting(context, self)
         vectors = fitting.vectors if self.center == "base" else about_mean(fitting.vectors)
         linear = per_group(vectors, "layer", self.scale).requires_grad_(self.weights)
-        directions = decomposed(vectors, lambda name: held_matrices(context, vectors, name))
+        directions = decomposed(
+            vectors, lambda name: held_matrices(vectors.base[name].shape, context.layout(name))
+        )
         masks = DirectionMasks(linear, directions, len(vectors.experts), self.density,
                                self.temperature, _MARGIN)  # fmt: skip
         merge = DirectionMerge(fitting.model, vectors, masks, directions)
@@ -95,11 +97,3 @@ def about_mean(vectors: TaskVectors) -> TaskVectors:
         base = {n: (b + vectors.combined(n, share)).to(b.dtype) for n, b in vectors.base.items()}
     moved = replace(vectors.together(centred), base=base)
     return moved.kept() if vectors.held else moved
-
-
-def held_matrices(context: Context, vectors: TaskVectors, name: str) -> int:
-    """How many matrices a tensor holds whose directions are chosen among."""
-    layout, shape = context.layout(name), tuple(vectors.base[name].shape)
-    if not is_treated("matrices", shape, layout) or 0 in shape:
-        return 0
-    return shape[0] if layout.experts_first and len(shape) == 3 else 1

@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fusewright.methods.contract import Card, Context, Fitted, Program
-from fusewright.methods.learned._ada_rank import held_matrices
 from fusewright.methods.learned._adamerging import AdaMerging, per_group
 from fusewright.methods.learned._fitting import Fitting, Learner
 from fusewright.methods.learned.coefficients import LinearCoefficients, MaskedCoefficients
+from fusewright.methods.static._matrices import held_matrices
 from fusewright.modules.bases import Basis, SubspaceMerge, shared_bases
 from fusewright.modules.masks import ConcreteMasks, Masks, Size
 from fusewright.modules.parametrised import ParametrisedMerge
@@ -118,7 +118,9 @@ class Concrete(Learner, Program):
         """Of the matrices whose directions are masked."""
         if self.mask != "rank":
             return {}
-        return shared_bases(vectors, lambda name: held_matrices(context, vectors, name))
+        return shared_bases(
+            vectors, lambda name: held_matrices(vectors.base[name].shape, context.layout(name))
+        )
 
     def mask_fit(
         self, fitting: Fitting, merge: ParametrisedMerge, coefficients: MaskedCoefficients

@@ -24,6 +24,13 @@ def is_treated(where: Where, shape: tuple[int, ...], layout: TensorLayout) -> bo
     return len(shape) >= 2 and layout.matrix and layout.role not in _NOT_MAPS
 
 
+def held_matrices(shape: tuple[int, ...], layout: TensorLayout) -> int:
+    """How many matrices a tensor holds; 0 if it is no linear map or convolution."""
+    if not is_treated("matrices", shape, layout) or 0 in shape:
+        return 0
+    return shape[0] if layout.experts_first and len(shape) == 3 else 1
+
+
 def each_matrix(
     tensor: Tensor, layout: TensorLayout, split: bool, act: Callable[[Tensor], Tensor]
 ) -> Tensor:
