@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 import fusewright as fw
 from fusewright.methods.learned import Concrete
+from fusewright.methods.learned._resume import Numbered
 from fusewright.methods.learned.coefficients import LinearCoefficients, MaskedCoefficients
 from fusewright.methods.learned.objectives import entropy
 from fusewright.modules.masks import ConcreteMasks, divided, expectation
@@ -184,6 +185,26 @@ def test_a_killed_fit_of_directions_goes_on_to_the_same_end(form: str, tmp_path)
     again = fw.merge(method, out=tmp_path / "out", progress=seen.append, **given).state_dict()
     assert next(now.done for now in seen if now.unit == "steps") > 1
     assert all(t.equal(again[n]) for n, t in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("killed", [5, 7, 8, 9])  # in the masks' steps, and in those of λ
+def test_a_fit_killed_in_either_stage_goes_on_to_the_same_end(killed: int, tmp_path) -> None:
+    base = network(HALF)
+    method = Concrete(**{**QUICK, "guard": 0}, form="adamerging", weight_steps=3, weight_rate=0.1)
+    given = {"base": base, "experts": experts(base), "data": data(HALF)}
+    whole = fw.merge(method, **given)
+    with pytest.raises(Killed):
+        fw.merge(method, out=tmp_path / "out", progress=stop_at(killed), **given)
+    again = fw.merge(method, out=tmp_path / "out", **given)
+    assert all(t.equal(again.state_dict()[n]) for n, t in whole.state_dict().items())
+    assert again.report["fitted"] == whole.report["fitted"]
+
+
+def test_of_a_descent_no_earlier_batch_is_asked_for_again() -> None:
+    items = Numbered(iter(range(9)))
+    assert [items[0], items[3], items[3], items[4]] == [0, 3, 3, 4]
+    with pytest.raises(AssertionError):
+        items[3]
 
 
 @pytest.mark.parametrize("form", ["task_arithmetic", "adamerging"])

@@ -77,9 +77,11 @@ class AdaMerging(Learner, Program):
         return Fitted(with_weight(pipeline, written), report=fitting.report(merge, fit))
 
     def learn(
-        self, fitting: Fitting, merge: ParametrisedMerge, coefficients: LinearCoefficients
-    ) -> Fit:
-        """Descend on ``coefficients``, which are all or a part of the merge's."""
+        self, fitting: Fitting, merge: ParametrisedMerge, coefficients: LinearCoefficients,
+        first: int = 0,
+    ) -> Fit:  # fmt: skip
+        """Descend on ``coefficients``, which are all or a part of the merge's, by the batches from
+        number ``first`` on."""
         unknown = [task for task in self.importance if task not in fitting.questions]
         if unknown:
             raise PlanError("importance names no expert", found=", ".join(unknown),
@@ -87,7 +89,7 @@ class AdaMerging(Learner, Program):
         scalarise = scalarisers.SCALARISERS[self.combine]
 
         def step(number: int) -> dict[str, float]:
-            return fitting.gradients(merge, number, self.importance, scalarise)
+            return fitting.gradients(merge, first + number, self.importance, scalarise)
 
         return fitting.descend(
             "weights", coefficients, step, lambda: fitting.score(merge), steps=self.steps,

@@ -131,15 +131,13 @@ class Concrete(Learner, Program):
     def _adapted(
         self, fitting: Fitting, merge: ParametrisedMerge, coefficients: MaskedCoefficients
     ) -> dict[str, Any]:
-        linear = coefficients.linear
-        linear.restart(self.scale)
-        linear.requires_grad_(True)
+        linear = coefficients.linear.requires_grad_(True)
         second = AdaMerging(
             granularity=self.granularity, start=self.scale, steps=self.weight_steps,
             rate=self.weight_rate, low=self.low, high=self.high, objective=self.objective,
             batch=self.batch, guard=self.guard, every=self.every,
         )  # fmt: skip
-        fit = second.learn(fitting, merge, linear)
+        fit = second.learn(fitting, merge, linear, 2 * self.steps)
         written = linear.written(fitting.context.stored)
         return fitting.report(merge, fit) | {"weight": written}
 
@@ -157,10 +155,13 @@ class MaskFit:
 
     def run(self) -> Any:
         self.linear.requires_grad_(False)
-        return self.fitting.descend(
+        fit = self.fitting.descend(
             "masks", nn.ModuleDict(self.parts()), self._step, self._score,
             steps=self.method.steps, rate=self.method.rate,
         )  # fmt: skip
+        if self.method.form == "adamerging":  # the last step's λ belongs to its draw
+            self.linear.restart(self.method.scale)
+        return fit
 
     def parts(self) -> dict[str, nn.Module]:
         """What moves, and is kept where a killed fit goes on from."""

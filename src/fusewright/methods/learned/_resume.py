@@ -20,6 +20,7 @@ class Numbered(Generic[Item]):
         self._items, self._next = items, 0
 
     def __getitem__(self, number: int) -> Item:
+        assert number >= self._next - 1, "a fit that goes on would draw other items"
         for _ in range(self._next, number + 1):
             self._last = next(self._items)
         self._next = number + 1
