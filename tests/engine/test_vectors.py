@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from fusewright.engine.inputs import open_inputs
 from fusewright.engine.recipe import make_recipe
 from fusewright.engine.vectors import task_vectors
 from fusewright.errors import PlanError
+from fusewright.modules.deltas import Dense
+from fusewright.modules.vectors import TaskVectors
 
 Tensors = dict[str, torch.Tensor]
 
@@ -54,6 +57,42 @@ def test_differences_are_of_each_expert_in_float32_or_better(tmp_path, dtype, wi
             values = found.read(expert, name).dense()
             assert values.dtype == wide
             assert values.equal(own[name].to(wide) - base[name].to(wide))
+
+
+@pytest.mark.parametrize("factors", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_adapters_are_as_precise_as_their_base(tmp_path, dtype, factors) -> None:
+    down, up = draw(2, 4, seed=7, dtype=factors), draw(3, 2, seed=8, dtype=factors)
+    folder = tmp_path / "a"
+    folder.mkdir()
+    save_file({"base_model.model.one.lora_A.weight": down,
+               "base_model.model.one.lora_B.weight": up}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "target_modules": ["one"]}
+    ))  # fmt: skip
+    base, start = model(0, dtype), tmp_path / "base.safetensors"
+    save_file(base, start)
+    with open_inputs(make_recipe(method="linear", experts={"a": folder}, base=start)) as inputs:
+        found = task_vectors(inputs).kept()
+    wide = torch.promote_types(torch.float32, dtype)
+    changed, alone = (found.read("a", n).dense() for n in ("one.weight", "two.weight"))
+    assert changed.dtype == torch.promote_types(wide, factors) and alone.dtype == wide
+    assert changed.equal((0.5 * up.to(changed.dtype)) @ down.to(changed.dtype))
+    assert alone.equal(torch.zeros(4, 2, dtype=wide))
+
+
+def test_weights_of_any_dtype_give_sums_in_that_of_the_task_vectors() -> None:
+    base = {"scalar": torch.tensor(1.0), "vector": torch.ones(3)}
+    for dtype in (torch.float32, torch.float64):
+        deltas = {n: Dense(t.to(dtype) / 7) for n, t in base.items()}
+        tau = TaskVectors(("a", "b"), base, lambda expert, name: deltas[name])  # noqa: B023
+        third = torch.full((2,), 1 / 3, dtype=torch.float64)
+        for name in base:
+            found = tau.combined(name, third)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found, deltas[name].dense() * 2 / 3, rtol=1e-15 if
+                                       dtype == torch.float64 else 1e-7, atol=0)  # fmt: skip
+            assert tau.summed([1 / 3, 1 / 3]).read("sum", name).dense().equal(found)
 
 
 def test_they_go_by_the_modules_names_where_these_are_given(tmp_path) -> None:

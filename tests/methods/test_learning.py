@@ -280,6 +280,21 @@ def test_running_statistics_are_the_experts_mean_while_others_are_learned(method
     assert any(torch.allclose(one, mean) for one in seen)
 
 
+def test_of_float64_models_what_is_not_learned_is_as_exact_as_float64() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).double().eval()
+    three = {name: moved(base, seed) for seed, name in enumerate("abc")}
+    own = {n: torch.stack([e.state_dict()[n] for e in three.values()]) for n in ("0.weight",
+           "1.running_mean")}  # fmt: skip
+    given = {name: [x.double() for x in data()["a"]] for name in three}
+    found = fw.merge(Concrete(steps=0, guard=0), base=base, experts=three, data=given).state_dict()
+    start = base.state_dict()["0.weight"]
+    exact = {"0.weight": start + 0.3 * (own["0.weight"] - start).sum(0),
+             "1.running_mean": own["1.running_mean"].mean(0)}  # fmt: skip
+    for name, tensor in exact.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-13)
+
+
 # -- AdaMerging++ --------------------------------------------------------------------------------
 
 

@@ -63,11 +63,11 @@ def _own(inputs: Inputs, model: str | None, name: str) -> str:
 
 
 def _delta(weights: Weights, name: str, base: Tensor) -> Delta:
-    known = weights.delta(name)
+    known, wide = weights.delta(name), wide_dtype(base)
     if isinstance(known, LowRank):
-        return Factors(known.scale * known.up, known.down, base.shape)
+        wide = torch.promote_types(known.up.dtype, wide)
+        return Factors(known.scale * known.up.to(wide), known.down.to(wide), base.shape)
     if known is not None:  # an adapter left it alone
-        nothing = torch.empty(0)
+        nothing = torch.empty(0, dtype=wide)
         return Sparse(nothing, nothing.to(torch.int32), base.shape)
-    wide = wide_dtype(base)
     return Dense(whole(weights, name).to(wide) - base.to(wide), weights[name].dtype.torch)

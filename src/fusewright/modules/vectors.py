@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusewright.errors import PlanError
 from fusewright.modules.deltas import Delta, Dense
+from fusewright.modules.tensors import wide_dtype
 
 Read = Callable[[str, str], Delta]
 """(expert, tensor) -> its task vector there."""
@@ -41,12 +42,14 @@ class TaskVectors:
         return (self.read(expert, name) for expert in self.experts)
 
     def combined(self, name: str, weights: Tensor) -> Tensor:
-        """Σ_t w_t τ_t at a tensor, for ``weights`` (experts,); gradients flow to the weights."""
+        """Σ_t w_t τ_t at a tensor, for ``weights`` (experts,), in the dtype of the task vectors;
+        gradients flow to the weights."""
         learned = torch.is_grad_enabled() and weights.requires_grad
         total: Tensor | None = None
         spare: Tensor | None = None
         for weight, delta in zip(weights, self.at(name), strict=True):
             values = delta.dense()
+            weight = weight.to(values.device, wide_dtype(values))  # a wider one would widen tensors ()
             if total is None:
                 total = weight * values
             elif learned or values.dtype != total.dtype:
@@ -98,7 +101,7 @@ class TaskVectors:
 
     def summed(self, weights: Sequence[float]) -> TaskVectors:
         """Σ_t w_t τ_t as the task vector of one expert, "sum", held in memory."""
-        total = torch.tensor(weights)
+        total = torch.tensor(weights, dtype=torch.float64)
         read = lambda expert, name: Dense(self.combined(name, total))  # noqa: E731
         return TaskVectors(("sum",), self.base, read).kept()
 

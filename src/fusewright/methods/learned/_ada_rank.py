@@ -93,7 +93,7 @@ def about_mean(vectors: TaskVectors) -> TaskVectors:
         return [vector - mean for vector in each]
 
     with torch.no_grad():
-        share = torch.full((count,), 1 / count)
+        share = torch.full((count,), 1 / count, dtype=torch.float64)
         base = {n: (b + vectors.combined(n, share)).to(b.dtype) for n, b in vectors.base.items()}
     moved = replace(vectors.together(centred), base=base)
     return moved.kept() if vectors.held else moved

@@ -27,6 +27,7 @@ def summed(
     for name, base in vectors.base.items():
         place = context.layout(name)
         share = 1 / count if is_statistic(context, name) else resolve(scale, place)
-        total = base.to(wide_dtype(base)) + vectors.combined(name, torch.full((count,), share))
+        shares = torch.full((count,), share, dtype=torch.float64)
+        total = base.to(wide_dtype(base)) + vectors.combined(name, shares)
         found[name] = total if wide else total.to(base.dtype)
     return found
