@@ -8,6 +8,7 @@ from learned_toys import Killed, data, experts, network, stop_at
 from torch.func import functional_call
 
 import fusewright as fw
+from fusewright.errors import NumericError
 from fusewright.methods.learned import FWMerging
 from fusewright.methods.learned.objectives import cross_entropy, entropy, self_label
 from fusewright.tasks.errors import DataError
@@ -196,3 +197,29 @@ def test_entropy_may_be_the_objective() -> None:
             return sum(float(entropy(model(x))) for of in data(HALF).values() for x in of)
 
     assert total(merged(objective="entropy", granularity="layer")) < total(merged(steps=0))
+
+
+class Rooted(torch.nn.Linear):
+    """The slope at a bias of 0 is no number; the answer is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias.abs().sqrt())
+
+
+@pytest.mark.parametrize("form", ["hard", "soft"])
+def test_no_expert_lies_down_what_is_no_number(form: str) -> None:
+    def asked(layer: type[torch.nn.Linear], given) -> None:
+        torch.manual_seed(0)
+        base = layer(6, 4)
+        torch.nn.init.zeros_(base.bias)
+        models = experts(base)
+        with torch.no_grad():
+            models["b"].bias.copy_(-models["a"].bias)  # so that it is 0 in the merge
+        method = FWMerging(**QUICK, form=form, weight_steps=0)
+        fw.merge(method, base=base, experts=models, data=given)
+
+    with pytest.raises(NumericError, match=r"gradient[\s\S]*found: +bias"):
+        asked(Rooted, data())
+    spoilt = {"a": data()["a"], "b": [x * torch.inf for x in data()["b"]]}
+    with pytest.raises(NumericError, match=r"loss[\s\S]*found: +\{'b': nan\}"):
+        asked(torch.nn.Linear, spoilt)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from fusewright.errors import NumericError
 from fusewright.methods.contract import Card, Context, Fitted, Program
 from fusewright.methods.learned import objectives
 from fusewright.methods.learned._adamerging import per_group
@@ -154,6 +156,7 @@ class _Search:
                     losses[task] += float(loss.detach())
             for name, gradient in live.taken():
                 rows[name] = self._score(name, gradient)
+        _check_finite(losses, rows)
         found = torch.stack(list(rows.values()))
         return found.sum(0, keepdim=True) if self.method.granularity == "task" else found, losses
 
@@ -185,6 +188,17 @@ class _Search:
                      for vertex in self.vertices]  # fmt: skip
             found[name] = torch.stack(sizes)
         return found
+
+
+def _check_finite(losses: Mapping[str, float], rows: Mapping[str, Tensor]) -> None:
+    """No expert lies down what is no number."""
+    for what, odd in {
+        "a loss": {task: loss for task, loss in losses.items() if not isfinite(loss)},
+        "a gradient": next((n for n, row in rows.items() if not bool(row.isfinite().all())), None),
+    }.items():
+        if odd:
+            raise NumericError(f"{what} is no longer finite", where="the search for an expert",
+                               found=odd, fix="look at the inputs, or take a smaller size")
 
 
 class _Moves(Coefficients):
