@@ -75,6 +75,15 @@ def test_sixteen_bits_are_compared_in_32_and_labels_may_have_any_form() -> None:
         assert found.dtype == torch.float32 and found.equal(of[name](half.float(), *wide))
 
 
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_of_float64_answers_losses_and_slopes_are_in_float64(name: str) -> None:
+    objective = objectives.OBJECTIVES[name]
+    rest = {"none": [], "labels": [torch.tensor([1, 2])], "expert": [LOGITS.double().flip(0)]}
+    at = (LOGITS.double() / 3).requires_grad_()
+    assert objective.loss(at, *rest[objective.target]).dtype == torch.float64
+    assert torch.autograd.gradcheck(lambda x: objective.loss(x, *rest[objective.target]), at)
+
+
 @pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4)])
 def test_diverse_entropy_is_the_negated_information_and_so_is_its_gradient(shape) -> None:
     draw = torch.Generator().manual_seed(3)

@@ -49,7 +49,7 @@ class TaskVectors:
         spare: Tensor | None = None
         for weight, delta in zip(weights, self.at(name), strict=True):
             values = delta.dense()
-            weight = weight.to(values.device, wide_dtype(values))  # a wider one would widen tensors ()
+            weight = weight.to(values.device, wide_dtype(values))  # a wider one widens ()
             if total is None:
                 total = weight * values
             elif learned or values.dtype != total.dtype:

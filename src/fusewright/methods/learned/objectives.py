@@ -56,7 +56,7 @@ def diverse_entropy(logits: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """-log p of the labels, as many as there are answers."""
     return F.cross_entropy(
-        logits.flatten(0, -2).float(), labels.to(logits.device).reshape(-1).long()
+        _wide(logits).flatten(0, -2), labels.to(logits.device).reshape(-1).long()
     )
 
 
@@ -72,13 +72,14 @@ def soft_label(logits: Tensor, expert: Tensor) -> Tensor:
     For answers of which the expert is not sure itself, such as next tokens: :func:`self_label`
     would ask for certainty.
     """
-    wanted = expert.flatten(0, -2).float().softmax(dim=-1)
-    return F.cross_entropy(logits.flatten(0, -2).float(), wanted)
+    said = _wide(logits).flatten(0, -2)
+    return F.cross_entropy(said, expert.to(said).flatten(0, -2).softmax(dim=-1))
 
 
 def matching(answers: Tensor, expert: Tensor) -> Tensor:
     """The mean squared difference of logits, or of features where no head is given."""
-    return F.mse_loss(answers.float(), expert.float())
+    found = _wide(answers)
+    return F.mse_loss(found, expert.to(found))
 
 
 def _wide(answers: Tensor) -> Tensor:
