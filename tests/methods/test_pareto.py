@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from learned_toys import experts, moved, network
+from learned_toys import Killed, data, experts, moved, network, stop_at
 from routed_toys import elsewhere
 from torch import nn
 
@@ -239,6 +239,21 @@ def test_losses_fall_as_preferred(how: str) -> None:
     assert one[0] < two[0] and one[1] > two[1]
     if how == "epo":
         assert made.report["fitted"]["epo"] == {"solved": 400, "failures": 0}
+
+
+@pytest.mark.parametrize("guard", [0, 16])
+def test_a_killed_fit_reports_all_its_searches(guard: int, tmp_path: Any) -> None:
+    base, rows = network(), {n: [{"input": x, "labels": x[:, :4].argmax(1)} for x in batches]
+                             for n, batches in data().items()}  # fmt: skip
+    given = {"base": base, "experts": experts(base), "data": rows}
+    method = ParetoSet(steps=5, batch=16, modules="all", scalarise="epo", guard=guard, every=2,
+                       preference=(0.5, 0.5))  # fmt: skip
+    whole = fw.merge(method, **given).report["fitted"]
+    with pytest.raises(Killed):
+        fw.merge(method, out=tmp_path / "out", progress=stop_at(3), **given)
+    found = fw.merge(method, out=tmp_path / "out", **given).report["fitted"]
+    assert found == whole and sum(found["epo"].values()) == found["kept"]
+    assert guard or found["kept"] == 5
 
 
 def test_the_same_seed_learns_the_same_and_draws_by_step() -> None:

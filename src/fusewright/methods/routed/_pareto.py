@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusewright.errors import PlanError
 from fusewright.layout import ModelLayout, Role
@@ -130,7 +130,7 @@ class _Learned:
         self.coefficients = PreferenceCoefficients(routers, places, equal)
         chosen = vectors.select(lambda name: name in places)
         self.merge = ParametrisedMerge(model, chosen, self.coefficients)
-        self.epo = Epo()
+        self.searches = _Searches()
         self.report = self._descend(equal)
 
     def _descend(self, equal: Tensor) -> dict[str, Any]:
@@ -141,14 +141,15 @@ class _Learned:
             return self.fitting.score(self.merge)
 
         fit = self.fitting.descend(
-            "preferences", self.coefficients, self._step, score, steps=method.steps,
-            rate=method.rate, schedule="cosine", floor=0.1,
+            "preferences",
+            nn.ModuleDict({"coefficients": self.coefficients, "searches": self.searches}),
+            self._step, score, steps=method.steps, rate=method.rate, schedule="cosine", floor=0.1,
         )  # fmt: skip
         self.coefficients.preference = equal
         report = self.fitting.report(self.merge, fit)
         report["modules"] = len(set(self.coefficients.places.values()))
         if method.scalarise == "epo":
-            report["epo"] = {"solved": self.epo.solved, "failures": self.epo.failures}
+            report["epo"] = self.searches.told()
         return report
 
     def _step(self, number: int) -> dict[str, float]:
@@ -161,8 +162,30 @@ class _Learned:
         if method.scalarise == "tchebycheff":
             largest = scalarisers.tchebycheff
             return self.fitting.gradients(self.merge, number, weights, largest)
-        search = partial(_times_tasks, self.epo, r)
-        return self.fitting.gradients(self.merge, number, scalarise=search)
+        epo = Epo()
+        search = partial(_times_tasks, epo, r)
+        losses = self.fitting.gradients(self.merge, number, scalarise=search)
+        self.searches.add(epo)
+        return losses
+
+
+class _Searches(nn.Module):
+    """How many searches of the state's steps found an answer, and how many did not; a buffer, kept
+    over a kill."""
+
+    counts: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(2, dtype=torch.int64))
+
+    def add(self, epo: Epo) -> None:
+        """Those of a step."""
+        self.counts += torch.tensor([epo.solved, epo.failures])
+
+    def told(self) -> dict[str, int]:
+        solved, failures = self.counts.tolist()
+        return {"solved": solved, "failures": failures}
 
 
 def _times_tasks(epo: Epo, r: Tensor, losses: Tensor, gradients: Tensor) -> Tensor:
