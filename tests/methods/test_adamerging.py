@@ -9,8 +9,8 @@ import torch
 from learned_toys import data, experts, network
 
 import fusewright as fw
-from fusewright.errors import PlanError
-from fusewright.methods.learned import AdaMerging
+from fusewright.errors import PlanError, RecipeError
+from fusewright.methods.learned import AdaMerging, Concrete
 from fusewright.methods.learned.coefficients import LinearCoefficients
 from fusewright.methods.learned.objectives import entropy
 
@@ -120,3 +120,11 @@ def test_a_filter_meets_its_tensor_before_a_part_of_its_name() -> None:
     rules = learned.written(lambda name: name)["x"][:-1]
     for value, name in enumerate(names, 1):
         assert next(r["value"] for r in rules if r["filter"] in name) == value
+
+
+@pytest.mark.parametrize("method", [AdaMerging, Concrete])
+@pytest.mark.parametrize("bounds", [{"low": 0.5, "high": 0.25}, {"low": 2.0}])
+def test_bounds_that_hold_nothing_are_refused(method, bounds) -> None:
+    with pytest.raises(RecipeError, match=r"low, high[\s\S]*low ≤ high"):
+        method(**bounds)
+    assert method(**{**bounds, "high": 3.0}).high == 3.0

@@ -14,7 +14,7 @@ from routed_toys import elsewhere
 from torch import nn
 
 import fusewright as fw
-from fusewright.errors import FusewrightError, PlanError
+from fusewright.errors import FusewrightError, PlanError, RecipeError
 from fusewright.methods.learned.preferences import PreferenceCoefficients, drawn
 from fusewright.methods.routed import ParetoSet
 from fusewright.methods.routed._pareto import selected
@@ -262,6 +262,18 @@ def test_the_same_seed_learns_the_same_and_draws_by_step() -> None:
     assert drawn(3, 1.0, 0, 5).equal(drawn(3, 1.0, 0, 5))
     assert not drawn(3, 1.0, 0, 5).equal(drawn(3, 1.0, 0, 6))
     assert not drawn(3, 1.0, 0, 5).equal(drawn(3, 1.0, 1, 5))
+
+
+@pytest.mark.parametrize("how", ["epo", "tchebycheff"])
+def test_losses_below_0_are_not_weighed_by_their_size(how: str) -> None:
+    with pytest.raises(RecipeError, match=r"diverse_entropy[\s\S]*scalarise: linear"):
+        ParetoSet(scalarise=how, objective="diverse_entropy")
+    ParetoSet(objective="diverse_entropy")
+
+
+def test_a_seed_may_be_negative() -> None:
+    one, two = drawn(3, 1.0, -1, 5), drawn(3, 1.0, 1, 5)
+    assert bool(one.isfinite().all()) and not one.equal(two) and one.equal(drawn(3, 1.0, -1, 5))
 
 
 def test_draws_are_uniform_on_the_simplex() -> None:

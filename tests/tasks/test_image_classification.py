@@ -136,6 +136,7 @@ def test_batches_are_shuffled_by_the_seed_and_carry_their_rows(split) -> None:
     assert items() == list(range(10))
     assert items(limit=4) == [0, 1, 2, 3]
     assert items(seed=1) == items(seed=1) != items(seed=2)
+    assert items(seed=-1) == items(seed=-1) != items(seed=1)
     assert sorted(items(seed=1, limit=6)) == list(range(6))
     batch = next(make_task().batches(split, 4, seed=5))
     assert batch["labels"].tolist() == [n % 3 for n in batch["items"].tolist()]

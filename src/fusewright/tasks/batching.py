@@ -74,7 +74,7 @@ class BatchedTask(Task):
         self.check(split)
         order = np.arange(_count(split, limit))
         if seed is not None:
-            order = np.random.default_rng(seed).permutation(order)
+            order = np.random.default_rng(seed % 2**64).permutation(order)
         for numbers in _chunks(order, size):
             yield self._batch(split, numbers)
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fusewright.errors import PlanError
 from fusewright.methods.contract import Card, Context, Fitted, Method, Program
 from fusewright.methods.learned import scalarisers
 from fusewright.methods.learned._fitting import Fitting, Learner
 from fusewright.methods.learned._stages import Staged, adding, with_weight
-from fusewright.methods.learned.coefficients import LinearCoefficients
+from fusewright.methods.learned.coefficients import LinearCoefficients, check_bounds
 from fusewright.methods.learned.fitter import Fit
 from fusewright.methods.settings import AnyMethod
 from fusewright.modules.parametrised import ParametrisedMerge
@@ -34,7 +34,8 @@ class AdaMerging(Learner, Program):
     ``combine``: how tasks' losses become one step: "sum", "mgda" (the shortest combined gradient)
     or "tchebycheff" (the largest loss alone); ``importance``: a factor of each task's loss, 1.
 
-    Raises PlanError where an expert has no data, and as :class:`Learner`.
+    Raises PlanError where an expert has no data, RecipeError where ``low`` is above ``high``, and
+    as :class:`Learner`.
     """
 
     name: ClassVar[str] = "adamerging"
@@ -56,6 +57,11 @@ class AdaMerging(Learner, Program):
     merger: AnyMethod = "sum"
     combine: scalarisers.Name = "sum"
     importance: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        check_bounds(self.low, self.high)
+        return self
 
     @field_validator("merger")
     @classmethod

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fusewright.methods.contract import Card, Context, Fitted, Program
 from fusewright.methods.learned._adamerging import AdaMerging, per_group
 from fusewright.methods.learned._fitting import Fitting, Learner
-from fusewright.methods.learned.coefficients import LinearCoefficients, MaskedCoefficients
+from fusewright.methods.learned.coefficients import (
+    LinearCoefficients,
+    MaskedCoefficients,
+    check_bounds,
+)
 from fusewright.methods.static._matrices import held_matrices
 from fusewright.modules.bases import Basis, SubspaceMerge, shared_bases
 from fusewright.modules.masks import ConcreteMasks, Masks, Size
@@ -84,6 +88,11 @@ class Concrete(Learner, Program):
     weight_rate: float = Field(1e-3, gt=0)
     low: float | None = 0.0
     high: float | None = 1.0
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        check_bounds(self.low, self.high)
+        return self
 
     def fit(self, context: Context) -> Fitted:
         fitting = Fitting(context, self)

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fusewright.errors import RecipeError
 from fusewright.modules.masks import Masks
 from fusewright.modules.parametrised import Coefficients
 
@@ -86,6 +87,13 @@ class MaskedCoefficients(Coefficients):
         if self.answer == "expected":
             return self.masks.expected(name)
         return self.masks.drawn(name, self.FINAL).detach()
+
+
+def check_bounds(low: float | None, high: float | None) -> None:
+    """Raises RecipeError for bounds that no number is within."""
+    if low is not None and high is not None and not low <= high:
+        raise RecipeError("no coefficient lies within the bounds", where="low, high",
+                          expected="low ≤ high, or null for none", found=f"{low}, {high}")
 
 
 def _filters(table: Mapping[str, Sequence[float]], expert: int) -> list[object]:

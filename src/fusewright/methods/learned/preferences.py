@@ -30,5 +30,5 @@ class PreferenceCoefficients(Coefficients):
 def drawn(experts: int, concentration: float, seed: int, number: int) -> Tensor:
     """The preference of step ``number``: Dirichlet(α, …, α), of ``seed`` and ``number`` alone, so
     that a fit that goes on draws what it would have drawn. float32 (experts,)."""
-    draw = np.random.default_rng([seed, number])
+    draw = np.random.default_rng([seed % 2**64, number])
     return torch.from_numpy(draw.dirichlet([concentration] * experts)).float()

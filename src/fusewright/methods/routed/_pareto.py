@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fusewright.errors import PlanError
+from fusewright.errors import PlanError, RecipeError
 from fusewright.layout import ModelLayout, Role
 from fusewright.layout.names import module as owner_of
 from fusewright.methods.contract import Card, Context, Fitted, Parts, Program, Routed
@@ -63,7 +63,8 @@ class ParetoSet(Learner, Program, Routed):
 
     Memory while learning is base, merge and gradients of the selected tensors, and one task vector
     of one tensor. Raises PlanError where nothing is selected, for what is no preference and where
-    an expert has no data, DataError where labels are missing, and as :class:`Learner`.
+    an expert has no data, DataError where labels are missing, RecipeError where "epo" or
+    "tchebycheff" would weigh "diverse_entropy", which is negative, and as :class:`Learner`.
     """
 
     name: ClassVar[str] = "pwe_moe"
@@ -84,6 +85,17 @@ class ParetoSet(Learner, Program, Routed):
     batch: int = Field(16, ge=1)
     objective: Objective = "cross_entropy"
     guard: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _weighable(self) -> Self:
+        if self.scalarise != "linear" and self.objective == "diverse_entropy":
+            raise RecipeError(
+                f"{self.scalarise} compares losses times preferences, and diverse_entropy is "
+                "negative: a task would count the less, the more it is preferred",
+                where=f"{self.name}: scalarise, objective", expected="losses of at least 0",
+                found=f"{self.scalarise}, {self.objective}", fix="scalarise: linear",
+            )  # fmt: skip
+        return self
 
     @property
     def routes(self) -> bool:
