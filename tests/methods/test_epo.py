@@ -76,6 +76,14 @@ def solved_exactly(losses: np.ndarray, gradients: np.ndarray, r: np.ndarray) -> 
         assert (rows @ found >= bounds - 1e-6).all()
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-5, 1e-6])
+def test_a_task_of_tiny_gradients_is_not_let_down(size: float) -> None:
+    gradients = np.array([[1, 0], [-size, size]])
+    found = Epo().solve(np.ones(2), gradients @ gradients.T, np.full(2, 0.5))
+    exact = 2 * size / (1 + 2 * size)  # as much of the other task as does not raise its loss
+    assert found is not None and found[0] == pytest.approx(exact, rel=1e-6)
+
+
 def quadratics(x: torch.Tensor) -> torch.Tensor:
     """Two bowls, whose Pareto set is the segment between their centres."""
     centres = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.5, 0.0]], dtype=torch.float64)

@@ -73,8 +73,14 @@ class Epo:
             return None
         if (weighted < 0).any() or not weighted.sum() > 0:
             return None
-        goal, rows, bounds = program(weighted, gram / size, balance(losses, preference), self.near)
-        return maximised(goal, rows, bounds)
+        scaled = gram / size
+        goal, rows, bounds = program(weighted, scaled, balance(losses, preference), self.near)
+        # A solver takes what is tiny beside 1 for 0, and so a task of tiny gradients: each task's
+        # row is divided by its gradient's length, which changes no α.
+        lengths = np.ones(len(rows))
+        lengths[: len(gram)] = np.sqrt(scaled.diagonal())
+        lengths[lengths == 0] = 1.0
+        return maximised(goal, rows / lengths[:, None], bounds / lengths)
 
 
 def program(
