@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -103,7 +105,7 @@ class Linearised(nn.Module):
             with with_weights(self.module, weights):
                 return shape.taken(call(*args, **kwargs))
 
-        with sdpa_kernel(SDPBackend.MATH):
+        with _differentiable():
             found: Any = jvp(answer, (start,), (moved,))
         values, slopes = found
         return shape.given([v + s for v, s in zip(values, slopes, strict=True)])
@@ -127,6 +129,19 @@ class Linearised(nn.Module):
         path = next((n for n, m in self.module.named_modules() if m is part), name)
         prefix = f"{self._prefix}{path}." if path else self._prefix
         return Linearised(part, self._start, prefix) if self._start.tensors(prefix) else part
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Without the kernels that have no forward derivative: fused attention, and what torch's own
+    attention and encoder layers take in evaluation mode."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 class _Shape:
