@@ -118,17 +118,19 @@ def recipe_for(
     if steps is not None and epochs is not None:
         raise RecipeError("training is so many steps or so many epochs", found="both",
                           fix="leave one out")  # fmt: skip
-    rows = len(suite.split(task, "train"))  # refused before anything is trained
+    split = suite.split(task, "train")  # refused before anything is trained
     own = _own(suite, task)
     whole, ways = _defaults(suite, how, own)
-    seen = min(rows, whole.rows or rows)
-    size = min(batch or whole.batch, seen)
+    items = len(suite.tasks[task].ready(split))  # of running text, its windows
+    seen = min(items, whole.rows or items)
+    size = min(whole.batch if batch is None else batch, seen)
     if epochs is not None:
         steps = _steps_of(epochs, seen, size)
     found = replace(
         whole, steps=whole.steps if steps is None else steps, batch=size,
         rate=_default_rate(suite, how, own) if rate is None else rate,
-        seed=suite.seed if seed is None else seed, threads=threads or whole.threads,
+        seed=suite.seed if seed is None else seed,
+        threads=whole.threads if threads is None else threads,
         **{name: value for name, value in said.items() if value is not None},
     )  # fmt: skip
     return found, ways
@@ -175,10 +177,10 @@ def _default_rate(suite: Suite, how: str, own: JointRecipe | None) -> float:
     return ADAPTER_RATE if own is None else 10 * own.rate
 
 
-def _steps_of(epochs: float, rows: int, batch: int) -> int:
+def _steps_of(epochs: float, items: int, batch: int) -> int:
     if not (isfinite(epochs) and epochs > 0):
         raise RecipeError("epochs is a positive number", found=epochs)
-    return max(1, round(epochs * (rows // batch)))
+    return max(1, round(epochs * (items // max(1, batch))))  # a batch of none is refused below
 
 
 def _check_choice(how: str) -> None:
