@@ -48,7 +48,7 @@ def experts(suite, tmp_path_factory):
 
 def text_suite(folder, kind, options, model="GPT2LMHeadModel"):
     """A suite of one task on texts, whose base and expert are one tiny model."""
-    words = {word: i for i, word in enumerate("<pad> </s> yes no a b c d e f".split())}
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "yes", "no", *"abcdef"])}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -270,6 +270,26 @@ def test_an_epoch_of_running_text_is_its_windows(tmp_path):
     assert (found.batch, found.steps) == (4, 2 * (windows // 4))
 
 
+SEVERAL = {"verbalisers": ["a b", "a c"], "template": "{text} d", "length": 8}
+
+
+@pytest.mark.parametrize("model", ["GPT2LMHeadModel", "T5ForConditionalGeneration"])
+@pytest.mark.filterwarnings("ignore:the loss rose")
+def test_a_linear_expert_that_writes_is_asked_for_words_in_the_tangent_space(tmp_path, model):
+    suite = text_suite(tmp_path, "text-to-text-classification", SEVERAL, model)
+    found = fw.finetune(suite, "t", how="linear", out=tmp_path / "x", rate=0.1, **QUICK)
+    start = dict(suite.open(suite.base).named_parameters())
+    tangent, task = linearise(suite.open(found.path), start=start), suite.tasks["t"]
+    with torch.no_grad():
+        for row in task.batches(suite.split("t", "test"), 1):
+            tokens = 3  # of two words and the end of text, whose mean is the loss
+            wanted = [-tokens * task.loss(tangent, {**row, "labels": torch.tensor([c])})
+                      for c in (0, 1)]  # fmt: skip
+            torch.testing.assert_close(task.logits(tangent, row)[0], torch.stack(wanted))
+            ordinary = task.logits(suite.open(found.path), row)[0]
+            assert not torch.allclose(ordinary, torch.stack(wanted), atol=1e-2)
+
+
 def test_a_buffer_that_masks_attention_is_no_weight_that_diverged(suite, tmp_path):
     class Masked(torch.nn.Linear):
         def __init__(self):
@@ -475,3 +495,8 @@ def test_two_runs_do_not_share_a_folder(suite, tmp_path):
         refused(suite, tmp_path / "x", OutputError, "Another run")
     finally:
         lock.release()
+
+
+def test_the_tangent_space_is_refused_where_texts_are_written(tmp_path):
+    suite = text_suite(tmp_path, "generation", {"length": 8})
+    refused(suite, tmp_path / "x", RecipeError, r"writes no texts[\s\S]*l-lora", "t", how="linear")

@@ -285,6 +285,24 @@ def test_methods_that_answer_are_linearised_and_pieces_are_not_offered() -> None
     assert not hasattr(tangent, "forward_features") and not hasattr(tangent, "nothing")
 
 
+def test_texts_are_read_in_one_call_and_none_is_written() -> None:
+    """A prompt whose rest is given later is read with it: an expansion of the whole."""
+    from fusewright.tasks.prompts import prompted
+
+    model, inputs = made(gpt2)
+    tangent = linearise(model.eval())
+    moved(model, 0.3)
+    ids = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 1, 2]])
+    whole = tangent(input_ids=ids).logits[:, 2:]
+    begun = prompted(tangent, ids[:, :3], torch.ones_like(ids[:, :3]))
+    torch.testing.assert_close(begun.going_on(ids[:, 3:], torch.ones(2, 2)), whole)
+    twice = begun.repeated(2).going_on(ids[:, 3:].repeat_interleave(2, 0), torch.ones(4, 2))
+    torch.testing.assert_close(twice, whole.repeat_interleave(2, 0))
+    assert (model(input_ids=ids).logits[:, 2:] - whole).abs().max() > 0.01
+    with pytest.raises(PlanError, match=r"writes no texts[\s\S]*GPT2LMHeadModel"):
+        tangent.generate(**inputs)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(PlanError, match="no parameter is selected"):
         linearise(tower(), lambda name: False)

@@ -73,11 +73,15 @@ class Linearised(nn.Module):
     """A module's expansion around its start; made by :func:`linearise`.
 
     It takes and returns what the module does, and has its attributes; of what it returns, floating
-    tensors are expanded, others are those at the start, and caches are left out. Dropout draws one
+    tensors are expanded, others are those at the start, and caches are left out: what goes on from
+    one would be no expansion of the whole, so texts are read ``in_one_call``, and ``generate``
+    raises PlanError. Dropout draws one
     mask for value and derivative. BatchNorm keeps its statistics, also in training: with a batch's
     own statistics, the start would not answer as the base. Attention is computed without fused
     kernels, which have no forward derivative; autocast is not supported by all operators.
     """
+
+    in_one_call = True
 
     def __init__(self, module: nn.Module, start: _Start, prefix: str = "") -> None:
         super().__init__()
@@ -117,12 +121,21 @@ class Linearised(nn.Module):
             if name in _PIECES:
                 raise
         found = getattr(self.module, name)
+        if name == "generate":
+            return self._written
         if name in _ANSWERS:
             return partial(self._method, found)
         return self._below(name, found) if isinstance(found, nn.Module) else found
 
     def _method(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self._expanded(call, args, kwargs)
+
+    def _written(self, *args: Any, **kwargs: Any) -> Any:
+        raise PlanError(
+            "a linearised model writes no texts: its answer is of one call, without a cache",
+            where=type(self.module).__name__, expected="a task whose answers are logits",
+            fix="linearised.module.generate(...), the same weights in the ordinary model",
+        )  # fmt: skip
 
     def _below(self, name: str, part: nn.Module) -> nn.Module:
         """A submodule, linearised around the same start."""

@@ -111,7 +111,7 @@ def recipe_for(
     """The suite's own recipe for its experts, with what is ``said`` in its place.
 
     Raises RecipeError for what cannot be, SuiteError for a task that is unknown or has no training
-    rows.
+    rows, DataError for a head of other classes.
     """
     _check_choice(how)
     _check_adapters(how, said)
@@ -121,6 +121,7 @@ def recipe_for(
     split = suite.split(task, "train")  # refused before anything is trained
     own = _own(suite, task)
     whole, ways = _defaults(suite, how, own)
+    _check_judged(suite, task, how)
     items = len(suite.tasks[task].ready(split))  # of running text, its windows
     seen = min(items, whole.rows or items)
     size = min(whole.batch if batch is None else batch, seen)
@@ -188,6 +189,16 @@ def _check_choice(how: str) -> None:
         close = nearest(how, list(HOWS))
         raise RecipeError(f"models are not fine-tuned in a way {how!r}", expected=", ".join(HOWS),
                           fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
+
+
+def _check_judged(suite: Suite, task: str, how: str) -> None:
+    """Refuse the tangent space where texts are written, which a linearised model does not."""
+    if how == LINEAR and not suite.tasks[task].has_logits:
+        raise RecipeError(
+            "a model in the tangent space writes no texts, and this task asks for them",
+            where=f"task {task}", expected="a task whose answers are logits",
+            found=suite.spec.tasks[task].kind, fix=f"--how {L_LORA}",
+        )  # fmt: skip
 
 
 def _check_adapters(how: str, said: Mapping[str, Any]) -> None:
