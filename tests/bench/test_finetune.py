@@ -500,3 +500,14 @@ def test_two_runs_do_not_share_a_folder(suite, tmp_path):
 def test_the_tangent_space_is_refused_where_texts_are_written(tmp_path):
     suite = text_suite(tmp_path, "generation", {"length": 8})
     refused(suite, tmp_path / "x", RecipeError, r"writes no texts[\s\S]*l-lora", "t", how="linear")
+
+
+def test_other_texts_are_another_run(tmp_path):
+    suite = text_suite(tmp_path, "language-modelling", {"length": 8})
+    (tmp_path / "data" / "t" / "train.jsonl").unlink()
+    file = tmp_path / "data" / "t" / "train.txt"
+    file.write_text("a b c d e\n" * 9)
+    fw.finetune(suite, "t", out=tmp_path / "x", rate=1e-3, **QUICK)
+    file.write_text("f f f f f\n" * 9)
+    with pytest.raises(OutputError, match=r"another run[\s\S]*data"):
+        fw.finetune(suite, "t", out=tmp_path / "x", rate=1e-3, **QUICK)
