@@ -511,3 +511,19 @@ def test_other_texts_are_another_run(tmp_path):
     file.write_text("f f f f f\n" * 9)
     with pytest.raises(OutputError, match=r"another run[\s\S]*data"):
         fw.finetune(suite, "t", out=tmp_path / "x", rate=1e-3, **QUICK)
+
+
+@pytest.mark.parametrize("model, targets, used", [
+    ("GPT2LMHeadModel", r".*\.(wte|wpe)", "transformer.wte.weight is lm_head.weight"),
+    ("GPT2LMHeadModel", "lm_head", "transformer.wte.weight is lm_head.weight"),
+    ("T5ForConditionalGeneration", "shared", "shared.weight is encoder.embed_tokens.weight"),
+])  # fmt: skip
+def test_an_adapter_of_a_tensor_with_several_uses_is_refused(tmp_path, model, targets, used):
+    """It was trained on one of them, and a merge would change all."""
+    kind = {"G": "language-modelling", "T": "text-to-text-classification"}[model[0]]
+    options = {"length": 8} if model[0] == "G" else SEVERAL
+    suite = text_suite(tmp_path, kind, options, model)
+    said = refused(suite, tmp_path / "x", RecipeError, "several", "t", how="lora", targets=targets)
+    assert used in said
+    every = models.targeted(suite.open(suite.base), None)
+    assert every and not {"lm_head", "shared", "transformer.wte"} & {*every}
