@@ -46,9 +46,10 @@ class FineTuning:
     ``rate`` is the peak of one cycle of AdamW, where ``relative`` as a share of each tensor's size
     (:func:`fusewright.bench.descent.relative`); ``decay`` is for matrices alone; ``start`` is the
     seed of adapters' first factors, of the suite and not of the task, ``seed`` that of order,
-    augmentation and dropout. ``targets``: which modules get an adapter, a regular expression of
-    their whole names; None for all linear ones. ``threads`` is part of it, because sums depend on
-    their number.
+    augmentation and dropout. Of ``betas`` the second counts: the cycle moves the first against the
+    rate, from 0.95 to 0.85 and back, as all pools were trained. ``targets``: which modules get an
+    adapter, a regular expression of their whole names; None for all linear ones. ``threads`` is
+    part of it, because sums depend on their number.
     """
 
     how: str
