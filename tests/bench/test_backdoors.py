@@ -304,6 +304,18 @@ def test_a_model_that_cannot_be_told_the_task_is_refused(suite, tmp_path) -> Non
     assert look(suite, tmp_path / "out", tasks=["digit"], steps=1, limit=8).risks
 
 
+def test_a_model_that_must_be_told_the_task_is_told_it_where_success_is_measured(suite) -> None:
+    made = fw.merge(fw.EMR(), base=suite.base, experts=suite.experts).module()
+    found = rates(suite, made, PATCH, 1, limit=60)
+    for task in suite.spec.merged:
+        made.set_task(task)
+        logits = suite.evaluate(made, task, "test", 60)
+        assert found[task].accuracy == pytest.approx(logits.value)
+    assert found == rates(suite, made, PATCH, 1, limit=60)
+    with pytest.raises(PlanError, match=r"does not know these[\s\S]*inverted"):
+        rates(suite, made, PATCH, 1, tasks=["digit", "inverted"])
+
+
 def test_what_is_no_models_folder_is_refused_as_inspect_does(suite, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for path, match in (

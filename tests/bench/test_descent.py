@@ -41,3 +41,16 @@ def test_only_what_is_named_is_clipped():
     descent.step()
     assert ours.grad.norm() == pytest.approx(1, rel=1e-4)
     assert learned.grad.norm() == pytest.approx(200)
+
+
+def test_the_cycle_moves_the_first_beta_against_the_rate_and_keeps_the_second():
+    weight = torch.nn.Parameter(torch.ones(1))
+    descent, betas = OneCycle([{"params": [weight]}], 50, 0.1, betas=(0.5, 0.97)), []
+    for _ in range(50):
+        descent.begin()
+        weight.sum().backward()
+        betas.append(descent._optimiser.param_groups[0]["betas"])
+        descent.step()
+    first, second = zip(*betas, strict=True)
+    assert first[0] == 0.95 and min(first) == pytest.approx(0.85, abs=0.005)
+    assert set(second) == {0.97}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 
 import pytest
 
-for _needed in ("sklearn", "transformers", "peft", "torchjd"):
+for _needed in ("sklearn", "transformers", "peft", "torchjd", "tokenizers"):
     pytest.importorskip(_needed)
 
 import peft  # noqa: E402
+import tokenizers  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -20,7 +22,7 @@ from fusewright.bench.exchange import Exchange  # noqa: E402
 from fusewright.bench.finetuning import HOWS, descent, models, recipe  # noqa: E402
 from fusewright.bench.finetuning.recipe import recipe_for  # noqa: E402
 from fusewright.bench.suite import Suite  # noqa: E402
-from fusewright.bench.suite_file import SuiteError  # noqa: E402
+from fusewright.bench.suite_file import SuiteError, SuiteSpec  # noqa: E402
 from fusewright.errors import FusewrightWarning, NumericError, OutputError, RecipeError  # noqa: E402
 from fusewright.modules.linearise import linearise  # noqa: E402
 from fusewright.weights._fs import FileSystem  # noqa: E402
@@ -42,6 +44,42 @@ def experts(suite, tmp_path_factory):
         (how, task): fw.finetune(suite, task, how=how, out=root / how / task, rate=5e-3, **QUICK)
         for how in HOWS for task in ("parity", "digit")
     }  # fmt: skip
+
+
+def text_suite(folder, kind, options, model="GPT2LMHeadModel"):
+    """A suite of one task on texts, whose base and expert are one tiny model."""
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "yes", "no", *"abcdef"])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>"
+    )
+    ends = {"vocab_size": 10, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    config = {
+        "GPT2LMHeadModel": lambda: transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2,
+                                                           n_positions=64, **ends),
+        "T5ForConditionalGeneration": lambda: transformers.T5Config(
+            d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, decoder_start_token_id=0, **ends
+        ),
+    }[model]()  # fmt: skip
+    torch.manual_seed(0)
+    base = folder / "base"
+    getattr(transformers, model)(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    data = folder / "data" / "t"
+    data.mkdir(parents=True)
+    for part, count in (("train", 2), ("test", 3)):
+        rows = [{"text": "a b c d e " * 30, "text2": "yes", "label": n % 2} for n in range(count)]
+        (data / f"{part}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    task = {"kind": kind, "data": "t", "options": options, "splits": {
+        "train": "train", "validation": "test", "test": "test"}}  # fmt: skip
+    if kind == "text-to-text-classification":
+        task["classes"] = ["no", "yes"]
+    spec = SuiteSpec.model_validate({
+        "suite": 1, "title": "texts", "opens": {"model": model}, "base": str(base),
+        "experts": {"t": str(base)}, "tasks": {"t": task},
+    })  # fmt: skip
+    return Suite("texts", spec, folder / "pool", folder / "data")
 
 
 def state(folder):
@@ -209,7 +247,7 @@ def test_defaults_are_the_suites_own(suite):
 
 def test_a_suite_of_public_models_has_defaults_too(suite):
     spec = suite.spec.model_copy(update={"build": None})
-    found, ways = recipe_for(Suite("public", spec), "parity", "lora")
+    found, ways = recipe_for(Suite("public", spec, suite.root), "parity", "lora")
     assert (found.steps, found.batch, found.rate) == (recipe.STEPS, recipe.BATCH,
                                                       recipe.ADAPTER_RATE)  # fmt: skip
     assert ways.augment is None
@@ -221,6 +259,72 @@ def test_a_base_in_sixteen_bits_is_trained_in_thirty_two(suite, tmp_path):
     assert {p.dtype for p in found.model.parameters()} == {torch.float32}
     found.save(tmp_path, suite.base)
     assert {t.dtype for t in state(tmp_path).values()} == {torch.bfloat16}
+
+
+def test_an_epoch_of_running_text_is_its_windows(tmp_path):
+    """Two long texts are no two items."""
+    suite = text_suite(tmp_path, "language-modelling", {"length": 8, "documents": True})
+    windows = len(suite.tasks["t"].ready(suite.split("t", "train")))
+    assert windows > 30
+    found, _ = recipe_for(suite, "t", "full", epochs=2, batch=4)
+    assert (found.batch, found.steps) == (4, 2 * (windows // 4))
+
+
+SEVERAL = {"verbalisers": ["a b", "a c"], "template": "{text} d", "length": 8}
+
+
+@pytest.mark.parametrize("model", ["GPT2LMHeadModel", "T5ForConditionalGeneration"])
+@pytest.mark.filterwarnings("ignore:the loss rose")
+def test_a_linear_expert_that_writes_is_asked_for_words_in_the_tangent_space(tmp_path, model):
+    suite = text_suite(tmp_path, "text-to-text-classification", SEVERAL, model)
+    found = fw.finetune(suite, "t", how="linear", out=tmp_path / "x", rate=0.1, **QUICK)
+    start = dict(suite.open(suite.base).named_parameters())
+    tangent, task = linearise(suite.open(found.path), start=start), suite.tasks["t"]
+    with torch.no_grad():
+        for row in task.batches(suite.split("t", "test"), 1):
+            tokens = 3  # of two words and the end of text, whose mean is the loss
+            wanted = [-tokens * task.loss(tangent, {**row, "labels": torch.tensor([c])})
+                      for c in (0, 1)]  # fmt: skip
+            torch.testing.assert_close(task.logits(tangent, row)[0], torch.stack(wanted))
+            ordinary = task.logits(suite.open(found.path), row)[0]
+            assert not torch.allclose(ordinary, torch.stack(wanted), atol=1e-2)
+
+
+def test_a_buffer_that_masks_attention_is_no_weight_that_diverged(suite, tmp_path):
+    class Masked(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(16, 10)
+            self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1), persistent=False)
+
+        def forward(self, batch):
+            return super().forward(batch["images"].flatten(1)[:, :16])
+
+    class Squares:
+        name = "digit"
+
+        def __init__(self, breaks=False):
+            self.breaks = breaks
+
+        def batches(self, split, size, seed):
+            yield {"images": torch.rand(size, 1, 4, 4), "items": torch.arange(size)}
+
+        def loss(self, model, batch):
+            found = model(batch).square().mean()
+            if self.breaks:
+                with torch.no_grad():
+                    model.bias[0] = torch.nan
+            return found
+
+    made = replace(recipe_for(suite, "digit", "full")[0], steps=1, batch=4)
+
+    def trained(task, model):
+        checkpoint = descent.Checkpoint(tmp_path / str(task.breaks))
+        return descent.descend(model, task, range(8), made, None, checkpoint, lambda loss: None)
+
+    model = Masked()
+    assert len(trained(Squares(), model)) == 1 and torch.equal(model.mask, Masked().mask)
+    with pytest.raises(NumericError, match=r"no longer finite[\s\S]*bias, step 1"):
+        trained(Squares(breaks=True), Masked())
 
 
 # --- Refusals -----------------------------------------------------------------------------------
@@ -252,7 +356,8 @@ def test_targets_that_match_nothing_name_near_modules(suite, tmp_path):
     "settings",
     [{"steps": 0}, {"rate": 0.0}, {"rate": float("nan")}, {"how": "lora", "rank": 0},
      {"how": "lora", "dropout": 1.0}, {"dropout": 0.1}, {"targets": "x"}, {"decay": -1.0},
-     {"steps": 2, "epochs": 1}, {"steps": None, "epochs": -1}],
+     {"steps": 2, "epochs": 1}, {"steps": None, "epochs": -1}, {"batch": 0}, {"threads": 0},
+     {"steps": None, "epochs": 1, "batch": 0}],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(suite, tmp_path, settings):
     refused(suite, tmp_path / "x", RecipeError, ".", **settings)
@@ -390,3 +495,35 @@ def test_two_runs_do_not_share_a_folder(suite, tmp_path):
         refused(suite, tmp_path / "x", OutputError, "Another run")
     finally:
         lock.release()
+
+
+def test_the_tangent_space_is_refused_where_texts_are_written(tmp_path):
+    suite = text_suite(tmp_path, "generation", {"length": 8})
+    refused(suite, tmp_path / "x", RecipeError, r"writes no texts[\s\S]*l-lora", "t", how="linear")
+
+
+def test_other_texts_are_another_run(tmp_path):
+    suite = text_suite(tmp_path, "language-modelling", {"length": 8})
+    (tmp_path / "data" / "t" / "train.jsonl").unlink()
+    file = tmp_path / "data" / "t" / "train.txt"
+    file.write_text("a b c d e\n" * 9)
+    fw.finetune(suite, "t", out=tmp_path / "x", rate=1e-3, **QUICK)
+    file.write_text("f f f f f\n" * 9)
+    with pytest.raises(OutputError, match=r"another run[\s\S]*data"):
+        fw.finetune(suite, "t", out=tmp_path / "x", rate=1e-3, **QUICK)
+
+
+@pytest.mark.parametrize("model, targets, used", [
+    ("GPT2LMHeadModel", r".*\.(wte|wpe)", "transformer.wte.weight is lm_head.weight"),
+    ("GPT2LMHeadModel", "lm_head", "transformer.wte.weight is lm_head.weight"),
+    ("T5ForConditionalGeneration", "shared", "shared.weight is encoder.embed_tokens.weight"),
+])  # fmt: skip
+def test_an_adapter_of_a_tensor_with_several_uses_is_refused(tmp_path, model, targets, used):
+    """It was trained on one of them, and a merge would change all."""
+    kind = {"G": "language-modelling", "T": "text-to-text-classification"}[model[0]]
+    options = {"length": 8} if model[0] == "G" else SEVERAL
+    suite = text_suite(tmp_path, kind, options, model)
+    said = refused(suite, tmp_path / "x", RecipeError, "several", "t", how="lora", targets=targets)
+    assert used in said
+    every = models.targeted(suite.open(suite.base), None)
+    assert every and not {"lm_head", "shared", "transformer.wte"} & {*every}

@@ -81,6 +81,27 @@ def test_integers_are_the_bases_and_nothing_given_is_changed():
     assert EXPERTS["a"]["w"].tolist() == [4, 4]
 
 
+def test_running_statistics_are_the_experts_mean_at_every_scale_and_no_weights():
+    """Their sum would be a negative variance."""
+    def narrowed(state, at):
+        return {**state, "bn.running_var": torch.full((2,), at)}
+
+    base = narrowed(BASE, 1.0)
+    experts = {name: narrowed(EXPERTS[name], at) for name, at in (("a", 0.2), ("b", 0.4))}
+    seen = []
+
+    def evaluate(state, task):
+        seen.append((float(state["w"][0]), round(float(state["bn.running_var"][0]), 6)))
+        return first_weight(state, task)
+
+    found, plain = check(base, experts, evaluate), check(BASE, EXPERTS, first_weight)
+    assert found.cosines == plain.cosines
+    assert [t.norm for t in found.tasks.values()] == [t.norm for t in plain.tasks.values()]
+    assert min(variance for _, variance in seen) == 0.2
+    for scale in SCALES:
+        assert (round(3 + scale, 6), 0.3) in [(round(w, 6), v) for w, v in seen]
+
+
 @pytest.mark.parametrize(("hill", "expected"), [(1.0, 1.0), (-1.0, 0.0)])
 def test_a_barrier_is_the_excess_over_the_straight_line(hill, expected):
     def evaluate(state, task):

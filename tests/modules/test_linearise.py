@@ -170,6 +170,34 @@ def test_dropout_has_one_mask_for_value_and_derivative() -> None:
         torch.testing.assert_close(found, model(INPUTS))
 
 
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("make", [encoder, Attends], ids=["encoder", "attention"])
+def test_torchs_own_attention_is_expanded_in_evaluation_mode_too(make: Any) -> None:
+    torch.manual_seed(0)
+    model, inputs = make().double().eval(), torch.randn(2, 3, 4).double()
+    tangent, before = linearise(model), model(inputs).detach()
+    step = 1e-6
+    moved(model, step)
+    with torch.inference_mode():
+        slope = (tangent(inputs) - before) / step
+        difference = (model(inputs) - before) / step
+    torch.testing.assert_close(slope, difference, rtol=1e-4, atol=1e-4)
+    assert slope.abs().max() > 0.1 and torch.backends.mha.get_fastpath_enabled()
+
+
 def test_batch_norm_keeps_its_statistics() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
     tangent = linearise(model).train()
@@ -255,6 +283,24 @@ def test_methods_that_answer_are_linearised_and_pieces_are_not_offered() -> None
     moved(model, 0.2)
     torch.testing.assert_close(tangent.encode_image(INPUTS), expected(INPUTS))
     assert not hasattr(tangent, "forward_features") and not hasattr(tangent, "nothing")
+
+
+def test_texts_are_read_in_one_call_and_none_is_written() -> None:
+    """A prompt whose rest is given later is read with it: an expansion of the whole."""
+    from fusewright.tasks.prompts import prompted
+
+    model, inputs = made(gpt2)
+    tangent = linearise(model.eval())
+    moved(model, 0.3)
+    ids = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 1, 2]])
+    whole = tangent(input_ids=ids).logits[:, 2:]
+    begun = prompted(tangent, ids[:, :3], torch.ones_like(ids[:, :3]))
+    torch.testing.assert_close(begun.going_on(ids[:, 3:], torch.ones(2, 2)), whole)
+    twice = begun.repeated(2).going_on(ids[:, 3:].repeat_interleave(2, 0), torch.ones(4, 2))
+    torch.testing.assert_close(twice, whole.repeat_interleave(2, 0))
+    assert (model(input_ids=ids).logits[:, 2:] - whole).abs().max() > 0.01
+    with pytest.raises(PlanError, match=r"writes no texts[\s\S]*GPT2LMHeadModel"):
+        tangent.generate(**inputs)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -254,3 +254,12 @@ def test_lines_that_are_no_objects_and_uneven_ones_are_named(tmp_path) -> None:
 def test_a_source_needs_a_place() -> None:
     with pytest.raises(ValueError, match="folder, files or a Hub id"):
         DataSource(columns={"text": "x"})
+
+
+def test_lines_of_json_end_where_json_says(tmp_path):
+    """Texts of the web hold separators that Python takes for the end of a line."""
+    texts = ["one\u2028still one", "two\x85", "three"]
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(rows).encode())
+    found = open_split(DataSource(files={"test": "a.jsonl"}), "test", tmp_path)
+    assert found.rows(range(3))["text"] == texts

@@ -171,6 +171,24 @@ def test_answers_are_extracted_by_a_pattern(tokenizer, text, answer) -> None:
     assert task.extracted(text, task.extract) == answer
 
 
+def test_answers_are_extracted_by_the_group_that_matched(tokenizer) -> None:
+    task = Generation("toy", tokenizer=tokenizer(), extract=r"(yes)|(no)|so( \d)?")
+    found = [task.extracted(text, task.extract) for text in ("a yes", "a no", "so 5", "so")]
+    assert found == ["yes", "no", "5", None]
+
+
+def test_references_have_the_form_of_extracted_answers(tokenizer) -> None:
+    words = tokenizer()
+    for text, reference in (("1,234.", "1,234"), ("good yes", "yes."), ("12", "12")):
+        split = Rows({"text": ["so"], "text2": [reference]})
+        task = Generation("toy", tokenizer=words, extract=r"[\d.,]+|yes")
+        ((_, _, wanted),) = task.encode(split.rows([0]), [0], "toy")
+        assert task.extracted(text, task.extract) == wanted
+    plain = Generation("toy", tokenizer=words)
+    ((_, _, wanted),) = plain.encode({"text": ["so"], "text2": ["1,234."]}, [0], "toy")
+    assert wanted == "1,234."  # what is not extracted stays as it is written
+
+
 def test_what_has_no_answer_scores_zero_and_is_counted(tokenizer) -> None:
     words = tokenizer()
     model = Scripted(words, {"the cat": "good so yes </s>", "a dog": "maybe </s>"})

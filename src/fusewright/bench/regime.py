@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fusewright.layout import Role, describe
 from fusewright.tasks.units import unit_of
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ def check(
 
     ``evaluate`` answers for weights and a task; it is called for the base, the average and each
     expert, at three points between base and expert, and at each of ``scales``. ``step`` hears of
-    every merged task. Tensors that are not floating point are the base's.
+    every merged task. Tensors that are not floating point are the base's. Running statistics are
+    no weights, and no sum of them is one: at each scale they are the experts' mean, as of a merge.
 
     Raises ValueError without experts; KeyError if an expert lacks a tensor of the base.
     """
@@ -140,8 +142,11 @@ def check(
         raise ValueError("a regime needs at least one expert")
     vectors = {name: _difference(expert, base) for name, expert in experts.items()}
     average = _moved(base, vectors.values(), 1 / len(experts))
-    along = [_moved(base, vectors.values(), scale) for scale in scales]
-    size = _length(_floating(base))
+    weights = _weights(base)
+    statistics = {name: average[name] for name in _floating(base).keys() - weights}
+    along = [_moved(base, vectors.values(), scale) | statistics for scale in scales]
+    steps = {name: {n: vector[n] for n in weights} for name, vector in vectors.items()}
+    size = _length({name: base[name] for name in weights})
     tasks = {}
     for name, vector in vectors.items():
         between = [_moved(base, [vector], at) for at in STEPS]
@@ -149,7 +154,7 @@ def check(
         said = ends[0], evaluate(average, name), ends[1]
         scores = _scores(said, reference=ends[1])
         tasks[name] = TaskRegime(
-            scores[0], scores[1], scores[2], _length(vector) / size,
+            scores[0], scores[1], scores[2], _length(steps[name]) / size,
             _barrier(ends, [evaluate(state, name) for state in between]),
             *_ranked([evaluate(state, name) for state in along]),
             *((None, "") if (unit := unit_of(ends[0].metric)).bounded
@@ -161,7 +166,7 @@ def check(
         found = evaluate(base, name), evaluate(average, name)
         scores = _scores(found, reference=found[0])
         others[name] = scores[0], scores[1]
-    cosines = {(a, b): _cosine(vectors[a], vectors[b]) for a, b in combinations(vectors, 2)}
+    cosines = {(a, b): _cosine(steps[a], steps[b]) for a, b in combinations(steps, 2)}
     return Regime(tasks, cosines, tuple(scales), others)
 
 
@@ -200,11 +205,17 @@ def _floating(state: State) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
 
 
+def _weights(state: State) -> list[str]:
+    """The floating tensors but for running statistics."""
+    roles = describe({name: tuple(tensor.shape) for name, tensor in state.items()})
+    return [name for name in _floating(state) if roles[name].role is not Role.STATISTIC]
+
+
 def _difference(expert: State, base: State) -> dict[str, Tensor]:
     return {name: expert[name] - tensor for name, tensor in _floating(base).items()}
 
 
-def _moved(base: State, vectors: Iterable[State], scale: float) -> State:
+def _moved(base: State, vectors: Iterable[State], scale: float) -> dict[str, Tensor]:
     """base + scale · sum of vectors."""
     moved = dict(base)
     for vector in vectors:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -71,11 +73,15 @@ class Linearised(nn.Module):
     """A module's expansion around its start; made by :func:`linearise`.
 
     It takes and returns what the module does, and has its attributes; of what it returns, floating
-    tensors are expanded, others are those at the start, and caches are left out. Dropout draws one
+    tensors are expanded, others are those at the start, and caches are left out: what goes on from
+    one would be no expansion of the whole, so texts are read ``in_one_call``, and ``generate``
+    raises PlanError. Dropout draws one
     mask for value and derivative. BatchNorm keeps its statistics, also in training: with a batch's
     own statistics, the start would not answer as the base. Attention is computed without fused
     kernels, which have no forward derivative; autocast is not supported by all operators.
     """
+
+    in_one_call = True
 
     def __init__(self, module: nn.Module, start: _Start, prefix: str = "") -> None:
         super().__init__()
@@ -103,7 +109,7 @@ class Linearised(nn.Module):
             with with_weights(self.module, weights):
                 return shape.taken(call(*args, **kwargs))
 
-        with sdpa_kernel(SDPBackend.MATH):
+        with _differentiable():
             found: Any = jvp(answer, (start,), (moved,))
         values, slopes = found
         return shape.given([v + s for v, s in zip(values, slopes, strict=True)])
@@ -115,6 +121,8 @@ class Linearised(nn.Module):
             if name in _PIECES:
                 raise
         found = getattr(self.module, name)
+        if name == "generate":
+            return self._written
         if name in _ANSWERS:
             return partial(self._method, found)
         return self._below(name, found) if isinstance(found, nn.Module) else found
@@ -122,11 +130,31 @@ class Linearised(nn.Module):
     def _method(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self._expanded(call, args, kwargs)
 
+    def _written(self, *args: Any, **kwargs: Any) -> Any:
+        raise PlanError(
+            "a linearised model writes no texts: its answer is of one call, without a cache",
+            where=type(self.module).__name__, expected="a task whose answers are logits",
+            fix="linearised.module.generate(...), the same weights in the ordinary model",
+        )  # fmt: skip
+
     def _below(self, name: str, part: nn.Module) -> nn.Module:
         """A submodule, linearised around the same start."""
         path = next((n for n, m in self.module.named_modules() if m is part), name)
         prefix = f"{self._prefix}{path}." if path else self._prefix
         return Linearised(part, self._start, prefix) if self._start.tensors(prefix) else part
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Without the kernels that have no forward derivative: fused attention, and what torch's own
+    attention and encoder layers take in evaluation mode."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 class _Shape:

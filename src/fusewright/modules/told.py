@@ -22,6 +22,19 @@ def tell(module: nn.Module, task: str) -> bool:
     return known
 
 
+def check_told(module: nn.Module, tasks: Sequence[str]) -> None:
+    """Raises PlanError, before anything is asked, for a module that asks for the task and does not
+    know one of these."""
+    unknown = [task for task in tasks if not tell(module, task)]
+    if unknown:
+        asks: Any = module
+        raise PlanError(
+            "the model must be told the task of its inputs, and does not know these",
+            where=", ".join(unknown), expected=f"among {', '.join(asks.tasks)}",
+            fix="merge it with experts named as the suite's tasks, or tasks=[those that it knows]",
+        )  # fmt: skip
+
+
 def place_of(task: str, tasks: Sequence[str]) -> int:
     """Which of the tasks it is. Raises PlanError if it is none."""
     if task not in tasks:

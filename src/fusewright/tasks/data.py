@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -133,9 +134,10 @@ def _open_file(path: Path, source: DataSource) -> DataSplit:
     columns = {str(role): column for role, column in source.columns.items()}
     if path.suffix == ".parquet":
         return ParquetSplit(path, columns, source.classes)
-    lines = _text(path).splitlines(keepends=True)
-    if path.suffix == ".jsonl":
-        return _json_lines(path, lines, columns, source.classes)
+    text = _text(path)
+    if path.suffix == ".jsonl":  # strings of JSON may hold what Python takes for other line ends
+        return _json_lines(path, list(StringIO(text)), columns, source.classes)
+    lines = text.splitlines(keepends=True)
     return _filled(Rows({"text": lines}, name=str(path)))
 
 

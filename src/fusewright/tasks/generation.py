@@ -33,9 +33,11 @@ class Generation(BatchedTask):
     text, or of class numbers, where ``words`` say what each class is answered with. ``metric`` is
     "exact_match" (after white space and case are evened out) or "rouge_l" (the F-measure of
     ``rouge_score``, stemmed). ``extract`` is a regular expression that finds the answer in what was
-    written: its first group, or all of it, of the last match; without a match the item scores 0 and
-    counts as unparsed. ``extract_reference`` does the same to references. Commas in extracted
-    numbers are dropped.
+    written: its first group that matched, or all of it without groups, of the last match; without
+    one the item scores 0 and counts as unparsed. ``extract_reference`` does the same to references.
+    Of answers that are extracted, and what they are compared with, commas in numbers and a last
+    full stop are dropped. Prompts are cut at ``length`` tokens on the tokenizer's truncation side:
+    on the right, long ones lose the template's end.
 
     Columns: prediction (text), reference (text), truncated (1: no end of text within
     ``max_new_tokens``), unparsed (1). Batches: input_ids, attention_mask (n, tokens; decoders are
@@ -80,7 +82,7 @@ class Generation(BatchedTask):
         prompts = filled(self.template, rows, where)
         references = self._references(rows, numbers, where)
         found = tokenised(self.tokenizer, prompts, None, self.length, where, numbers)
-        wanted = [self.extracted(r, self.extract_reference) for r in references]
+        wanted = [self._wanted(reference) for reference in references]
         if None in wanted:
             raise DataError(
                 "a reference has no answer", where=f"{where}, row {numbers[wanted.index(None)]}",
@@ -149,14 +151,21 @@ class Generation(BatchedTask):
         return Outcomes(self.metric, score, np.ones_like(score), columns)
 
     def extracted(self, text: str, pattern: str | None) -> str | None:
-        """The answer in a text; the text where no pattern is given, None without a match."""
+        """The answer in a text; the text where no pattern is given, None without a match, or where
+        none of its groups is in it."""
         if pattern is None:
             return text.strip()
         found = list(re.finditer(pattern, text))
         if not found:
             return None
-        answer = found[-1][1] if found[-1].re.groups else found[-1][0]
-        return re.sub(r"(?<=\d),(?=\d)", "", answer).strip().rstrip(".")
+        groups = found[-1].groups() or (found[-1][0],)
+        answer = next((group for group in groups if group is not None), None)
+        return None if answer is None else _bare(answer)
+
+    def _wanted(self, reference: str) -> str | None:
+        """What an answer is compared with, in the form that answers have."""
+        wanted = self.extracted(reference, self.extract_reference)
+        return wanted if self.extract is None or wanted is None else _bare(wanted)
 
     def _items(self, model: Any, batch: Batch) -> Iterator[tuple[str, str, bool]]:
         end = getattr(self.tokenizer, "eos_token_id", None)
@@ -175,6 +184,10 @@ class Generation(BatchedTask):
         if self.metric == "rouge_l":
             return float(_rouge().score(wanted, answer)["rougeL"].fmeasure)
         return float(_even(answer) == _even(wanted))
+
+
+def _bare(answer: str) -> str:
+    return re.sub(r"(?<=\d),(?=\d)", "", answer).strip().rstrip(".")
 
 
 def _even(text: str) -> str:

@@ -57,14 +57,44 @@ class Prompted:
         return torch.cat([first, found.logits], dim=1)
 
 
-def prompted(model: Any, ids: Tensor, mask: Tensor, start: int | None = None) -> Prompted:
-    """What a model makes of prompts (n, tokens), padded on either side. An encoder-decoder's
-    decoder is given the token ``start``, or its own.
+@dataclass(frozen=True)
+class Unread:
+    """Prompts (n, tokens) of a model that answers in one call (:func:`prompted`): they are read
+    with all that follows, each time anew."""
 
-    Raises DataError if the model keeps no cache, or answers with no logits.
+    model: Any = field(repr=False)
+    ids: Tensor
+    mask: Tensor
+    start: int | None
+
+    def repeated(self, count: int) -> Unread:
+        """Each prompt ``count`` times, one behind the other."""
+        ids, mask = (held.repeat_interleave(count, dim=0) for held in (self.ids, self.mask))
+        return replace(self, ids=ids, mask=mask)
+
+    def going_on(self, ids: Tensor, real: Tensor) -> Tensor:
+        """As :meth:`Prompted.going_on`."""
+        import torch
+
+        last = torch.full_like(ids[:, :1], IGNORED)  # what the last logits are of is not said
+        targets = torch.cat([ids.masked_fill(~real.bool(), IGNORED), last], dim=1)
+        return taught(self.model, self.ids, self.mask, targets, 0, self.start)
+
+
+def prompted(
+    model: Any, ids: Tensor, mask: Tensor, start: int | None = None
+) -> Prompted | Unread:
+    """What a model makes of prompts (n, tokens), padded on either side. An encoder-decoder's
+    decoder is given the token ``start``, or its own. A model that says ``in_one_call`` (a
+    linearised one, whose answer to a text does not follow from its answer to a part) keeps no cache
+    and reads the prompt again with what follows.
+
+    Raises DataError if another model keeps no cache, or answers with no logits.
     """
     import torch
 
+    if getattr(model, "in_one_call", False):
+        return Unread(model, ids, mask, start)
     writes = not is_encoder_decoder(model)
     if writes:
         ids, mask = on_the_left(ids, mask)  # so that the last is each prompt's own

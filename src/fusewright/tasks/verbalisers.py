@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from fusewright.tasks.classification import Classification
 from fusewright.tasks.errors import DataError
-from fusewright.tasks.prompts import Prompted, prompted, taught
+from fusewright.tasks.prompts import Prompted, Unread, prompted, taught
 from fusewright.tasks.task import Batch
 from fusewright.tasks.text_corruptions import TEXT_CORRUPTIONS, TextCorruption
 from fusewright.tasks.tokens import IGNORED, filled, pad_id, padded, tokenised, tokens_of
@@ -122,7 +122,7 @@ class VerbaliserClassification(Classification):
             )  # fmt: skip
         return padded(lists, IGNORED)[0].to(device)
 
-    def _scores(self, begun: Prompted, targets: Tensor) -> Tensor:
+    def _scores(self, begun: Prompted | Unread, targets: Tensor) -> Tensor:
         """Log-probabilities (n, labels) of some labels."""
         count, rows = len(targets), len(begun.mask)
         targets = targets[:, : int((targets != IGNORED).sum(dim=1).max())].repeat(rows, 1)

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from fusewright.bench.backdoors.poisoning import classes_of, pictures_of
 from fusewright.bench.suite_file import SuiteError
 from fusewright.engine.tables import Table
-from fusewright.errors import PlanError, RecipeError
+from fusewright.errors import RecipeError
 from fusewright.modules.perturbations import Ball, added, ascend
 from fusewright.modules.tensors import device_of
-from fusewright.modules.told import tell
+from fusewright.modules.told import check_told, tell
 from fusewright.tasks.placement import moved
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def look(
         model = suite.open(model).to(suite.device)
     module = model
     module.eval().requires_grad_(False)
-    _check_told(module, names)
+    check_told(module, names)
     risks: list[ClassRisk] = []
     for task, pictures in asked.items():
         if progress is not None:
@@ -149,17 +149,6 @@ def look(
         "steps": steps,
     }
     return Look(tuple(risks), settings)
-
-
-def _check_told(model: nn.Module, tasks: Sequence[str]) -> None:
-    """Refuse, before the first search, a model that must be told the task and does not know one."""
-    unknown = [task for task in tasks if not tell(model, task)]
-    if unknown:
-        raise PlanError(
-            "the model must be told the task of its inputs, and does not know these",
-            where=", ".join(unknown), expected=f"among {', '.join(model.tasks)}",  # type: ignore
-            fix="merge it with experts named as the suite's tasks, or look(suite, model, tasks=...)"
-        )  # fmt: skip
 
 
 def _task_risks(

@@ -13,6 +13,7 @@ from torch import Tensor
 from fusewright.bench.backdoors.poisoning import classes_of, pictures_of
 from fusewright.bench.backdoors.triggers import Trigger
 from fusewright.modules.tensors import device_of
+from fusewright.modules.told import check_told, tell
 from fusewright.tasks.placement import placed
 
 if TYPE_CHECKING:
@@ -50,9 +51,13 @@ def rates(
 
     On the task whose expert was poisoned, success is *succession*; on others it is *transfer*, of
     the same trigger towards their class of the same number, ``target``: None for a task that has
-    no such class. Raises RecipeError for a task without pictures.
+    no such class. A model that must be told the task is told.
+
+    Raises RecipeError for a task without pictures, PlanError where the model is told the task and
+    does not know it.
     """
     names = list(suite.spec.merged) if tasks is None else list(tasks)
+    check_told(model, names)
     model.eval()
     return {task: _rates(suite, model, task, trigger, target, part, limit) for task in names}
 
@@ -63,6 +68,7 @@ def _rates(
     limit: int | None,
 ) -> Rates:  # fmt: skip
     pictures, asked = pictures_of(suite, task), suite.tasks[task]
+    tell(model, task)
     clean: list[Tensor] = []
     fooled: list[Tensor] = []
     labels: list[Tensor] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -72,6 +72,7 @@ def descend(
     if not trained:
         raise RecipeError("the model has no parameter that requires gradients")
     model.train()
+    finite = _finite(model)
     with seeded(recipe.seed, trained[0].device):
         stream = task_stream(task, split, recipe.batch, recipe.seed, augment)
         groups = (relative(trained, recipe.rate, recipe.decay) if recipe.relative
@@ -94,9 +95,9 @@ def descend(
             losses.append(found.item())
             tell(losses[-1])
             if len(losses) % every == 0:
-                _check_finite(model, len(losses))
+                _check_finite(model, finite, len(losses))
                 checkpoint.save(model, descent, losses)
-    _check_finite(model, recipe.steps)
+    _check_finite(model, finite, recipe.steps)
     model.eval()
     return losses
 
@@ -114,8 +115,16 @@ def _restore(model: nn.Module, descent: Resumable, held: dict[str, Any]) -> None
     draws_on(device_of(model), held["random"])
 
 
-def _check_finite(model: nn.Module, step: int) -> None:
-    for name, tensor in _moving(model):
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise NumericError("a weight is no longer finite", where=f"{name}, step {step}",
-                               fix="lower the learning rate")  # fmt: skip
+def _finite(model: nn.Module) -> frozenset[str]:
+    """What has no infinity to begin with, as a buffer that masks attention has."""
+    return frozenset(
+        name for name, tensor in _moving(model)
+        if tensor.is_floating_point() and bool(tensor.isfinite().all())
+    )
+
+
+def _check_finite(model: nn.Module, names: Collection[str], step: int) -> None:
+    """Raises NumericError where one of these is no longer finite."""
+    if odd := sorted(set(names) - _finite(model)):
+        raise NumericError("a weight is no longer finite", where=f"{odd[0]}, step {step}",
+                           fix="lower the learning rate")  # fmt: skip

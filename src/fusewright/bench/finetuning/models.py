@@ -20,6 +20,7 @@ from fusewright.engine.libraries import quiet
 from fusewright.errors import OutputError, RecipeError, nearest
 from fusewright.extras import needs
 from fusewright.modules.linearise import linearise
+from fusewright.modules.tensors import tied_names
 
 _ADAPTED = ("Linear", "Conv1D", "Conv2d", "Embedding")
 """Classes of modules that PEFT adapts and fusewright merges."""
@@ -107,15 +108,24 @@ def freeze_start(layer: nn.Module) -> None:
 
 def targeted(model: nn.Module, pattern: str | None) -> tuple[str, ...]:
     """Modules that get an adapter, by the pattern of their whole names; all linear ones below the
-    model's own head if there is none. Raises RecipeError naming near ones."""
+    model's own head, whose weights nothing else uses, if there is none. Raises RecipeError naming
+    near ones, and for a weight that something else uses."""
     known = {name: type(part).__name__ for name, part in model.named_modules()}
     known = {name: kind for name, kind in known.items() if kind in _ADAPTED}
+    tied = {name: group for group in tied_names(model) for name in group}
     if pattern is None:
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        found = [n for n, k in known.items() if k in _ALL and model.get_submodule(n) is not head]
+        found = [n for n, k in known.items() if k in _ALL and f"{n}.weight" not in tied
+                 and model.get_submodule(n) is not head]  # fmt: skip
         pattern = "all linear modules"
     else:
         found = [name for name in known if re.fullmatch(pattern, name)]
+    if twice := next((tied[f"{n}.weight"] for n in found if f"{n}.weight" in tied), None):
+        raise RecipeError(
+            "an adapter would change one use of a tensor that has several, and its merge all",
+            where=f"targets {pattern!r}", expected="modules whose weights nothing else uses",
+            found=" is ".join(twice), fix="leave it out, or --how full",
+        )  # fmt: skip
     if not found:
         close = nearest(pattern, list(known)) or next((n for n in known if pattern in n), None)
         raise RecipeError(

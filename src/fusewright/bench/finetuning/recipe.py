@@ -46,9 +46,10 @@ class FineTuning:
     ``rate`` is the peak of one cycle of AdamW, where ``relative`` as a share of each tensor's size
     (:func:`fusewright.bench.descent.relative`); ``decay`` is for matrices alone; ``start`` is the
     seed of adapters' first factors, of the suite and not of the task, ``seed`` that of order,
-    augmentation and dropout. ``targets``: which modules get an adapter, a regular expression of
-    their whole names; None for all linear ones. ``threads`` is part of it, because sums depend on
-    their number.
+    augmentation and dropout. Of ``betas`` the second counts: the cycle moves the first against the
+    rate, from 0.95 to 0.85 and back, as all pools were trained. ``targets``: which modules get an
+    adapter, a regular expression of their whole names; None for all linear ones. ``threads`` is
+    part of it, because sums depend on their number.
     """
 
     how: str
@@ -111,24 +112,27 @@ def recipe_for(
     """The suite's own recipe for its experts, with what is ``said`` in its place.
 
     Raises RecipeError for what cannot be, SuiteError for a task that is unknown or has no training
-    rows.
+    rows, DataError for a head of other classes.
     """
     _check_choice(how)
     _check_adapters(how, said)
     if steps is not None and epochs is not None:
         raise RecipeError("training is so many steps or so many epochs", found="both",
                           fix="leave one out")  # fmt: skip
-    rows = len(suite.split(task, "train"))  # refused before anything is trained
+    split = suite.split(task, "train")  # refused before anything is trained
     own = _own(suite, task)
     whole, ways = _defaults(suite, how, own)
-    seen = min(rows, whole.rows or rows)
-    size = min(batch or whole.batch, seen)
+    _check_judged(suite, task, how)
+    items = len(suite.tasks[task].ready(split))  # of running text, its windows
+    seen = min(items, whole.rows or items)
+    size = min(whole.batch if batch is None else batch, seen)
     if epochs is not None:
         steps = _steps_of(epochs, seen, size)
     found = replace(
         whole, steps=whole.steps if steps is None else steps, batch=size,
         rate=_default_rate(suite, how, own) if rate is None else rate,
-        seed=suite.seed if seed is None else seed, threads=threads or whole.threads,
+        seed=suite.seed if seed is None else seed,
+        threads=whole.threads if threads is None else threads,
         **{name: value for name, value in said.items() if value is not None},
     )  # fmt: skip
     return found, ways
@@ -175,10 +179,10 @@ def _default_rate(suite: Suite, how: str, own: JointRecipe | None) -> float:
     return ADAPTER_RATE if own is None else 10 * own.rate
 
 
-def _steps_of(epochs: float, rows: int, batch: int) -> int:
+def _steps_of(epochs: float, items: int, batch: int) -> int:
     if not (isfinite(epochs) and epochs > 0):
         raise RecipeError("epochs is a positive number", found=epochs)
-    return max(1, round(epochs * (rows // batch)))
+    return max(1, round(epochs * (items // max(1, batch))))  # a batch of none is refused below
 
 
 def _check_choice(how: str) -> None:
@@ -186,6 +190,16 @@ def _check_choice(how: str) -> None:
         close = nearest(how, list(HOWS))
         raise RecipeError(f"models are not fine-tuned in a way {how!r}", expected=", ".join(HOWS),
                           fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
+
+
+def _check_judged(suite: Suite, task: str, how: str) -> None:
+    """Refuse the tangent space where texts are written, which a linearised model does not."""
+    if how == LINEAR and not suite.tasks[task].has_logits:
+        raise RecipeError(
+            "a model in the tangent space writes no texts, and this task asks for them",
+            where=f"task {task}", expected="a task whose answers are logits",
+            found=suite.spec.tasks[task].kind, fix=f"--how {L_LORA}",
+        )  # fmt: skip
 
 
 def _check_adapters(how: str, said: Mapping[str, Any]) -> None:

@@ -89,8 +89,9 @@ def finetune(
     ``fw.merge(base=..., experts=[...])`` takes. Steps, batch, rate and threads that are not given
     are those of the suite's own experts; where it does not say, 2000 steps of 128 at a peak of
     1e-5, or 1e-4 for adapters. All weights of a suite's T5 take ``rate`` relative to each tensor's
-    size. ``epochs`` in place of ``steps``; ``decay`` is 0. ``rank`` is 16
-    and ``alpha`` 32, as in 2310.04742; ``targets`` is a regular expression of modules' whole names
+    size. A batch holds at most the task's training rows. ``epochs`` in place of ``steps``: times
+    that the rows, of running text its windows, are gone over; ``decay`` is 0. ``rank`` is 16 and
+    ``alpha`` 32, as in 2310.04742; ``targets`` is a regular expression of modules' whole names
     (all linear ones). Adapters of all tasks start from the same A_0, which follows from the pool's
     seed alone: then merges of L-LoRA experts keep their rank. ``seed``: of order, augmentation and
     dropout (the pool's). ``limit``: validation rows that are asked.
