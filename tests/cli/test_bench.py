@@ -24,6 +24,14 @@ def test_suites_are_listed(run):
     assert "digits" in json.loads(run("suite", "list", "--json").stdout)
 
 
+@pytest.mark.parametrize(("suite", "data"), [
+    ("digits", "none to be given"), ("vision-mini", "not given: --data DIR"),
+    ("clip-vit-b32", "the Hugging Face Hub"),
+])  # fmt: skip
+def test_a_suite_says_where_its_data_come_from(run, suite, data):
+    assert data in run("suite", "show", suite).stdout
+
+
 def test_a_suite_is_shown_before_it_is_built(run, tiny):
     found = run("suite", "show", *tiny)
     assert found.exit_code == 0 and "which digit?" in found.stdout and "unseen" in found.stdout

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fusewright as fw
+from fusewright.engine.recipe import make_recipe
 from fusewright.errors import NumericError, PlanError, WeightsError
 from fusewright.methods import routed
 
@@ -177,3 +178,34 @@ def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path) -> None:
     for name, found in {"none": "nothing", "file": "a file"}.items():
         with pytest.raises(WeightsError, match=rf"no such folder[\s\S]*{name}[\s\S]*{found}"):
             fw.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("method", [fw.EMR(), routed.Smile(rank=4, gate=2)])
+def test_a_routed_folder_is_not_taken_for_the_weights_of_a_model(method, folders, tmp_path) -> None:
+    path = merged(method, folders, out=tmp_path / "routed").path
+    for models in ({**folders, "experts": {"routed": path}}, {**folders, "base": path}):
+        with pytest.raises(WeightsError, match="a routed model is no set of weights"):
+            fw.merge(fw.Sum(), **models)
+    with pytest.raises(WeightsError, match="a routed model is no set of weights"):
+        fw.inspect([folders["base"], path])
+    (found,) = [one for one in fw.check(folders["base"], [path]).findings
+                if one.severity == "error"]  # fmt: skip
+    assert "a routed model" in found.message
+    fw.inspect([path])  # alone it may be looked at
+
+
+def test_what_is_fitted_or_built_is_not_planned_and_says_so(folders) -> None:
+    with pytest.raises(PlanError, match="planned from headers") as refusal:
+        fw.plan(make_recipe(method="smile", base=str(folders["base"]), experts={
+            name: {"model": str(path)} for name, path in folders["experts"].items()}))  # fmt: skip
+    assert "smile" in str(refusal.value) and "--plan" in (refusal.value.fix or "")
+
+
+def test_an_expert_that_no_data_are_of_says_how_to_bring_them(folders) -> None:
+    names = {"c": folders["experts"]["a"], "b": folders["experts"]["b"]}
+    with pytest.raises(PlanError, match="no data") as none:
+        fw.merge("wemoe", **folders)
+    with pytest.raises(PlanError, match="no data") as others:
+        fw.merge("wemoe", base=folders["base"], experts=names, data=sides(bert, 2))
+    assert "data: {suite: NAME}" in (none.value.fix or "")
+    assert others.value.fix == "name experts as the data's tasks"

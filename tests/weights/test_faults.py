@@ -280,6 +280,17 @@ def test_a_disk_that_cannot_reserve_the_output_is_left_as_it_was(
     assert not os.listdir(tmp_path)
 
 
+def test_nothing_is_said_to_be_kept_where_nothing_was_finished(
+    disk: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    refuse = FaultyDisk(refuse=lambda op, count: errno.EFBIG if op == "reserve" else 0)
+    disk.setattr(_fs, "fs", refuse)
+    with pytest.raises(OutputError) as refusal:
+        toy.run(tmp_path / "out")
+    assert refusal.value.fix == "run the same command again"
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 @pytest.mark.parametrize("op", ["pwrite", "append", "fsync", "fsync_folder", "rename", "open"])
 def test_a_disk_that_fails_midway_says_how_to_resume(
@@ -439,6 +450,22 @@ def test_a_lock_file_that_its_holder_has_just_removed_does_not_count(
         FolderLock.acquire(tmp_path / "staging")
     second.release()
     assert not os.listdir(tmp_path)
+
+
+def test_a_folder_that_can_never_be_made_is_refused_and_not_tried_for_ever(
+    disk: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tries = iter(range(3))
+
+    def refuse(op: str, count: int) -> int:
+        if op == "mkdir":  # as /proc answers, and some file systems over a network
+            next(tries)
+            return errno.ENOENT
+        return 0
+
+    disk.setattr(_fs, "fs", FaultyDisk(refuse=refuse))
+    with pytest.raises(OutputError, match="Preparing the output failed"):
+        FolderLock.acquire(tmp_path / "staging")
 
 
 # -- the journal -----------------------------------------------------------------------------

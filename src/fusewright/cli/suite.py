@@ -116,10 +116,20 @@ def _facts(suite: Suite) -> Table:
         f" of seeds {', '.join(map(str, spec.seeds))}"
     )  # fmt: skip
     rows = (("models", models), ("opened as", f"{spec.opens.library}.{spec.opens.model}"),
-            ("data", str(suite.data or "the Hugging Face Hub")),
+            ("data", _data(suite)),
             ("variants", ", ".join(spec.variants) or "none"),
             ("licence", spec.licence), ("digest", spec.digest()))  # fmt: skip
     return Table("", ("", " "), rows)
+
+
+def _data(suite: Suite) -> str:
+    """Where rows come from."""
+    tasks = suite.spec.tasks.values()
+    if suite.data is not None:
+        return str(suite.data)
+    if any(task.hub for task in tasks):
+        return "the Hugging Face Hub"
+    return "not given: --data DIR" if any(task.data for task in tasks) else "none to be given"
 
 
 def gather(

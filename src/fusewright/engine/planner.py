@@ -95,7 +95,9 @@ def make_plan(recipe: Recipe, options: Options, inputs: Inputs) -> Plan:
     """Decide everything that headers decide; PlanError and RecipeError say what cannot be."""
     method = recipe_method(recipe)
     if not isinstance(method, Stage | Composite | Pipeline):
-        raise PlanError(f"{method.name} is a program; it is planned once it has chosen")
+        raise PlanError("only what needs no fit or search is planned from headers",
+                        where=method.name, found="a method that runs models or builds layers first",
+                        fix="merge without a plan (in the command without --plan)")  # fmt: skip
     pipeline = as_pipeline(method)
     vectors = merged_models(pipeline, recipe, inputs)
     dtype = arithmetic(recipe, inputs)

@@ -25,6 +25,7 @@ class FolderLock:
         with _fs.explained("Preparing the output", folder, "choose another -o"):
             while True:
                 _fs.make_folders(folder.parent)
+                _make(folder)  # outside the attempt: some file systems answer with ENOENT for ever
                 try:
                     lock = cls._try(folder)
                 except FileNotFoundError:  # its last holder has just removed the folder
@@ -34,12 +35,6 @@ class FolderLock:
 
     @classmethod
     def _try(cls, folder: Path) -> FolderLock | None:
-        if not folder.is_dir():
-            try:
-                _fs.fs.mkdir(folder)
-            except FileExistsError:
-                if not folder.is_dir():
-                    raise
         path = folder / _NAME
         fd = _fs.fs.open(path, os.O_RDWR | os.O_CREAT)
         try:
@@ -66,6 +61,15 @@ class FolderLock:
             pass  # an empty folder left behind harms nobody
         finally:
             _fs.fs.close(self._fd)
+
+
+def _make(folder: Path) -> None:
+    if not folder.is_dir():
+        try:
+            _fs.fs.mkdir(folder)
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
 
 
 def _in_use(folder: Path) -> OutputError:

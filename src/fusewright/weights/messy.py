@@ -17,8 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from ..errors import WeightsError
+from .locate import ROUTED_STEM
 from .names import canonical_names, recomputed
 from .same import same_values
 from .spec import TensorInfo, Weights
@@ -77,6 +79,7 @@ def align(
     labelled: dict[str, Weights] = {**inputs, **{f"expert {k}": v for k, v in experts.items()}}
     if not labelled:
         raise WeightsError("nothing to align", expected="a base or an expert", found="none")
+    _refuse_routed(labelled)
     reference, first = next(iter(labelled.items()))
     notes: list[str] = []
     tables = _tables(labelled, reference, tied, notes)
@@ -297,6 +300,17 @@ def _may_be_extra(
 
 def _count(done: Aligned, what: str) -> int:
     return [*done.skipped.values(), *done.absent.values()].count(what)
+
+
+def _refuse_routed(labelled: Mapping[str, Weights]) -> None:
+    for key, weights in labelled.items():
+        said = None if weights.root is None else Path(weights.root) / f"{ROUTED_STEM}.json"
+        if said is not None and said.is_file():
+            raise WeightsError(
+                "a routed model is no set of weights: layers of its own say what they do",
+                where=f"{key} ({weights.label})", expected="the tensors of a plain model",
+                found=said, fix="take the models that it was made of: fusewright.json names them",
+            )  # fmt: skip
 
 
 def _refuse(key: str, weights: Weights, missing: list[str], extra: list[str]) -> None:

@@ -112,7 +112,8 @@ class Staging:
     @property
     def how_to_resume(self) -> str:
         """What to tell somebody whose run has stopped."""
-        return f"run the same command again; finished work is kept in {self.folder}"
+        kept = "" if self._worthless else f"; finished work is kept in {self.folder}"
+        return f"run the same command again{kept}"
 
     # -- what a run does ---------------------------------------------------------------------
 

@@ -301,7 +301,9 @@ def asked(context: Context) -> Mapping[str, Question]:
         raise PlanError(
             "there are no data of an expert's task to learn from", where=", ".join(missing),
             expected="data={expert: batches}", found=", ".join(found) or "no data",
-            fix="data=suite.unlabelled(), or batches under the experts' names",
+            fix="name experts as the data's tasks" if found else
+                "data=suite.unlabelled(), or batches under the experts' names; "
+                "in a recipe data: {suite: NAME}",
         )  # fmt: skip
     return {name: found[name].sound().on(context.device) for name in context.experts}
 
