@@ -163,6 +163,11 @@ def test_an_anomaly_is_measured_in_deviations_of_the_median() -> None:
     assert anomaly_indices([0.0] * 9 + [1.0])[-1] == pytest.approx(1 / 0.014826)
 
 
+def test_two_of_seven_pictures_are_no_outlier() -> None:
+    few, many = (anomaly_indices([0.0] * 9 + [2 / 7], 1 / count)[-1] for count in (7, 128))
+    assert few == pytest.approx(2 / 1.4826) and few < OUTLIER < many
+
+
 def test_a_poisoned_expert_has_a_backdoor_and_keeps_its_accuracy(suite, poisoned) -> None:
     clean = rates(suite, suite.open(suite.experts["digit"]), PATCH, TARGET, tasks=["digit"])
     bad = rates(suite, suite.open(poisoned.path), PATCH, TARGET, tasks=["digit", "parity"])

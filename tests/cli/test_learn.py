@@ -42,6 +42,8 @@ def test_adamerging_runs_from_a_recipe(run: Any, suite: Any, recipe: Path, tmp_p
     out = tmp_path / "out"
     found = run("merge", recipe, "-o", out)
     assert found.exit_code == 0, found.stderr
+    assert "fitted in" in found.stdout and "numbers learned" in found.stdout
+    assert "at the start" in found.stdout and "written in" in found.stdout
     said = json.loads((out / "fusewright.json").read_text())["fitted"]
     assert set(said["tasks"]) == set(suite.spec.merged) and len(said["losses"]) == 2
     assert said["recipe"]["data"]["limit"] == 32

@@ -200,6 +200,12 @@ def test_how_a_base_was_opened_names_a_model_switches_and_numbers_alone(
         fw.load(folder)
 
 
+def test_a_class_that_the_config_does_not_describe_is_named(opened: Callable[[Any], Path]) -> None:
+    folder = opened({"class": "BertModel", "arguments": {}})
+    with pytest.raises(WeightsError, match=r"does not describe[\s\S]*BertModel[\s\S]*module="):
+        fw.load(folder)
+
+
 def test_a_description_that_says_nothing_of_it_opens_by_the_config(
     opened: Callable[[Any], Path],
 ) -> None:

@@ -197,6 +197,7 @@ def summary(out: Path, report: Mapping[str, Any]) -> str:
     read, written, seconds = (report[k] for k in ("bytes_read", "bytes_written", "seconds"))
     lines = [
         f"{out}: complete",
+        *_fit_told(report),
         f"  {size(read)} read, {size(written)} written in {duration(seconds)} "
         f"({size((read + written) / max(seconds, 1e-9))}/s, {report['threads']} threads)",
     ]
@@ -205,3 +206,17 @@ def summary(out: Path, report: Mapping[str, Any]) -> str:
     if again := report.get("resumed_tasks"):
         lines.append(f"  resumed: {again} of {report['tasks']} tasks were finished before")
     return "\n".join(lines + [f"  note: {note}" for note in report.get("notes", ())])
+
+
+def _fit_told(report: Mapping[str, Any]) -> Iterator[str]:
+    """What a program found before anything was written, how long it took, and what is kept."""
+    fit = report.get("fitted", {})
+    if "fit_seconds" in report:
+        learned = f", {fit['trained']:,} numbers learned" if fit.get("trained") else ""
+        yield f"  fitted in {duration(report['fit_seconds'])}{learned}"
+    scores = dict(fit.get("agreement", ()))
+    if scores:
+        kept = fit["kept"]
+        better = f"{scores[0]:.3f} at the start, {scores[kept]:.3f} in what is kept, step {kept}"
+        same = f"{scores[0]:.3f} at the start, which is kept: no later state was better"
+        yield f"  agreement with the experts: {better if kept else same}"

@@ -47,8 +47,15 @@ def empty(path: Path, said: Mapping[str, Any] | None, where: Path) -> nn.Module:
         if key.startswith("_") or not hasattr(config, key):
             raise _refused(where, f"{key}: a keyword of {cls.__name__}", key)
         setattr(config, key, arguments[key])
-    with hollow():
-        model: nn.Module = cls(config, **of_class)
+    try:
+        with hollow():
+            model: nn.Module = cls(config, **of_class)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            "the config does not describe a model of this class", where=f"{path}: config.json",
+            expected=f"what {cls.__name__} is made of", found=f"{type(error).__name__}: {error}",
+            fix=BY_MODULE,
+        ) from error  # fmt: skip
     return model
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -202,11 +203,13 @@ def _run_fit(
     context: Trials,
     writes: bool,
 ) -> Merged:
+    started = perf_counter()
     if isinstance(method, Routed) and method.routes:
         from fusewright.engine.opening import opening
         from fusewright.engine.routed import upscaled
 
         made = upscaled(method, context, recipe, options)
+        made.report["fit_seconds"] = perf_counter() - started
         report = {**finite(made.report["fitted"]), "program": method.spec(),
                   "experts": list(recipe.experts)}  # fmt: skip
         made.origin = Origin(recipe.plain(), method, report, sources(context.inputs))
@@ -216,6 +219,7 @@ def _run_fit(
         return made if out is None else made.save(out, **{**vars(options), "device": "cpu"})
     assert isinstance(method, Program)
     fitted = method.fit(context)
+    taken = perf_counter() - started
     report = {
         **fitted.report, "program": method.spec(),
         "experts": list(fitted.experts or recipe.experts),
@@ -232,7 +236,7 @@ def _run_fit(
     merged = run(chosen, out, options, progress, fitted=origin)
     if merged.path is None:
         merged.source = source_of(recipe, context.inputs)
-    merged.report["fitted"] = report
+    merged.report |= {"fitted": report, "fit_seconds": taken}
     return merged
 
 

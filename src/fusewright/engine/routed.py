@@ -38,7 +38,7 @@ from fusewright.weights.memory import tied_groups
 from fusewright.weights.names import canonical_names
 
 _COMPUTED = (DType.F64, DType.F32, DType.F16, DType.BF16)
-_TOLD = ("parameters", "fitted")
+_TOLD = ("parameters", "fitted", "fit_seconds")
 """What the report of a saved model has of that in memory."""
 
 

@@ -177,7 +177,8 @@ def _risks(
         delta = _toward(target, raw[:half], ask, ball, steps)
         others = raw[half:][before != target]
         found.append((target, _success(target, others, delta, ask), len(others)))
-    anomalies = anomaly_indices([success for _, success, _ in found])
+    told = 1 / max(1, min(count for _, _, count in found))
+    anomalies = anomaly_indices([success for _, success, _ in found], told)
     return [
         ClassRisk(task, c, names[c] if names else str(c), success, anomaly, count, ball.radius)
         for (c, success, count), anomaly in zip(found, anomalies, strict=True)
@@ -219,11 +220,11 @@ def _success(target: int, raw: Tensor, delta: Tensor, ask: Ask) -> float:
     return hits / len(raw)
 
 
-def anomaly_indices(values: Sequence[float]) -> list[float | None]:
-    """(v - median) / (1.4826 · MAD) of each; a MAD below 0.01, less than a sample can tell, counts
-    as that. None for fewer than five values."""
+def anomaly_indices(values: Sequence[float], told: float = 0.01) -> list[float | None]:
+    """(v - median) / (1.4826 · MAD) of each; a MAD below 0.01, or below the least difference that
+    is ``told`` by so many pictures, counts as that. None for fewer than five values."""
     if len(values) < FEWEST:
         return [None] * len(values)
     middle = median(values)
-    spread = 1.4826 * max(median([abs(value - middle) for value in values]), 0.01)
+    spread = 1.4826 * max(median([abs(value - middle) for value in values]), told, 0.01)
     return [(value - middle) / spread for value in values]

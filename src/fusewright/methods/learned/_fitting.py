@@ -254,7 +254,7 @@ class Fitting:
             entropy = self.method.objective == "entropy"
             warn(
                 f"the merge names one class of {', '.join(fallen)} far more often than the expert "
-                "does: look at report['fitted']['guard']"
+                f"does: {in_report('guard')}"
                 + ("; objective=diverse_entropy counts it against the merge" if entropy else ""),
                 FusewrightWarning, stacklevel=2,
             )  # fmt: skip
@@ -273,6 +273,11 @@ class Fitting:
                 first = next(question.stream(self.method.batch, self.context.seed))
                 found[task] = (first, question.logits(self.model, first))
         return digest(found)
+
+
+def in_report(key: str) -> str:
+    """Where a part of a fit's report is found."""
+    return f"look at {key!r} of the fit's report (fusewright.json: fitted; report['fitted'])"
 
 
 def _fell(fit: Fit) -> tuple[float, float] | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusewright.errors import FusewrightWarning
-from fusewright.methods.learned._fitting import Fitting
+from fusewright.methods.learned._fitting import Fitting, in_report
 from fusewright.modules.mixture import Routing
 
 _ALIKE = 0.01
@@ -91,8 +91,7 @@ def told(kept: Shares, last: Shares | None, fixed: bool = False) -> dict[str, An
         warn(f"the routers collapsed: in the last state they {undone}; that was undone, and the "
              "state that scored best is kept", FusewrightWarning, stacklevel=4)  # fmt: skip
     if lasting:
-        warn(f"the routers {lasting}: look at report['fitted']['routing']", FusewrightWarning,
-             stacklevel=4)  # fmt: skip
+        warn(f"the routers {lasting}: {in_report('routing')}", FusewrightWarning, stacklevel=4)
     return report
 
 
