@@ -128,3 +128,10 @@ def test_bounds_that_hold_nothing_are_refused(method, bounds) -> None:
     with pytest.raises(RecipeError, match=r"low, high[\s\S]*low ≤ high"):
         method(**bounds)
     assert method(**{**bounds, "high": 3.0}).high == 3.0
+
+
+def test_losses_below_0_are_not_weighed_by_their_size() -> None:
+    how = {"combine": "tchebycheff", "objective": "diverse_entropy"}
+    with pytest.raises(RecipeError, match=r"diverse_entropy[\s\S]*combine: sum"):
+        AdaMerging(**how, importance={"a": 2.0})
+    AdaMerging(**how)

@@ -34,8 +34,8 @@ class AdaMerging(Learner, Program):
     ``combine``: how tasks' losses become one step: "sum", "mgda" (the shortest combined gradient)
     or "tchebycheff" (the largest loss alone); ``importance``: a factor of each task's loss, 1.
 
-    Raises PlanError where an expert has no data, RecipeError where ``low`` is above ``high``, and
-    as :class:`Learner`.
+    Raises PlanError where an expert has no data, RecipeError where ``low`` is above ``high`` or
+    "tchebycheff" would weigh "diverse_entropy", which is negative, and as :class:`Learner`.
     """
 
     name: ClassVar[str] = "adamerging"
@@ -59,8 +59,10 @@ class AdaMerging(Learner, Program):
     importance: dict[str, float] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _bounded(self) -> Self:
+    def _sound(self) -> Self:
         check_bounds(self.low, self.high)
+        if self.importance and self.combine == "tchebycheff":
+            scalarisers.check_weighable(self.combine, self.objective, "combine: sum")
         return self
 
     @field_validator("merger")

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fusewright.errors import RecipeError
+
 Name = Literal["sum", "mgda", "tchebycheff"]
 Scalariser = Callable[[Tensor, Tensor], Tensor]
 """(losses (tasks,), gradients (tasks, numbers)) -> weights (tasks,), all float64."""
@@ -33,6 +35,16 @@ def tchebycheff(losses: Tensor, gradients: Tensor) -> Tensor:
 SCALARISERS: Mapping[str, Scalariser | None] = {
     "sum": None, "mgda": mgda, "tchebycheff": tchebycheff,
 }  # fmt: skip
+
+
+def check_weighable(how: str, objective: str, fix: str) -> None:
+    """Raises RecipeError where losses that are weighed and then compared are negative."""
+    if objective == "diverse_entropy":
+        raise RecipeError(
+            f"{how} compares weighted losses, and diverse_entropy is negative: a task would count "
+            "the less, the more it weighs",
+            expected="losses of at least 0", found=f"{how}, {objective}", fix=fix,
+        )  # fmt: skip
 
 
 def shortest(gram: Tensor, rounds: int = 10_000) -> Tensor:

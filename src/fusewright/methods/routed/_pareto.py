@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fusewright.errors import PlanError, RecipeError
+from fusewright.errors import PlanError
 from fusewright.layout import ModelLayout, Role
 from fusewright.layout.names import module as owner_of
 from fusewright.methods.contract import Card, Context, Fitted, Parts, Program, Routed
@@ -88,13 +88,8 @@ class ParetoSet(Learner, Program, Routed):
 
     @model_validator(mode="after")
     def _weighable(self) -> Self:
-        if self.scalarise != "linear" and self.objective == "diverse_entropy":
-            raise RecipeError(
-                f"{self.scalarise} compares losses times preferences, and diverse_entropy is "
-                "negative: a task would count the less, the more it is preferred",
-                where=f"{self.name}: scalarise, objective", expected="losses of at least 0",
-                found=f"{self.scalarise}, {self.objective}", fix="scalarise: linear",
-            )  # fmt: skip
+        if self.scalarise != "linear":
+            scalarisers.check_weighable(self.scalarise, self.objective, "scalarise: linear")
         return self
 
     @property
