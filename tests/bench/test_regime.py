@@ -81,6 +81,14 @@ def test_integers_are_the_bases_and_nothing_given_is_changed():
     assert EXPERTS["a"]["w"].tolist() == [4, 4]
 
 
+def test_tied_tensors_count_once():
+    base = {**BASE, "again": BASE["w"]}
+    experts = {name: {**state, "again": state["w"]} for name, state in EXPERTS.items()}
+    found, plain = check(base, experts, first_weight), check(BASE, EXPERTS, first_weight)
+    assert found.cosines == plain.cosines
+    assert [t.norm for t in found.tasks.values()] == [t.norm for t in plain.tasks.values()]
+
+
 def test_running_statistics_are_the_experts_mean_at_every_scale_and_no_weights():
     """Their sum would be a negative variance."""
     def narrowed(state, at):

@@ -7,6 +7,7 @@ other. A pool outside that regime measures nothing, so every suite that is publi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
@@ -16,6 +17,7 @@ import numpy as np
 
 from fusewright.layout import Role, describe
 from fusewright.tasks.units import unit_of
+from fusewright.weights.memory import tied_groups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,8 +135,9 @@ def check(
 
     ``evaluate`` answers for weights and a task; it is called for the base, the average and each
     expert, at three points between base and expert, and at each of ``scales``. ``step`` hears of
-    every merged task. Tensors that are not floating point are the base's. Running statistics are
-    no weights, and no sum of them is one: at each scale they are the experts' mean, as of a merge.
+    every merged task. Tensors that are not floating point are the base's; tied ones count once in
+    norms and cosines. Running statistics are no weights, and no sum of them is one: at each scale
+    they are the experts' mean, as of a merge.
 
     Raises ValueError without experts; KeyError if an expert lacks a tensor of the base.
     """
@@ -142,9 +145,9 @@ def check(
         raise ValueError("a regime needs at least one expert")
     vectors = {name: _difference(expert, base) for name, expert in experts.items()}
     average = _moved(base, vectors.values(), 1 / len(experts))
-    weights = _weights(base)
-    statistics = {name: average[name] for name in _floating(base).keys() - weights}
+    statistics = {name: average[name] for name in _statistics(base)}
     along = [_moved(base, vectors.values(), scale) | statistics for scale in scales]
+    weights = _weights(base)
     steps = {name: {n: vector[n] for n in weights} for name, vector in vectors.items()}
     size = _length({name: base[name] for name in weights})
     tasks = {}
@@ -179,7 +182,7 @@ def check_suite(
     opened = {name: suite.open(path).state_dict() for name, path in suite.experts.items()}
     experts = {name: opened[name] for name in suite.spec.merged}
     model = suite.open(suite.base)
-    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    base = deepcopy(dict(model.state_dict()))  # where tensors are tied, so are the copies
     model.to(suite.device)
 
     def evaluate(state: State, task: str) -> Outcomes:
@@ -205,10 +208,16 @@ def _floating(state: State) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
 
 
-def _weights(state: State) -> list[str]:
-    """The floating tensors but for running statistics."""
+def _statistics(state: State) -> set[str]:
+    """Running statistics."""
     roles = describe({name: tuple(tensor.shape) for name, tensor in state.items()})
-    return [name for name in _floating(state) if roles[name].role is not Role.STATISTIC]
+    return {name for name in _floating(state) if roles[name].role is Role.STATISTIC}
+
+
+def _weights(state: State) -> list[str]:
+    """The other floating tensors, of tied ones the first."""
+    left = _statistics(state).union(*(names[1:] for names in tied_groups(state)))
+    return [name for name in _floating(state) if name not in left]
 
 
 def _difference(expert: State, base: State) -> dict[str, Tensor]:
