@@ -266,11 +266,12 @@ class Suite:
         adapter is added to its base, and a routed model's layers are put into the base's module.
         Raises WeightsError for what is not there."""
         from fusewright.bench.opening import open_model
-        from fusewright.engine.routed_folder import DESCRIPTION, load_routed
+        from fusewright.engine.routed_folder import load_routed
+        from fusewright.weights.locate import is_routed
         from fusewright.weights.open import found_path
 
         path = found_path(path)
-        if (path / DESCRIPTION).is_file():
+        if is_routed(path):
             return load_routed(path, self.open(self.base))
         if not (path / "adapter_config.json").is_file():
             return open_model(path, self.spec.opens)

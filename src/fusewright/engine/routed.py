@@ -16,7 +16,7 @@ from fusewright.engine.front import Merged, write
 from fusewright.engine.opening import OPENS
 from fusewright.engine.options import Options
 from fusewright.engine.recipe import Recipe
-from fusewright.engine.routed_folder import DESCRIPTION, FORMAT, described, precise
+from fusewright.engine.routed_folder import FORMAT, described, precise
 from fusewright.engine.state import MergedWeights
 from fusewright.errors import PlanError
 from fusewright.methods.contract import Context, Routed
@@ -33,7 +33,7 @@ from fusewright.modules.surgery import SURGERY
 from fusewright.modules.tensors import named_tensors, same_tensor, tied_names, wide_dtype
 from fusewright.plain import finite
 from fusewright.weights import DType, open_weights
-from fusewright.weights.locate import ROUTED_STEM
+from fusewright.weights.locate import DESCRIPTION, ROUTED_STEM
 from fusewright.weights.memory import tied_groups
 from fusewright.weights.names import canonical_names
 

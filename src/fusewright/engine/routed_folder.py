@@ -27,8 +27,9 @@ from fusewright.modules.layer import (
 )
 from fusewright.modules.mixture import ROUTING, Routing
 from fusewright.weights.json_text import read_object
+from fusewright.weights.locate import DESCRIPTION
 
-DESCRIPTION, FORMAT = "routed.json", 1
+FORMAT = 1
 
 
 def described(path: str, layer: Layer) -> dict[str, Any]:

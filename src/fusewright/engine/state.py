@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fusewright.errors import PlanError, WeightsError
 from fusewright.weights import open_weights
 from fusewright.weights.directory import read_config
-from fusewright.weights.locate import MODEL_STEMS, ROUTED_STEM
+from fusewright.weights.locate import MODEL_STEMS, is_routed
 from fusewright.weights.memory import MemoryWeights
 from fusewright.weights.names import canonical_names
 from fusewright.weights.spec import Weights
@@ -134,12 +134,12 @@ def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
     Of a routed model, ``module`` is the base's architecture where its config does not say it; it
     is changed. Raises WeightsError where there is no such folder.
     """
-    from fusewright.engine.routed_folder import DESCRIPTION, load_routed
+    from fusewright.engine.routed_folder import load_routed
 
     if not Path(path).is_dir():
         raise WeightsError("there is no such folder", where=path, expected="a folder",
                            found="a file" if Path(path).exists() else "nothing",
                            fix="the folder that the merge was written to")  # fmt: skip
-    if (Path(path) / DESCRIPTION).is_file() or any(Path(path).glob(f"{ROUTED_STEM}*.safetensors")):
+    if is_routed(Path(path)):
         return load_routed(Path(path), module)
     return load_module(Path(path))

@@ -16,6 +16,8 @@ OPEN_CLIP_STEMS = ("open_clip_model", "open_clip_pytorch_model")
 """OpenCLIP's, whose folders often hold the same model for transformers too: read if alone."""
 ROUTED_STEM = "routed"
 """Of models with layers that other libraries would leave out, and that they shall not find."""
+DESCRIPTION = f"{ROUTED_STEM}.json"
+"""What says of such a model what its layers do."""
 ADAPTER_STEMS = ("adapter_model",)
 _SUFFIXES = (".safetensors", ".bin")  # the earlier is preferred
 _WEIGHT_LIKE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack)$")
@@ -30,6 +32,11 @@ class Located:
     index: str | None
     weight_map: dict[str, str]
     notes: tuple[str, ...]
+
+
+def is_routed(root: Path) -> bool:
+    """Whether a folder holds such a model, or what is left of one."""
+    return (root / DESCRIPTION).is_file() or any(root.glob(f"{ROUTED_STEM}*.safetensors"))
 
 
 def locate(root: Path, stems: tuple[str, ...] = MODEL_STEMS) -> Located:

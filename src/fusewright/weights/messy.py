@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..errors import WeightsError
-from .locate import ROUTED_STEM
+from .locate import DESCRIPTION, is_routed
 from .names import canonical_names, recomputed
 from .same import same_values
 from .spec import TensorInfo, Weights
@@ -304,12 +304,12 @@ def _count(done: Aligned, what: str) -> int:
 
 def _refuse_routed(labelled: Mapping[str, Weights]) -> None:
     for key, weights in labelled.items():
-        said = None if weights.root is None else Path(weights.root) / f"{ROUTED_STEM}.json"
-        if said is not None and said.is_file():
+        if weights.root is not None and is_routed(Path(weights.root)):
             raise WeightsError(
                 "a routed model is no set of weights: layers of its own say what they do",
                 where=f"{key} ({weights.label})", expected="the tensors of a plain model",
-                found=said, fix="take the models that it was made of: fusewright.json names them",
+                found=Path(weights.root) / DESCRIPTION,
+                fix="take the models that it was made of: fusewright.json names them",
             )  # fmt: skip
 
 
