@@ -82,9 +82,15 @@ def test_integers_are_the_bases_and_nothing_given_is_changed():
 
 
 def test_tied_tensors_count_once():
-    base = {**BASE, "again": BASE["w"]}
-    experts = {name: {**state, "again": state["w"]} for name, state in EXPERTS.items()}
-    found, plain = check(base, experts, first_weight), check(BASE, EXPERTS, first_weight)
+    def more(state, at):
+        return {**state, "v": torch.full((2,), at)}
+
+    def tied(state):
+        return {**state, "again": state["v"]}
+
+    base, experts = more(BASE, 1.0), {"a": more(EXPERTS["a"], 2.0), "b": more(EXPERTS["b"], 3.0)}
+    plain = check(base, experts, first_weight)
+    found = check(tied(base), {n: tied(e) for n, e in experts.items()}, first_weight)
     assert found.cosines == plain.cosines
     assert [t.norm for t in found.tasks.values()] == [t.norm for t in plain.tasks.values()]
 
