@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 import fusewright as fw
 from fusewright.methods.learned import AdaMerging, AdaRank
+from fusewright.methods.learned._ada_rank import about_mean
 from fusewright.methods.learned.coefficients import LinearCoefficients
 from fusewright.methods.learned.objectives import entropy
 from fusewright.modules.deltas import Dense, Factors
@@ -181,3 +182,11 @@ def test_projection_gives_the_gradient_of_autograd() -> None:
         torch.testing.assert_close(one, two)
         assert one.abs().max() > 0
     assert merge.share(0) == merge.share(1) == 0.5
+
+
+def test_the_mean_of_three_float64_experts_is_exact() -> None:
+    held = {name: torch.rand(4, 3, dtype=torch.float64) for name in ("a", "b", "c")}
+    base = {"w": torch.zeros(4, 3, dtype=torch.float64)}
+    moved = about_mean(TaskVectors(tuple(held), base, lambda expert, name: Dense(held[expert])))
+    mean = torch.stack(list(held.values())).mean(0)
+    torch.testing.assert_close(moved.base["w"], mean, rtol=1e-14, atol=0)
