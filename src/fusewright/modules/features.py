@@ -132,7 +132,7 @@ class FeatureRouting(Routing):
     def __init__(self, model: nn.Module, router: Router | FeatureRouter) -> None:
         super().__init__([router])  # type: ignore[list-item]
         entry = entry_of(model)
-        others = _readers(model) - {entry}
+        others = readers(model) - {entry}
         if router.depth:
             check_order(model)
             _check_towers(model, entry, others)
@@ -194,7 +194,7 @@ def entry_of(model: nn.Module) -> str:
     return (input_reader(model, blocks[0].path) or "") if blocks else ""
 
 
-def _readers(model: nn.Module) -> set[str]:
+def readers(model: nn.Module) -> set[str]:
     """The modules that hold blocks and are given what a user has."""
     return {input_reader(model, block.path) or "" for block in describe_module(model).blocks}
 
