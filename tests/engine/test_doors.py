@@ -136,6 +136,30 @@ def test_families_merge_end_to_end_and_open(tmp_path: Path, kind: str) -> None:
     assert type(found) is type(origin) and same(found.state_dict(), opened.state_dict())
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_models_of_transformers_in_memory_are_written_with_their_configs(
+    tmp_path: Path, kind: str
+) -> None:
+    origin = tiny(kind)
+    origin.config.architectures = ["BertModel"]  # what the checkpoint was that it was made of
+    models = {"base": origin, "experts": {"a": tuned(origin, 1), "b": tuned(origin, 2)}}
+    made = fw.merge(fw.TaskArithmetic(), **models)
+    made.save(tmp_path / "later")
+    fw.merge(fw.TaskArithmetic(), **models, out=tmp_path / "half", out_dtype="bfloat16")
+    opened, info = type(origin).from_pretrained(tmp_path / "later", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert same(opened.state_dict(), made.module().state_dict())
+    half = fw.load(tmp_path / "half")
+    assert type(half) is type(origin) and half.dtype == torch.bfloat16
+    fw.merge(fw.EMR(), **models, out=tmp_path / "routed")
+    routed = fw.load(tmp_path / "routed")
+    stored = {name: routed.state_dict()[name] for name in origin.state_dict()}
+    assert type(routed) is type(origin) and same(origin.state_dict(), stored)
+    if origin.can_generate():
+        for each in (opened, routed):
+            assert each.generation_config.eos_token_id == origin.generation_config.eos_token_id
+
+
 @pytest.mark.parametrize("method", ["ties", "iso_c", "lines", "model_stock", "slerp"])
 def test_other_methods_on_a_tied_model_open_tied(tmp_path: Path, method: str) -> None:
     origin = tiny("tied llama")

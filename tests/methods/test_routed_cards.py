@@ -206,6 +206,18 @@ def test_a_class_that_the_config_does_not_describe_is_named(opened: Callable[[An
         fw.load(folder)
 
 
+def test_a_config_that_is_cut_or_of_another_kind_is_named(opened: Callable[[Any], Path]) -> None:
+    folder = opened({"class": VIT, "arguments": {}})
+    config = folder / "config.json"
+    whole = config.read_text()
+    config.write_text(whole[:100])
+    with pytest.raises(WeightsError, match=r"not valid JSON[\s\S]*config\.json"):
+        fw.load(folder)
+    config.write_text(whole.replace('"model_type": "vit"', '"model_type": "of tomorrow"'))
+    with pytest.raises(WeightsError, match=r"does not describe[\s\S]*of tomorrow[\s\S]*module="):
+        fw.load(folder)
+
+
 def test_a_description_that_says_nothing_of_it_opens_by_the_config(
     opened: Callable[[Any], Path],
 ) -> None:

@@ -146,6 +146,19 @@ def told_a(made) -> nn.Module:
     return made.module()
 
 
+@pytest.mark.parametrize("method", [fw.EMR(), fw.Twin(epochs=0)], ids=["emr", "twin"])
+def test_a_plain_model_of_folders_is_a_module_however_their_paths_are_given(
+    method, folders
+) -> None:
+    named = {"base": str(folders["base"]),
+             "experts": {name: str(path) for name, path in folders["experts"].items()}}  # fmt: skip
+    made = fw.merge(method, **named)
+    if isinstance(method, fw.EMR):
+        made.set_task("b")
+    plain = made.unload().module()
+    torch.testing.assert_close(answer(plain, bert), answer(made.module(), bert))
+
+
 @pytest.mark.parametrize("name", ["emr", "smile", "twin", "ada_rank", "adamerging"])
 def test_tensors_that_are_fused_on_loading_are_told_of(name, tmp_path) -> None:
     torch.manual_seed(0)

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from routed_toys import INPUTS, MODELS, answer, base_of, clip, experts_of, saved, sides, vit
+from routed_toys import (
+    IDS,
+    INPUTS,
+    MODELS,
+    answer,
+    base_of,
+    clip,
+    experts_of,
+    gpt2,
+    llama,
+    saved,
+    sides,
+    t5,
+    vit,
+)
+from torch.nn.functional import pad
 
 import fusewright as fw
 from fusewright.errors import PlanError
@@ -48,6 +63,20 @@ def test_it_is_saved_and_loaded(make, tmp_path) -> None:
     for told in (model, made.module()):
         told.set_task("b")
     assert answer(model, make).equal(answer(made.module(), make))
+
+
+@pytest.mark.parametrize("make", [gpt2, llama, t5], ids=["gpt2", "llama", "t5"])
+def test_padding_is_no_feature(make) -> None:
+    short = {"input_ids": IDS[:, :3], "attention_mask": torch.ones(3, 3, dtype=torch.long)}
+    padded = {name: pad(tensor, (0, 9)) for name, tensor in short.items()}
+    if make is t5:
+        for batch in (short, padded):
+            batch |= {f"decoder_{name}": tensor for name, tensor in batch.items()}
+    base = base_of(make)
+    found = [fw.merge(RepresentationSurgery(steps=0), base=base, experts=experts_of(base),
+                      data={"a": [batch], "b": [batch]}).report["fitted"]["before"]
+             for batch in (short, padded)]  # fmt: skip
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_what_is_wrong_is_said() -> None:

@@ -151,6 +151,36 @@ def test_what_is_stored_is_two_models_and_a_bit_for_each_element_and_task(method
     assert 8 * base + base // 8 * 2 <= sizes["bytes"] < 8.5 * base + 8 * tensors + 50 * 16 * 4
 
 
+@METHODS
+def test_loading_tensors_leaves_the_task_told(method) -> None:
+    """State dicts hold θ_0 whatever the task; what a told model answers with is not it."""
+    model, base = built(method, vit).module(), base_of(vit)
+    model.set_task("a")
+    said, state = answer(model, vit), model.state_dict()
+    model.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
+    assert answer(model, vit).equal(said)
+    head = {"classifier.bias": base.classifier.bias.detach() + 1}
+    model.load_state_dict(head, strict=False)
+    torch.testing.assert_close(answer(model, vit), said + 1)
+    after = model.state_dict()
+    assert all(after[n].equal(head.get(n, t)) for n, t in base.state_dict().items())
+    answer_b = built(method, vit).module()
+    answer_b.set_task("b")
+    model.set_task("b")
+    torch.testing.assert_close(answer(model, vit), answer(answer_b, vit) + 1)
+
+
+@METHODS
+def test_what_is_kept_of_the_base_becomes_what_the_model_becomes(method) -> None:
+    model = built(method, vit).module()
+    model.set_task("a")
+    model.to(torch.bfloat16)
+    state = model.state_dict()
+    assert all(state[name].dtype == torch.bfloat16 for name in base_of(vit).state_dict())
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator()).set_task("b")
+
+
 def test_a_copy_is_told_its_own_task() -> None:
     model = built(fw.EMR(), vit).module()
     model.set_task("a")

@@ -197,6 +197,21 @@ def test_generation_keeps_the_weights_of_the_prompt(make) -> None:
     assert found.equal(ids)
 
 
+@pytest.mark.parametrize("make", [gpt2, llama], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("method", [WEMoE(steps=0), fw.Twin(epochs=1, rate=5e-3)],
+                         ids=["wemoe", "twin"])  # fmt: skip
+def test_a_static_cache_is_no_other_prompt(make, method) -> None:
+    """Its mask is of pairs of tokens, with places that are free as yet."""
+    model = loud(built(method, make, data=sides(make)).module())
+    prompt = {"input_ids": IDS.flip(1), "attention_mask": MASK.flip(1)}  # padding is on the left
+    asked = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    known = model.generate(**prompt, **asked)
+    before = [mixture.weights for mixture in model.get_submodule("routing").mixtures]
+    assert model.generate(**prompt, **asked, cache_implementation="static").equal(known)
+    after = [mixture.weights for mixture in model.get_submodule("routing").mixtures]
+    torch.testing.assert_close(after, before)
+
+
 def test_a_cache_of_another_prompt_is_refused() -> None:
     model = built(WEMoE(steps=0), gpt2).module()
     with torch.no_grad():

@@ -141,6 +141,9 @@ def test_sixteen_bits_stay_and_are_summed_in_32() -> None:
         weight = base.weight.float() + torch.einsum("nt,tri->nri", mixture.weights, deltas)
         expected = torch.einsum("nsi,nri->nsr", x.float(), weight) + base.bias.float()
         torch.testing.assert_close(found.float(), expected, rtol=0.03, atol=0.03)
+        mixture.weights = mixture.weights[:1]  # one for all, and tokens enough to merge for
+        alone = MixedLinear(base, stack, None, mixture)(x[:1].repeat(1, 99, 1))
+        torch.testing.assert_close(alone[:, :3].float(), expected[:1], rtol=0.03, atol=0.03)
 
 
 def test_one_w_for_many_tokens_is_merged_and_single_tokens_are_not() -> None:

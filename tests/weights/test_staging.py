@@ -80,6 +80,7 @@ def test_an_input_that_is_a_link_is_followed(tmp_path: Path, model: Path) -> Non
 def test_a_sibling_of_an_input_is_fine(tmp_path: Path, model: Path) -> None:
     toy.run(model.parent / "base-merged", inputs=[model])
     assert verify(model.parent / "base-merged").ok
+    assert verify(f"{model.parent}/base-merged").ok  # as every other path may be a text
 
 
 def test_an_output_that_exists_is_refused_without_overwrite(model: Path) -> None:

@@ -37,17 +37,19 @@ def add_artefacts(
             if path.is_file():
                 mended = name == "config.json"
                 staging.add_file(
-                    name, _config(path, plan, inputs.untied, notes) if mended else path
+                    name, _config(path.read_bytes(), plan, inputs.untied, notes) if mended else path
                 )
         notes += _code(staging, root, plan.options.copy_code)
     for name, content in getattr(inputs.reference, "files", {}).items():
+        if name == "config.json":
+            content = _config(content, plan, inputs.untied, notes)
         staging.add_file(name, content)
     staging.add_file("README.md", model_card(plan, inputs, fitted).encode())
     return notes
 
 
-def _config(path: Path, plan: Plan, untied: bool, notes: list[str]) -> bytes:
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+def _config(said: bytes, plan: Plan, untied: bool, notes: list[str]) -> bytes:
+    config: dict[str, Any] = json.loads(said)
     if plan.recipe.out_dtype or plan.recipe.dtype:
         name = plan.recipe.out_dtype or plan.recipe.dtype
         config["dtype" if "dtype" in config else "torch_dtype"] = name

@@ -13,6 +13,7 @@ from fusewright.engine.hollow import hollow
 from fusewright.engine.state import class_of
 from fusewright.errors import WeightsError
 from fusewright.extras import needs
+from fusewright.weights.directory import read_config
 
 OPENS = "opens"
 """What a description calls it."""
@@ -41,7 +42,11 @@ def empty(path: Path, said: Mapping[str, Any] | None, where: Path) -> nn.Module:
         raise WeightsError("the config does not say what module the base is", where=path,
                            expected="architectures: [a class of transformers]",
                            fix="fw.load(path, module=...)")  # fmt: skip
-    config = transformers.AutoConfig.from_pretrained(path)
+    read_config(path, "config.json")  # which says what is broken there
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (KeyError, OSError, ValueError) as error:
+        raise _undescribed(path, cls, error) from error
     of_class = {key: value for key, value in arguments.items() if key in _keywords(cls)}
     for key in arguments.keys() - of_class:
         if key.startswith("_") or not hasattr(config, key):
@@ -51,12 +56,14 @@ def empty(path: Path, said: Mapping[str, Any] | None, where: Path) -> nn.Module:
         with hollow():
             model: nn.Module = cls(config, **of_class)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise WeightsError(
-            "the config does not describe a model of this class", where=f"{path}: config.json",
-            expected=f"what {cls.__name__} is made of", found=f"{type(error).__name__}: {error}",
-            fix=BY_MODULE,
-        ) from error  # fmt: skip
+        raise _undescribed(path, cls, error) from error
     return model
+
+
+def _undescribed(path: Path, cls: type, error: Exception) -> WeightsError:
+    return WeightsError("the config does not describe a model of this class",
+                        where=f"{path}: config.json", expected=f"what {cls.__name__} is made of",
+                        found=f"{type(error).__name__}: {error}", fix=BY_MODULE)  # fmt: skip
 
 
 def _read(said: Any, where: Path) -> tuple[Any, Mapping[str, Any]]:

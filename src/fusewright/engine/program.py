@@ -213,6 +213,7 @@ def _run_fit(
         report = {**finite(made.report["fitted"]), "program": method.spec(),
                   "experts": list(recipe.experts)}  # fmt: skip
         made.origin = Origin(recipe.plain(), method, report, sources(context.inputs))
+        made.source = source_of(recipe, context.inputs)
         made.opens = opening(made.routed, context.arguments)
         if out is not None and not writes:
             return Merged(Path(out), made.report, made.plan)

@@ -289,8 +289,7 @@ def upscaled(
     report = {"method": method.spec(), "parameters": sizes, "fitted": dict(parts.report)}
     made = next((_MODELS[child] for child in _MODELS if child in parts.layers), RoutedModel)
     return made(
-        None, report, {}, None, context.base, routed=module, layers=tuple(parts.layers), left=left,
-        stored=stored,
+        None, report, {}, routed=module, layers=tuple(parts.layers), left=left, stored=stored,
     )  # fmt: skip
 
 

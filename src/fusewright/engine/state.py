@@ -28,8 +28,8 @@ class MergedWeights(MemoryWeights):
         files: Mapping[str, bytes] | None = None, stem: str = MODEL_STEMS[0],
     ) -> None:  # fmt: skip
         super().__init__(tensors, label="merged in memory")
-        self.files = dict(files or {})
-        """More small files that belong to the model, by name."""
+        self.files = {**self.files, **(files or {})}
+        """Small files that belong to the model, by name."""
         self.stem = stem
         """What files of its weights are called."""
         if isinstance(source, str | Path) and Path(source).is_dir():
@@ -37,7 +37,8 @@ class MergedWeights(MemoryWeights):
             path = self.root / "config.json"
             self.config = json.loads(path.read_text()) if path.is_file() else {}
         elif isinstance(source, nn.Module):
-            self.config = MemoryWeights(source).config
+            known = MemoryWeights(source)
+            self.config, self.files = known.config, {**known.files, **self.files}
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
@@ -132,7 +132,7 @@ class FeatureRouting(Routing):
     def __init__(self, model: nn.Module, router: Router | FeatureRouter) -> None:
         super().__init__([router])  # type: ignore[list-item]
         entry = entry_of(model)
-        others = _readers(model) - {entry}
+        others = readers(model) - {entry}
         if router.depth:
             check_order(model)
             _check_towers(model, entry, others)
@@ -194,7 +194,7 @@ def entry_of(model: nn.Module) -> str:
     return (input_reader(model, blocks[0].path) or "") if blocks else ""
 
 
-def _readers(model: nn.Module) -> set[str]:
+def readers(model: nn.Module) -> set[str]:
     """The modules that hold blocks and are given what a user has."""
     return {input_reader(model, block.path) or "" for block in describe_module(model).blocks}
 
@@ -241,7 +241,16 @@ def _alone(module: nn.Module, args: Any, kwargs: Any) -> Any:
     given = dict(signature.bind_partial(*args, **kwargs).arguments)
     given |= given.pop("kwargs", {})
     given |= {"past_key_values": None, "use_cache": False}
+    given["attention_mask"] = _square(given.get("attention_mask"))
     return module.forward(**given)
+
+
+def _square(mask: Any) -> Any:
+    """An attention mask without the places that a static cache still has free."""
+    if isinstance(mask, Mapping):
+        return {kind: _square(of) for kind, of in mask.items()}
+    pairs = isinstance(mask, Tensor) and mask.dim() == 4
+    return mask[..., : mask.shape[2]] if pairs else mask
 
 
 def _first(args: Any, kwargs: Any) -> Tensor:

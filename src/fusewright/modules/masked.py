@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -53,6 +53,8 @@ class TaskMasks(Layer):
         self._of = [model]
         model.tasks, model.set_task = self.tasks, self.set_task  # type: ignore[assignment]
         model.register_state_dict_post_hook(self._base)
+        model.register_load_state_dict_pre_hook(self._before_loading)
+        model.register_load_state_dict_post_hook(self._after_loading)
         for part in (model, *(child for child in model.children() if child is not self)):
             part.register_forward_pre_hook(self._refuse)
 
@@ -65,6 +67,23 @@ class TaskMasks(Layer):
         for name, values in self._weights(place, base):
             own[name].data.copy_(values)
         self.task = task
+
+    def _before_loading(self, model: nn.Module, *told: Any) -> None:
+        """State dicts hold θ_0, and may hold a part of it: all of it is in its place again."""
+        own = dict(named_tensors(model))
+        for name, values in self._base.tensors.items():
+            own[name].data.copy_(values)
+        self._base.tensors.clear()
+
+    def _after_loading(self, model: nn.Module, keys: Any) -> None:
+        if self.task is not None:
+            self.set_task(self.task)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """θ_0 goes where the model goes, and becomes what it becomes."""
+        base = self._base.tensors
+        base |= {name: fn(tensor) for name, tensor in base.items()}
+        return super()._apply(fn, recurse)
 
     def weights(self, task: str) -> dict[str, Tensor]:
         """θ_t of the masked tensors and the statistics, in the model's dtypes, under every name

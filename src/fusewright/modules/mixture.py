@@ -8,6 +8,7 @@ from contextlib import suppress
 from itertools import count
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 from torch import Tensor, nn
 
 from fusewright.errors import PlanError
@@ -44,8 +45,8 @@ class Text:
     def note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before the model's forward."""
         given = _given(module, args, kwargs)
-        mask, cache = given.get("attention_mask"), given.get("past_key_values")
-        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        cache = given.get("past_key_values")
+        self.mask = _counting(given.get("attention_mask"))
         self.continues = cache is not None and int(cache.get_seq_length()) > 0
         self.samples, self.tokens = _size(given)
         self.running = True
@@ -77,6 +78,21 @@ class Text:
 def _given(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     given = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
     return given | given.pop("kwargs", {})
+
+
+def _counting(mask: Any) -> Tensor | None:
+    """Which tokens are no padding, (samples, tokens), of an attention mask; None where it does not
+    say. Generation with a static cache makes one of pairs beforehand, (samples, 1, queries, keys),
+    added (0 where a query sees a key) or boolean, for each kind of attention: padding does not even
+    see itself."""
+    if isinstance(mask, Mapping):
+        mask = next((of for of in mask.values() if isinstance(of, Tensor)), None)
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 2:
+        return mask
+    itself = mask[:, 0].diagonal(dim1=1, dim2=2)
+    return itself if itself.dtype == torch.bool else itself == 0
 
 
 def _size(given: Mapping[str, Any]) -> tuple[int, int] | tuple[None, None]:

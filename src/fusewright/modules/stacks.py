@@ -139,7 +139,7 @@ class SparseStack(Stack):
         found = base.to(weights.dtype, copy=True).reshape(-1)
         for at, weight in enumerate(weights):
             places, values = self._between(at, 0, outputs)
-            found.index_add_(0, places - at * outputs * inputs, weight * values)
+            found.index_add_(0, places - at * outputs * inputs, weight * values.to(found.dtype))
         return found.view(base.shape)
 
     def _between(self, expert: int, start: int, stop: int) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fusewright.errors import PlanError
 from fusewright.modules.architecture import describe_module
-from fusewright.modules.features import entry_of
+from fusewright.modules.features import entry_of, readers
 from fusewright.modules.layer import Layer, Saved
+from fusewright.modules.mixture import Text, text_model
 from fusewright.modules.told import not_told, place_of
 
 SURGERY = "surgery"
@@ -103,12 +104,16 @@ def head_of(model: nn.Module) -> str:
 
 @contextmanager
 def seen_by(model: nn.Module, head: str) -> Iterator[list[Tensor]]:
-    """Inside, what the head sees is collected: rows (n, width) for each call; of a model without
-    a head, what a head over pooled features would see."""
+    """Inside, what the head sees is collected: rows (n, width) for each call, of text those that
+    are no padding; of a model without a head, what a head over pooled features would see."""
     found: list[Tensor] = []
+    text = Text()  # the one that was read last: of an encoder-decoder what the decoder is shown
 
     def before(module: nn.Module, args: Any) -> None:
-        found.append(args[0].flatten(0, -2).float())
+        seen = args[0]
+        if text.mask is not None and seen.shape[:-1] == text.mask.shape:
+            seen = seen[text.mask != 0]
+        found.append(seen.flatten(0, -2).float())
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         names = _held(output) if not isinstance(output, Tensor) else ()
@@ -117,11 +122,14 @@ def seen_by(model: nn.Module, head: str) -> Iterator[list[Tensor]]:
         found.append((seen[:, 0] if seen.dim() == 3 else seen).float())
 
     part = model.get_submodule(head or entry_of(model))
-    hook = part.register_forward_pre_hook(before) if head else part.register_forward_hook(after)
+    hooks = [part.register_forward_pre_hook(before) if head else part.register_forward_hook(after)]
+    hooks += [model.get_submodule(path).register_forward_pre_hook(text.note, with_kwargs=True)
+              for path in readers(model) if text_model(model, path) == path]  # fmt: skip
     try:
         yield found
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _held(output: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ class MemoryWeights(Weights):
 
     Both names of a tied parameter are kept; ``tied`` lists the groups of names whose tensors are
     the same storage. Tensors may be non-contiguous, 0-d, empty, or on another device. ``config``
-    is the module's (if it has one that knows ``to_dict``). Raises WeightsError for values that are
-    not dense tensors with data and a storage dtype.
+    is the module's (if it has one that knows ``to_dict``); ``files`` are those that transformers
+    saves beside the weights of a model of its own. Raises WeightsError for values that are not
+    dense tensors with data and a storage dtype.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class MemoryWeights(Weights):
         state: Mapping[Any, Any] = source.state_dict() if is_module else source  # type: ignore
         self.label = label or (type(source).__name__ if is_module else "state dict")
         self.config: Mapping[str, Any] = _config(source) if is_module else {}
+        self.files: Mapping[str, bytes] = _files(source) if is_module else {}
         self._tensors, self.notes = accept_tensors(state, self.label)
         self._infos = {name: _info(name, t, self.label) for name, t in self._tensors.items()}
         self.tied = tied_groups(self._tensors)
@@ -123,3 +126,18 @@ def _config(module: object) -> dict[str, Any]:
     config = getattr(module, "config", None)
     as_dict = getattr(config, "to_dict", None)
     return as_dict() if callable(as_dict) else {}
+
+
+def _files(module: Any) -> dict[str, bytes]:
+    """Of a model of transformers its configs, with the class and dtype that it has now, as
+    ``save_pretrained`` writes them; of other modules nothing."""
+    kinds = {(kind.__module__, kind.__name__) for kind in type(module).__mro__}
+    if ("transformers.modeling_utils", "PreTrainedModel") not in kinds:
+        return {}
+    said = json.loads(module.config.to_json_string())
+    said["architectures"] = [type(module).__name__]
+    said["torch_dtype" if "torch_dtype" in said else "dtype"] = str(module.dtype).split(".")[-1]
+    found = {"config.json": said}
+    if getattr(module, "generation_config", None) is not None and module.can_generate():
+        found["generation_config.json"] = json.loads(module.generation_config.to_json_string())
+    return {name: json.dumps(each, indent=2).encode() + b"\n" for name, each in found.items()}

@@ -47,11 +47,12 @@ Heard = Callable[[str, int, int], None]
 """Called with (tensor, bytes hashed by now, bytes of all tensors) after each tensor, in order."""
 
 
-def verify(out: Path, threads: int = 1, heard: Heard | None = None) -> VerifyReport:
+def verify(out: str | Path, threads: int = 1, heard: Heard | None = None) -> VerifyReport:
     """Hash a published output again and compare it with its manifest.
 
     Raises WeightsError where there is no manifest, or where it is itself damaged.
     """
+    out = Path(out)
     manifest = read_manifest(out)
     output = manifest["output"]
     files: Mapping[str, Any] = output["files"]

@@ -27,7 +27,8 @@ class RepresentationSurgery(Routed):
 
     z' = z - U_t ReLU(D_t z) of the features z that the head sees
     (:class:`~fusewright.modules.surgery.Surgery`), U_t = 0 at first; trained by
-    mean |z' - z_t| to the features z_t of task t's expert, on unlabelled inputs of the task.
+    mean |z' - z_t| to the features z_t of task t's expert, on unlabelled inputs of the task, of
+    texts those of tokens that are no padding.
 
     ``merger``: any merge that it mends, task arithmetic of 0.3; a learned one is given the same
     data. ``rank``: 16. ``steps``, ``rate``, ``batch`` (features of each task in a step): 1000,

@@ -48,17 +48,18 @@ class Twin(Routed):
     features says how much (*Twin-Merging: Dynamic Integration of Modular Expertise in Model
     Merging*, arXiv 2406.15479).
 
-    θ* = θ_0 + γ Σ_t τ_t; v_t = SVD_r(θ_t - θ*), r = ⌊(1 - mask_rate) min(m, n)⌋ of an m x n matrix;
-    θ(x) = θ* + Σ_t softmax(R(e(x)))_t v_t. e(x) is what the shared model sees: of text the mean of
-    the last hidden state without padding, of images the pooled output; R is a
+    θ* = θ_0 + γ Σ_t τ_t; v_t = SVD_r(θ_t - θ*), r = ⌊(1 - mask_rate) min(m, n)⌋ of an m x n matrix,
+    one at least; θ(x) = θ* + Σ_t softmax(R(e(x)))_t v_t. e(x) is what the shared model sees: of text
+    the mean of the last hidden state without padding, of images the pooled output; R is a
     :class:`~fusewright.modules.features.FeatureRouter`, trained by cross-entropy to name the task
     that an input is of. That is all it is told: no labels.
 
     ``scale``: γ, 0.3. ``mask_rate``: 0.9; of LoRA experts, r is a limit for the product, not for
     its two factors. Biases, norms, convolutions and what is added before the first block are v_t
-    as they are; tables of embeddings are matrices, q, k, v of packed attention one each. What is
-    left (bare tensors inside blocks) is θ* alone, and named in the report; running statistics are
-    the experts' mean.
+    as they are; tables of embeddings are matrices, q, k, v of ``nn.MultiheadAttention`` one each (a
+    Linear or Conv1D that packs them, as GPT-2's, is one). What is left (bare tensors and tables
+    inside blocks, tables of classes of their own) is θ* alone, and named in the report; running
+    statistics are the experts' mean.
 
     ``inputs``: most inputs of a task that are looked at, 5500; a tenth of them chooses the epoch.
     ``epochs``: 50; 0 keeps w at 1/T, which needs no data and can be unloaded into a plain model.
