@@ -15,6 +15,7 @@ import torch
 from learned_toys import QUICK, Killed, data, experts, moved, network, stop_at
 from references import _trim, agreeing
 from torch import nn
+from torch.utils.data import DataLoader
 
 import fusewright as fw
 from fusewright.bench.sweep.cells import requirement_of
@@ -375,6 +376,20 @@ def test_a_killed_fit_goes_on_to_the_same_bytes(method, tmp_path) -> None:
     assert not (tmp_path / ".out.fit").exists()
     assert all(t.equal(whole.state_dict()[n]) for n, t in again.state_dict().items())
     assert again.report["fitted"]["losses"] == whole.report["fitted"]["losses"]
+
+
+def test_a_loader_that_shuffles_shows_a_fit_that_goes_on_the_same(tmp_path) -> None:
+    def given() -> dict[str, DataLoader]:
+        return {n: DataLoader(torch.cat(each), 16, shuffle=True) for n, each in data().items()}
+
+    method = METHODS["adamerging"].model_copy(update={"steps": 12, "guard": 0})
+    whole = merged(method, data=given(), out=tmp_path / "whole")
+    torch.manual_seed(5)
+    with pytest.raises(Killed):
+        merged(method, data=given(), out=tmp_path / "cut", progress=stop_at(9))
+    cut = merged(method, data=given(), out=tmp_path / "cut")
+    assert cut.report["fitted"]["losses"] == whole.report["fitted"]["losses"]
+    assert len(set(cut.report["fitted"]["losses"][::4])) == 3  # and epochs have different orders
 
 
 def test_another_fit_is_not_gone_on_with(tmp_path) -> None:

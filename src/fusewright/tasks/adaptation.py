@@ -129,7 +129,7 @@ def adaptation(
     ``pictures``: where batches hold pictures, for methods that change them.
 
     Raises DataError for heads of tasks without data, and of some tasks only: features would be
-    taken for logits.
+    taken for logits; for a head that is none of these; and for batches that are an iterator.
     """
     if isinstance(data, Adaptation):
         return data
@@ -153,15 +153,48 @@ def adaptation(
 def _question(
     name: str, batches: Iterable[Any], head: Any, pictures: Pictures | None
 ) -> Question:
+    if iter(batches) is batches:  # it would be refused where it ends, perhaps after hours
+        raise nothing(name)
     logits = _checked(name, _answer(name, head))
-    return Question(name, logits, lambda size, seed: batches, pictures, sized=False,
+    return Question(name, logits, lambda size, seed: _drawn(batches, seed), pictures, sized=False,
                     own=head is None)  # fmt: skip
 
 
+def _drawn(batches: Iterable[Any], seed: int) -> Iterator[Any]:
+    """An epoch of a caller's batches. What they draw of torch's own generator, as a DataLoader does
+    that shuffles, follows from the seed: a fit that goes on after a kill must see the same."""
+    import torch
+
+    state = torch.Generator().manual_seed(seed).get_state()
+
+    def drawn(take: Callable[[], Any]) -> Any:
+        nonlocal state
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(state)
+            found = take()
+            state = torch.get_rng_state()
+        return found
+
+    each, end = drawn(lambda: iter(batches)), object()
+    while (batch := drawn(lambda: next(each, end))) is not end:
+        yield batch
+
+
 def _answer(task: str, head: Any) -> Logits:
-    if callable(head):
-        return head
-    return partial(own_logits, task) if head is None else _through(head)
+    from torch import Tensor, nn
+
+    if head is None:
+        return partial(own_logits, task)
+    if isinstance(head, Tensor):
+        return _through(head)
+    if isinstance(head, nn.Module) or not callable(head):
+        raise DataError(
+            "a head is not understood", where=f"task {task}", found=type(head).__name__,
+            expected="function(model, batch) -> logits, a tensor (classes, width), or None",
+            fix=f"heads={{{task!r}: lambda model, batch: head(model(batch))}}"
+                if callable(head) else f"heads={{{task!r}: torch.as_tensor(head)}}",
+        )  # fmt: skip
+    return head
 
 
 def _checked(task: str, logits: Logits) -> Logits:
