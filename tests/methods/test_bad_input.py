@@ -48,6 +48,27 @@ def first_of(count: int) -> dict[str, list[dict[str, torch.Tensor]]]:
 # -- nothing to learn from -----------------------------------------------------------------------
 
 
+def test_batches_that_can_be_gone_over_once_are_refused_before_anything_runs() -> None:
+    once = {"a": iter(data()["a"]), "b": data()["b"]}
+    with pytest.raises(DataError, match=r"nothing to learn from[\s\S]*task a[\s\S]*not an iterator"):
+        adaptation(once)
+
+
+@pytest.mark.parametrize("head", [nn.Linear(4, 3), torch.ones(3, 4).numpy()])
+def test_a_head_that_is_no_function_and_no_tensor_is_refused_with_what_to_write(head: Any) -> None:
+    with pytest.raises(DataError, match=r"head is not understood[\s\S]*task a[\s\S]*fix: .*'a': "):
+        adaptation(data(), {"a": head, "b": None})
+
+
+@pytest.mark.parametrize("label", [4, -1, 1.5])
+def test_a_label_that_is_no_class_of_the_answers_is_refused(label: float) -> None:
+    base, labels = network(), torch.tensor([0.0, 3.0, -100.0, label])
+    given = {n: [{"input": batches[0][:4], "labels": labels}] for n, batches in data().items()}
+    with pytest.raises(DataError, match=rf"no class of the answers[\s\S]*task a[\s\S]*{label}"):
+        fw.merge(AdaMerging(steps=1, objective="cross_entropy"), base=base, experts=experts(base),
+                 data=given)  # fmt: skip
+
+
 @EACH
 def test_no_batches_are_refused_with_the_tasks_name(name: str) -> None:
     with pytest.raises(DataError, match=rf"nothing to learn from[\s\S]*task {SECOND}"):
