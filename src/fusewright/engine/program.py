@@ -165,7 +165,8 @@ def run_program(
                         )  # fmt: skip
     progress = progress if processes.first else None
     trials = closing(Trials(recipe, options, data, evaluate, progress, beside))
-    with _shortages_told(method, beside), trials as context:
+    learning = torch.inference_mode(False), torch.enable_grad()  # whatever the caller has set
+    with _shortages_told(method, beside), trials as context, learning[0], learning[1]:
         merged = _run_fit(method, recipe, out, options, progress, context, processes.first)
     processes.wait()
     if out is not None and beside is not None and processes.first:

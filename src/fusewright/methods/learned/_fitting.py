@@ -146,7 +146,17 @@ class Fitting:
         return self.loss_on(model, task, self.batch(task, number))
 
     def loss_on(self, model: nn.Module, task: str, batch: Any) -> Tensor:
-        """The objective of one batch."""
+        """The objective of a task's batch. Raises PlanError where no gradient can come back."""
+        found = self._loss_on(model, task, batch)
+        if not found.requires_grad:
+            raise PlanError(
+                "the answers say nothing of how they depend on the weights",
+                where=f"task {task}", expected="logits that gradients flow through",
+                found="logits without", fix="heads without torch.no_grad() and .detach()",
+            )  # fmt: skip
+        return found
+
+    def _loss_on(self, model: nn.Module, task: str, batch: Any) -> Tensor:
         objective = objectives.OBJECTIVES[self.method.objective]
         question = self.questions[task]
         logits = question.logits(model, batch)
