@@ -10,6 +10,7 @@ import torch
 from learned_toys import data, experts, network
 from routed_toys import base_of, bert, experts_of, gpt2, sides, t5
 from torch import nn
+from torch.utils.data import DataLoader
 
 import fusewright as fw
 from fusewright.errors import FusewrightWarning, MemoryShortage, NumericError, PlanError
@@ -52,6 +53,23 @@ def test_batches_that_can_be_gone_over_once_are_refused_before_anything_runs() -
     once = {"a": iter(data()["a"]), "b": data()["b"]}
     with pytest.raises(DataError, match=r"to learn from[\s\S]*task a[\s\S]*not an iterator"):
         adaptation(once)
+
+
+@pytest.mark.parametrize("given", [[torch.ones(2, 6)], "folder", DataLoader(torch.ones(2, 6))])
+def test_data_and_heads_that_are_not_by_task_are_refused(given: Any) -> None:
+    with pytest.raises(DataError, match=r"data are not given by task[\s\S]*suite\.unlabelled"):
+        adaptation(given)
+    with pytest.raises(DataError, match="heads are not given by task"):
+        adaptation(data(), given)
+    for batches in (None, "folder"):
+        with pytest.raises(DataError, match=r"no batches[\s\S]*task a"):
+            adaptation({"a": batches})
+
+
+def test_heads_beside_data_that_bring_their_own_are_refused() -> None:
+    asked = adaptation(data())
+    with pytest.raises(DataError, match=r"bring their own heads[\s\S]*found: +a, b"):
+        adaptation(asked, dict.fromkeys("ab", torch.ones(3, 4)))
 
 
 @pytest.mark.parametrize("head", [nn.Linear(4, 3), torch.ones(3, 4).numpy()])

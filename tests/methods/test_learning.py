@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import warnings
+from collections import OrderedDict
 from dataclasses import replace
 
 import numpy as np
@@ -83,6 +84,21 @@ def test_of_float64_answers_losses_and_slopes_are_in_float64(name: str) -> None:
     at = (LOGITS.double() / 3).requires_grad_()
     assert objective.loss(at, *rest[objective.target]).dtype == torch.float64
     assert torch.autograd.gradcheck(lambda x: objective.loss(x, *rest[objective.target]), at)
+
+
+@pytest.mark.parametrize("name", sorted(set(objectives.OBJECTIVES) - {"cross_entropy"}))
+def test_a_class_that_is_ruled_out_is_as_if_it_were_not_there(name: str) -> None:
+    objective, at = objectives.OBJECTIVES[name], LOGITS.double() / 3
+    found = []
+    for out in (torch.tensor([[-torch.inf], [-torch.inf]]), torch.empty(2, 0)):
+        own = at.clone().requires_grad_()
+        answers, expert = (torch.cat([x, out.double()], 1) for x in (own, at.flip(0)))
+        loss = objective.loss(answers, *([expert] if objective.target == "expert" else []))
+        loss.backward()
+        share = 4 / 3 if name == "matching" and out.numel() else 1  # a mean over more numbers
+        found.append((share * loss.detach(), share * own.grad))
+    for ruled_out, without in zip(*found, strict=True):
+        torch.testing.assert_close(ruled_out, without, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4)])
@@ -551,6 +567,27 @@ def test_answers_without_logits_ask_for_a_head() -> None:
     with pytest.raises(PlanError, match=r"one class[\s\S]*task a"):
         one = lambda model, batch: model(batch)[:, :1]  # noqa: E731
         merged(AdaMerging(**QUICK), heads={"a": one, "b": None})
+
+
+@pytest.mark.parametrize("state", [torch.no_grad, torch.inference_mode])
+def test_what_is_learned_does_not_depend_on_what_gradients_the_caller_keeps(state) -> None:
+    methods = METHODS["adamerging"], fw.ProDistill(steps=3, every=3)
+    base = nn.Sequential(OrderedDict(
+        layers=nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), head=nn.Linear(6, 4)
+    ))  # fmt: skip
+    whole = [merged(method, base) for method in methods]
+    given, experts_of = data(), experts(base)
+    with state():
+        found = [fw.merge(method, base=base, experts=experts_of, data=given) for method in methods]
+    for one, other in zip(whole, found, strict=True):
+        each = other.state_dict()
+        assert all(torch.equal(t, each[n]) for n, t in one.state_dict().items())
+
+
+def test_answers_without_gradients_are_refused_with_their_task() -> None:
+    heads = dict.fromkeys("ab", lambda model, batch: model(batch).detach())
+    with pytest.raises(PlanError, match=r"depend on the weights[\s\S]*task a[\s\S]*detach"):
+        merged(METHODS["adamerging"], heads=heads)
 
 
 def test_experts_on_other_modules_are_refused() -> None:

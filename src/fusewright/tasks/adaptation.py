@@ -129,10 +129,20 @@ def adaptation(
     ``pictures``: where batches hold pictures, for methods that change them.
 
     Raises DataError for heads of tasks without data, and of some tasks only: features would be
-    taken for logits; for a head that is none of these; and for batches that are an iterator.
+    taken for logits; for a head that is none of these, or beside data that bring their own; and for
+    data that are no mapping, or batches that are an iterator or no batches.
     """
     if isinstance(data, Adaptation):
+        if heads:
+            raise DataError("the data bring their own heads, and others are given",
+                            expected="no heads beside a suite's data", found=", ".join(heads),
+                            fix="leave heads out, or give batches of your own")  # fmt: skip
         return data
+    for what, given in (("data", data), ("heads", heads)):
+        if given is not None and not isinstance(given, Mapping):
+            raise DataError(f"{what} are not given by task", found=type(given).__name__,
+                            expected=f"{what}={{expert: ...}}"
+                            + (", or suite.unlabelled()" if what == "data" else ""))  # fmt: skip
     heads = heads or {}
     unknown = [name for name in heads if name not in data]
     if unknown:
@@ -153,7 +163,11 @@ def adaptation(
 def _question(
     name: str, batches: Iterable[Any], head: Any, pictures: Pictures | None
 ) -> Question:
-    if iter(batches) is batches:  # it would be refused where it ends, perhaps after hours
+    goes_over = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if isinstance(batches, str) or not goes_over:
+        raise DataError("these are no batches", where=f"task {name}", found=repr(batches),
+                        expected="a list of batches, or a DataLoader")  # fmt: skip
+    if isinstance(batches, Iterator):  # it would be refused where it ends, perhaps after hours
         raise nothing(name)
     logits = _checked(name, _answer(name, head))
     return Question(name, logits, lambda size, seed: _drawn(batches, seed), pictures, sized=False,
@@ -165,7 +179,7 @@ def _drawn(batches: Iterable[Any], seed: int) -> Iterator[Any]:
     that shuffles, follows from the seed: a fit that goes on after a kill must see the same."""
     import torch
 
-    state = torch.Generator().manual_seed(seed).get_state()
+    state = torch.Generator().manual_seed(seed % 2**64).get_state()
 
     def drawn(take: Callable[[], Any]) -> Any:
         nonlocal state
