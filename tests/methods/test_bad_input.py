@@ -66,6 +66,13 @@ def test_data_and_heads_that_are_not_by_task_are_refused(given: Any) -> None:
             adaptation({"a": batches})
 
 
+@pytest.mark.parametrize("batch", [{"input_ids": torch.ones(2, 3)}, (torch.ones(2, 3),)])
+def test_a_matrix_is_no_head_of_batches_without_pictures(batch: Any) -> None:
+    asked = adaptation({"a": [batch]}, {"a": torch.ones(3, 4)}).questions["a"]
+    with pytest.raises(DataError, match=r"holds no pictures[\s\S]*task a[\s\S]*input_ids|tuple"):
+        asked.logits(network(), batch)
+
+
 def test_heads_beside_data_that_bring_their_own_are_refused() -> None:
     asked = adaptation(data())
     with pytest.raises(DataError, match=r"bring their own heads[\s\S]*found: +a, b"):

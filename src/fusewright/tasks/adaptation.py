@@ -200,7 +200,7 @@ def _answer(task: str, head: Any) -> Logits:
     if head is None:
         return partial(own_logits, task)
     if isinstance(head, Tensor):
-        return _through(head)
+        return _through(task, head)
     if isinstance(head, nn.Module) or not callable(head):
         raise DataError(
             "a head is not understood", where=f"task {task}", found=type(head).__name__,
@@ -228,11 +228,20 @@ def _checked(task: str, logits: Logits) -> Logits:
     return answer
 
 
-def _through(head: Tensor) -> Logits:
+def _through(task: str, head: Tensor) -> Logits:
+    from torch import Tensor
+
     from fusewright.tasks.heads import image_features, linear
 
     def logits(model: nn.Module, batch: Any) -> Tensor:
-        pixels = batch["pixel_values"] if isinstance(batch, Mapping) else batch
+        pixels = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
+        if not isinstance(pixels, Tensor):
+            raise DataError(
+                "a matrix is a head of pictures' features, and a batch holds no pictures",
+                where=f"task {task}", expected='a tensor, or a mapping with "pixel_values"',
+                found=", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__,
+                fix=f"heads={{{task!r}: lambda model, batch: features(model, batch) @ head.T}}",
+            )  # fmt: skip
         return linear(image_features(model, pixels), head)
 
     return logits
