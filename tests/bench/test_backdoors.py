@@ -206,6 +206,15 @@ def test_the_search_never_says_that_a_model_is_clean(suite, poisoned) -> None:
     assert CAUTION in said and "unlabelled" in said and not found.flagged()
 
 
+def test_a_callers_module_is_as_it_was_after_it_was_looked_at(suite) -> None:
+    module = suite.open(suite.base).train()
+    first = next(module.parameters()).requires_grad_(False)
+    look(suite, module, tasks=["digit"], steps=1, limit=8)
+    rates(suite, module, PATCH, TARGET, tasks=["digit"], limit=8)
+    assert all(part.training for part in module.modules())
+    assert all(p.requires_grad == (p is not first) for p in module.parameters())
+
+
 def test_a_poisoning_is_part_of_what_an_expert_is(suite, poisoned) -> None:
     again = poisoned_expert(suite, "digit", Poisoning(PATCH, TARGET, rate=0.2), out=poisoned.path,
                             steps=90)  # fmt: skip
@@ -280,6 +289,8 @@ def test_what_cannot_be_is_refused(suite, tmp_path) -> None:
                   {"hard": 2.0, "clean_label": True}):
         with pytest.raises(RecipeError):
             Poisoning(**{"trigger": PATCH, "target": 0, **wrong})
+    with pytest.raises(RecipeError, match="class's number"):  # of which none would ever succeed
+        rates(suite, suite.open(suite.base), PATCH, -1)
     for settings in ({"steps": 0}, {"limit": 1}):
         with pytest.raises(RecipeError, match="steps and pictures"):
             look(suite, suite.base, **settings)

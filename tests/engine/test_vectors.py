@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fusewright.engine.codec import Finite
 from fusewright.engine.inputs import open_inputs
 from fusewright.engine.recipe import make_recipe
 from fusewright.engine.vectors import task_vectors
-from fusewright.errors import PlanError
+from fusewright.errors import NumericError, PlanError
 from fusewright.modules.deltas import Dense
 from fusewright.modules.vectors import TaskVectors
 
@@ -79,6 +80,22 @@ def test_adapters_are_as_precise_as_their_base(tmp_path, dtype, factors) -> None
     assert changed.dtype == torch.promote_types(wide, factors) and alone.dtype == wide
     assert changed.equal((0.5 * up.to(changed.dtype)) @ down.to(changed.dtype))
     assert alone.equal(torch.zeros(4, 2, dtype=wide))
+
+
+@pytest.mark.parametrize("of", ["base", "b"])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_what_is_not_finite_is_named_unless_it_is_allowed(of, value, tmp_path) -> None:
+    given = {"base": model(0), "a": model(1), "b": model(2)}
+    given[of]["two.weight"][1, 1] = value
+    for name, tensors in given.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    path = {name: tmp_path / f"{name}.safetensors" for name in given}
+    recipe = make_recipe(method="linear", base=path.pop("base"), experts=path)
+    with open_inputs(recipe) as inputs:
+        with pytest.raises(NumericError, match=rf"1 values are NaN[\s\S]*{of}[\s\S]*two\.weight"):
+            task_vectors(inputs).kept()
+        found = task_vectors(inputs, rule=Finite(allow_nonfinite=True)).kept()
+        assert not found.read("b", "two.weight").dense().isfinite().all()
 
 
 def test_weights_of_any_dtype_give_sums_in_that_of_the_task_vectors() -> None:

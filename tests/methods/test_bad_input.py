@@ -10,6 +10,7 @@ import torch
 from learned_toys import data, experts, network
 from routed_toys import base_of, bert, experts_of, gpt2, sides, t5
 from torch import nn
+from torch.utils.data import DataLoader
 
 import fusewright as fw
 from fusewright.errors import FusewrightWarning, MemoryShortage, NumericError, PlanError
@@ -46,6 +47,51 @@ def first_of(count: int) -> dict[str, list[dict[str, torch.Tensor]]]:
 
 
 # -- nothing to learn from -----------------------------------------------------------------------
+
+
+def test_batches_that_can_be_gone_over_once_are_refused_before_anything_runs() -> None:
+    once = {"a": iter(data()["a"]), "b": data()["b"]}
+    with pytest.raises(DataError, match=r"to learn from[\s\S]*task a[\s\S]*not an iterator"):
+        adaptation(once)
+
+
+@pytest.mark.parametrize("given", [[torch.ones(2, 6)], "folder", DataLoader(torch.ones(2, 6))])
+def test_data_and_heads_that_are_not_by_task_are_refused(given: Any) -> None:
+    with pytest.raises(DataError, match=r"data are not given by task[\s\S]*suite\.unlabelled"):
+        adaptation(given)
+    with pytest.raises(DataError, match="heads are not given by task"):
+        adaptation(data(), given)
+    for batches in (None, "folder"):
+        with pytest.raises(DataError, match=r"no batches[\s\S]*task a"):
+            adaptation({"a": batches})
+
+
+@pytest.mark.parametrize("batch", [{"input_ids": torch.ones(2, 3)}, (torch.ones(2, 3),)])
+def test_a_matrix_is_no_head_of_batches_without_pictures(batch: Any) -> None:
+    asked = adaptation({"a": [batch]}, {"a": torch.ones(3, 4)}).questions["a"]
+    with pytest.raises(DataError, match=r"holds no pictures[\s\S]*task a[\s\S]*input_ids|tuple"):
+        asked.logits(network(), batch)
+
+
+def test_heads_beside_data_that_bring_their_own_are_refused() -> None:
+    asked = adaptation(data())
+    with pytest.raises(DataError, match=r"bring their own heads[\s\S]*found: +a, b"):
+        adaptation(asked, dict.fromkeys("ab", torch.ones(3, 4)))
+
+
+@pytest.mark.parametrize("head", [nn.Linear(4, 3), torch.ones(3, 4).numpy()])
+def test_a_head_that_is_no_function_and_no_tensor_is_refused_with_what_to_write(head: Any) -> None:
+    with pytest.raises(DataError, match=r"head is not understood[\s\S]*task a[\s\S]*fix: .*'a': "):
+        adaptation(data(), {"a": head, "b": None})
+
+
+@pytest.mark.parametrize("label", [4, -1, 1.5])
+def test_a_label_that_is_no_class_of_the_answers_is_refused(label: float) -> None:
+    base, labels = network(), torch.tensor([0.0, 3.0, -100.0, label])
+    given = {n: [{"input": batches[0][:4], "labels": labels}] for n, batches in data().items()}
+    with pytest.raises(DataError, match=rf"no class of the answers[\s\S]*task a[\s\S]*{label}"):
+        fw.merge(AdaMerging(steps=1, objective="cross_entropy"), base=base, experts=experts(base),
+                 data=given)  # fmt: skip
 
 
 @EACH

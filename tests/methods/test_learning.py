@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import warnings
+from collections import OrderedDict
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from learned_toys import QUICK, Killed, data, experts, moved, network, stop_at
 from references import _trim, agreeing
 from torch import nn
+from torch.utils.data import DataLoader
 
 import fusewright as fw
 from fusewright.bench.sweep.cells import requirement_of
@@ -82,6 +84,21 @@ def test_of_float64_answers_losses_and_slopes_are_in_float64(name: str) -> None:
     at = (LOGITS.double() / 3).requires_grad_()
     assert objective.loss(at, *rest[objective.target]).dtype == torch.float64
     assert torch.autograd.gradcheck(lambda x: objective.loss(x, *rest[objective.target]), at)
+
+
+@pytest.mark.parametrize("name", sorted(set(objectives.OBJECTIVES) - {"cross_entropy"}))
+def test_a_class_that_is_ruled_out_is_as_if_it_were_not_there(name: str) -> None:
+    objective, at = objectives.OBJECTIVES[name], LOGITS.double() / 3
+    found = []
+    for out in (torch.tensor([[-torch.inf], [-torch.inf]]), torch.empty(2, 0)):
+        own = at.clone().requires_grad_()
+        answers, expert = (torch.cat([x, out.double()], 1) for x in (own, at.flip(0)))
+        loss = objective.loss(answers, *([expert] if objective.target == "expert" else []))
+        loss.backward()
+        share = 4 / 3 if name == "matching" and out.numel() else 1  # a mean over more numbers
+        found.append((share * loss.detach(), share * own.grad))
+    for ruled_out, without in zip(*found, strict=True):
+        torch.testing.assert_close(ruled_out, without, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4)])
@@ -377,6 +394,20 @@ def test_a_killed_fit_goes_on_to_the_same_bytes(method, tmp_path) -> None:
     assert again.report["fitted"]["losses"] == whole.report["fitted"]["losses"]
 
 
+def test_a_loader_that_shuffles_shows_a_fit_that_goes_on_the_same(tmp_path) -> None:
+    def given() -> dict[str, DataLoader]:
+        return {n: DataLoader(torch.cat(each), 16, shuffle=True) for n, each in data().items()}
+
+    method = METHODS["adamerging"].model_copy(update={"steps": 12, "guard": 0})
+    whole = merged(method, data=given(), out=tmp_path / "whole")
+    torch.manual_seed(5)
+    with pytest.raises(Killed):
+        merged(method, data=given(), out=tmp_path / "cut", progress=stop_at(9))
+    cut = merged(method, data=given(), out=tmp_path / "cut")
+    assert cut.report["fitted"]["losses"] == whole.report["fitted"]["losses"]
+    assert len(set(cut.report["fitted"]["losses"][::4])) == 3  # and epochs have different orders
+
+
 def test_another_fit_is_not_gone_on_with(tmp_path) -> None:
     def first_step(method=METHODS["adamerging"], **options) -> int:
         steps = []
@@ -536,6 +567,27 @@ def test_answers_without_logits_ask_for_a_head() -> None:
     with pytest.raises(PlanError, match=r"one class[\s\S]*task a"):
         one = lambda model, batch: model(batch)[:, :1]  # noqa: E731
         merged(AdaMerging(**QUICK), heads={"a": one, "b": None})
+
+
+@pytest.mark.parametrize("state", [torch.no_grad, torch.inference_mode])
+def test_what_is_learned_does_not_depend_on_what_gradients_the_caller_keeps(state) -> None:
+    methods = METHODS["adamerging"], fw.ProDistill(steps=3, every=3)
+    base = nn.Sequential(OrderedDict(
+        layers=nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), head=nn.Linear(6, 4)
+    ))  # fmt: skip
+    whole = [merged(method, base) for method in methods]
+    given, experts_of = data(), experts(base)
+    with state():
+        found = [fw.merge(method, base=base, experts=experts_of, data=given) for method in methods]
+    for one, other in zip(whole, found, strict=True):
+        each = other.state_dict()
+        assert all(torch.equal(t, each[n]) for n, t in one.state_dict().items())
+
+
+def test_answers_without_gradients_are_refused_with_their_task() -> None:
+    heads = dict.fromkeys("ab", lambda model, batch: model(batch).detach())
+    with pytest.raises(PlanError, match=r"depend on the weights[\s\S]*task a[\s\S]*detach"):
+        merged(METHODS["adamerging"], heads=heads)
 
 
 def test_experts_on_other_modules_are_refused() -> None:

@@ -249,6 +249,36 @@ def test_lines_that_are_no_objects_and_uneven_ones_are_named(tmp_path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"b": 1}\n')
     with pytest.raises(DataError, match="line 2"):
         open_split(source, "test", tmp_path)
+    (tmp_path / "a.jsonl").write_text('[{"text": "x", "label": 0}]\n')  # dict() would take it
+    with pytest.raises(DataError, match=r"line 1[\s\S]*found: +list"):
+        open_split(source, "test", tmp_path)
+
+
+def test_objects_name_their_fields_in_any_order(tmp_path) -> None:
+    rows = '{"text": "x", "label": 0}\n{"label": 1, "text": "y"}\n'
+    (tmp_path / "test.jsonl").write_text(rows)
+    found = open_split(DataSource(folder="."), "test", tmp_path)
+    assert found.rows([1, 0]) == {"text": ["y", "x"], "label": [1, 0]}
+
+
+@pytest.mark.parametrize("order", [("fine", "label"), ("label", "fine")])
+def test_a_named_column_wins_over_one_that_has_the_role_for_its_name(tmp_path, order) -> None:
+    values = {"fine": [0, 1], "label": [7, 8]}
+    lines = [json.dumps({name: values[name][row] for name in order}) for row in (0, 1)]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    pq.write_table(pa.table({name: values[name] for name in order}), tmp_path / "train.parquet")
+    source = DataSource(folder=".", columns={"label": "fine"})
+    for part in ("test", "train"):
+        assert open_split(source, part, tmp_path).labels().tolist() == [0, 1]
+
+
+def test_data_of_another_kind_are_told_of_the_kinds_that_are_read(tmp_path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/test.csv").write_text("text,label\nx,0\n")
+    with pytest.raises(DataError) as caught:
+        open_split(DataSource(folder="set"), "test", tmp_path)
+    assert "set/test.parquet, .jsonl or .txt" in str(caught.value)
+    assert "test.csv" in str(caught.value) and "of one of these kinds" in str(caught.value)
 
 
 def test_a_source_needs_a_place() -> None:

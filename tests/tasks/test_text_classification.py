@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from fusewright.tasks import (
     DataError,
     DecoderClassification,
     EncoderClassification,
+    Generation,
+    LanguageModelling,
     Rows,
     VerbaliserClassification,
     evaluate,
@@ -106,6 +110,53 @@ def test_a_decoder_with_a_head_of_its_own_is_asked_below_it(tokenizer, split) ->
     theirs = model(**words(TEXTS, padding=True, return_tensors="pt")).logits
     ours = task.logits(model, next(task.batches(split, 4)))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_language_model_is_asked_below_its_head(tokenizer, split) -> None:
+    config = t.GPT2Config(n_embd=12, n_layer=1, n_head=2, vocab_size=30)
+    model = t.GPT2LMHeadModel(config).eval()
+    task = DecoderClassification("toy", CLASSES, head=head(), tokenizer=tokenizer())
+    batch = next(task.batches(split, 4))
+    below = task.logits(model.transformer, batch)
+    assert torch.equal(task.logits(model, batch), below)
+
+
+@pytest.mark.parametrize("text", [None, 3])
+def test_a_row_without_a_text_is_named(tokenizer, text) -> None:
+    words = tokenizer()
+    rows = Rows({"text": ["a", "b", text], "label": [0, 1, 2]}, CLASSES, "texts")
+    both = {"text": list("abc"), "text2": ["a", "b", text], "label": [0, 1, 2]}
+    pairs = Rows(both, CLASSES, "texts")
+    encoder = EncoderClassification("toy", CLASSES, head=head(), tokenizer=words)
+    running = LanguageModelling("toy", tokenizer=words)
+    for task, split in ((encoder, rows), (encoder, pairs), (running, rows)):
+        with pytest.raises(DataError, match=r"text2?\b[\s\S]*texts, row 2"):
+            list(task.batches(split, 2, seed=1))
+
+
+def test_nothing_in_a_row_is_not_asked_as_a_word(tokenizer) -> None:
+    rows = Rows({"text": ["a", None], "text2": [None, "b"], "label": [0, 1]}, CLASSES, "texts")
+    words = tokenizer()
+    asked = VerbaliserClassification("toy", CLASSES, tokenizer=words, template="the {text}")
+    written = Generation("toy", tokenizer=words, template="the cat")
+    for task, row in ((asked, 1), (replace(written, template="{text}"), 1),
+                      (replace(written, template="the {label}"), 0)):  # fmt: skip
+        with pytest.raises(DataError, match=rf"has no text[\s\S]*texts, row {row}"):
+            list(task.batches(rows, 2))
+
+
+def test_a_template_that_is_none_is_refused(tokenizer, split) -> None:
+    task = VerbaliserClassification("toy", CLASSES, tokenizer=tokenizer(), template="the {text")
+    with pytest.raises(DataError, match=r"template is not understood[\s\S]*the {text"):
+        list(task.batches(split, 2))
+
+
+def test_a_label_that_is_no_class_is_named_by_its_own_row(tokenizer) -> None:
+    rows = Rows({"text": list("abc"), "label": [0, 1, "never"]}, CLASSES, "texts")
+    task = EncoderClassification("toy", CLASSES, head=head(), tokenizer=tokenizer())
+    with pytest.raises(DataError, match=r"texts, row 2[\s\S]*'never'"):
+        list(task.batches(rows, 1))
 
 
 def test_pairs_are_told_apart_by_their_types(pairs) -> None:

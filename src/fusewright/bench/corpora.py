@@ -89,5 +89,6 @@ def _standard_library(said: str) -> Rows:
 def _filled(rows: DataSplit, template: str) -> Rows:
     from fusewright.tasks.tokens import filled
 
-    columns = rows.rows(range(len(rows)))
-    return Rows({"text": filled(template, columns, rows.name)}, name=rows.name)
+    numbers = range(len(rows))
+    texts = filled(template, rows.rows(numbers), rows.name, numbers)
+    return Rows({"text": texts}, name=rows.name)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fusewright.engine.codec import Finite
 from fusewright.engine.front import Merged, run, source_of
 from fusewright.engine.inputs import Inputs, open_inputs
 from fusewright.engine.options import Options
@@ -111,7 +112,8 @@ class Trials(Context):
     def _vectors(self) -> TaskVectors:
         from fusewright.engine.vectors import task_vectors
 
-        found = task_vectors(self.inputs, self._module[1]).on(self.device)
+        rule = Finite(self._options.allow_nonfinite)
+        found = task_vectors(self.inputs, self._module[1], rule).on(self.device)
         held = 4 * len(found.experts) * sum(t.numel() for t in found.base.values())
         return found.kept() if held <= self._options.memory else found
 
@@ -165,7 +167,8 @@ def run_program(
                         )  # fmt: skip
     progress = progress if processes.first else None
     trials = closing(Trials(recipe, options, data, evaluate, progress, beside))
-    with _shortages_told(method, beside), trials as context:
+    learning = torch.inference_mode(False), torch.enable_grad()  # whatever the caller has set
+    with _shortages_told(method, beside), trials as context, learning[0], learning[1]:
         merged = _run_fit(method, recipe, out, options, progress, context, processes.first)
     processes.wait()
     if out is not None and beside is not None and processes.first:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fusewright.engine.codec import Finite, check_input
 from fusewright.engine.inputs import Inputs
 from fusewright.engine.state import whole
 from fusewright.errors import PlanError
@@ -17,13 +18,17 @@ from fusewright.weights import TensorInfo, Weights
 from fusewright.weights.spec import LowRank
 
 
-def task_vectors(inputs: Inputs, names: Mapping[str, str] | None = None) -> TaskVectors:
+def task_vectors(
+    inputs: Inputs, names: Mapping[str, str] | None = None, rule: Finite | None = None
+) -> TaskVectors:
     """θ_0 and τ_t over the floating-point tensors that the base and every expert have.
 
     Differences are in float32, or float64 where the base is; of adapters over the base, the
     factors. ``names`` {the module's: the checkpoint's} renames them. Raises PlanError without a
-    base, or if nothing is shared.
+    base, or if nothing is shared, NumericError for NaN and infinity where they are first read,
+    unless ``rule`` allows them.
     """
+    rule = rule or Finite()
     if inputs.base is None:
         raise PlanError("task vectors need the base that the experts were trained from",
                         fix="base: ...")  # fmt: skip
@@ -35,12 +40,25 @@ def task_vectors(inputs: Inputs, names: Mapping[str, str] | None = None) -> Task
     for name in named.values():
         _check_shapes(inputs, name)
     base = {module: whole(inputs.base, _own(inputs, None, name)) for module, name in named.items()}
+    for module, tensor in base.items():
+        check_input(_wide(tensor), f"{inputs.base.label}: {named[module]}", rule)
+    sound: set[tuple[str, str]] = set()
 
     def read(expert: str, module: str) -> Delta:
-        name = named[module]
-        return _delta(inputs.experts[expert], _own(inputs, expert, name), base[module])
+        weights, name = inputs.experts[expert], _own(inputs, expert, named[module])
+        delta = _delta(weights, name, base[module])
+        if (expert, name) not in sound:  # finite less finite is finite, or too large
+            for tensor in delta.tensors:
+                if tensor.is_floating_point():
+                    check_input(tensor, f"{weights.label}: {name}", rule)
+            sound.add((expert, name))
+        return delta
 
     return TaskVectors(tuple(inputs.experts), base, read)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(wide_dtype(tensor))
 
 
 def _everywhere(inputs: Inputs, name: str) -> bool:

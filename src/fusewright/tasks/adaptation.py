@@ -129,10 +129,20 @@ def adaptation(
     ``pictures``: where batches hold pictures, for methods that change them.
 
     Raises DataError for heads of tasks without data, and of some tasks only: features would be
-    taken for logits.
+    taken for logits; for a head that is none of these, or beside data that bring their own; and for
+    data that are no mapping, or batches that are an iterator or no batches.
     """
     if isinstance(data, Adaptation):
+        if heads:
+            raise DataError("the data bring their own heads, and others are given",
+                            expected="no heads beside a suite's data", found=", ".join(heads),
+                            fix="leave heads out, or give batches of your own")  # fmt: skip
         return data
+    for what, given in (("data", data), ("heads", heads)):
+        if given is not None and not isinstance(given, Mapping):
+            raise DataError(f"{what} are not given by task", found=type(given).__name__,
+                            expected=f"{what}={{expert: ...}}"
+                            + (", or suite.unlabelled()" if what == "data" else ""))  # fmt: skip
     heads = heads or {}
     unknown = [name for name in heads if name not in data]
     if unknown:
@@ -153,15 +163,52 @@ def adaptation(
 def _question(
     name: str, batches: Iterable[Any], head: Any, pictures: Pictures | None
 ) -> Question:
+    goes_over = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if isinstance(batches, str) or not goes_over:
+        raise DataError("these are no batches", where=f"task {name}", found=repr(batches),
+                        expected="a list of batches, or a DataLoader")  # fmt: skip
+    if isinstance(batches, Iterator):  # it would be refused where it ends, perhaps after hours
+        raise nothing(name)
     logits = _checked(name, _answer(name, head))
-    return Question(name, logits, lambda size, seed: batches, pictures, sized=False,
+    return Question(name, logits, lambda size, seed: _drawn(batches, seed), pictures, sized=False,
                     own=head is None)  # fmt: skip
 
 
+def _drawn(batches: Iterable[Any], seed: int) -> Iterator[Any]:
+    """An epoch of a caller's batches. What they draw of torch's own generator, as a DataLoader does
+    that shuffles, follows from the seed: a fit that goes on after a kill must see the same."""
+    import torch
+
+    state = torch.Generator().manual_seed(seed % 2**64).get_state()
+
+    def drawn(take: Callable[[], Any]) -> Any:
+        nonlocal state
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(state)
+            found = take()
+            state = torch.get_rng_state()
+        return found
+
+    each, end = drawn(lambda: iter(batches)), object()
+    while (batch := drawn(lambda: next(each, end))) is not end:
+        yield batch
+
+
 def _answer(task: str, head: Any) -> Logits:
-    if callable(head):
-        return head
-    return partial(own_logits, task) if head is None else _through(head)
+    from torch import Tensor, nn
+
+    if head is None:
+        return partial(own_logits, task)
+    if isinstance(head, Tensor):
+        return _through(task, head)
+    if isinstance(head, nn.Module) or not callable(head):
+        raise DataError(
+            "a head is not understood", where=f"task {task}", found=type(head).__name__,
+            expected="function(model, batch) -> logits, a tensor (classes, width), or None",
+            fix=f"heads={{{task!r}: lambda model, batch: head(model(batch))}}"
+                if callable(head) else f"heads={{{task!r}: torch.as_tensor(head)}}",
+        )  # fmt: skip
+    return head
 
 
 def _checked(task: str, logits: Logits) -> Logits:
@@ -181,11 +228,20 @@ def _checked(task: str, logits: Logits) -> Logits:
     return answer
 
 
-def _through(head: Tensor) -> Logits:
+def _through(task: str, head: Tensor) -> Logits:
+    from torch import Tensor
+
     from fusewright.tasks.heads import image_features, linear
 
     def logits(model: nn.Module, batch: Any) -> Tensor:
-        pixels = batch["pixel_values"] if isinstance(batch, Mapping) else batch
+        pixels = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
+        if not isinstance(pixels, Tensor):
+            raise DataError(
+                "a matrix is a head of pictures' features, and a batch holds no pictures",
+                where=f"task {task}", expected='a tensor, or a mapping with "pixel_values"',
+                found=", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__,
+                fix=f"heads={{{task!r}: lambda model, batch: features(model, batch) @ head.T}}",
+            )  # fmt: skip
         return linear(image_features(model, pixels), head)
 
     return logits

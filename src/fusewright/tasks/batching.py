@@ -106,10 +106,18 @@ def where(split: Split) -> str:
     return str(getattr(split, "name", type(split).__name__))
 
 
-def column(rows: Mapping[str, Sequence[Any]], role: str, place: str) -> Sequence[Any]:
-    """A column of the rows. Raises DataError if there is none."""
+def column(
+    rows: Mapping[str, Sequence[Any]], role: str, place: str, numbers: Sequence[int]
+) -> Sequence[Any]:
+    """A column of the rows, which have these ``numbers``. Raises DataError if there is none, or a
+    row has nothing there."""
     if role not in rows:
         raise missing(role, list(rows), place)
+    for number, value in zip(numbers, rows[role], strict=True):
+        if value is None:
+            raise DataError(f"a row has no {role}", where=f"{place}, row {number}",
+                            expected=f"a {role} in each row", found="null",
+                            fix="leave such rows out")  # fmt: skip
     return rows[role]
 
 

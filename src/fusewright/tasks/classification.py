@@ -32,7 +32,8 @@ class Classification(BatchedTask):
 
     def labels(self, rows: Mapping[str, Any], numbers: Sequence[int], place: str) -> list[int]:
         """The rows' labels. Raises DataError for one outside the classes."""
-        found: list[int] = as_labels(column(rows, "label", place), self.classes, place).tolist()
+        given = column(rows, "label", place, numbers)
+        found: list[int] = as_labels(given, self.classes, place, numbers).tolist()
         for number, label in zip(numbers, found, strict=True):
             if not 0 <= label < len(self.classes):
                 raise DataError(

@@ -115,7 +115,8 @@ def _local(source: DataSource, name: str, root: Path | None) -> Path | None:
 
 
 def _nowhere(source: DataSource, name: str, root: Path | None) -> DataError:
-    asked = source.files.get(name) or (f"{source.folder}/{name}.parquet" if source.folder else name)
+    kinds = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+    asked = source.files.get(name) or (f"{source.folder}/{name}{kinds}" if source.folder else name)
     if root is None:
         return DataError(
             f"no data folder was given, and {asked} has to come from one", where=asked,
@@ -126,7 +127,8 @@ def _nowhere(source: DataSource, name: str, root: Path | None) -> DataError:
     return DataError(
         "the data set is not in the data folder", where=root, expected=asked,
         found="no such folder" if there is None else ", ".join(there) or "an empty folder",
-        fix=f"--data DIR or export {VARIABLE}=DIR with the folder that holds it",
+        fix=f"--data DIR or export {VARIABLE}=DIR with the folder that holds it"
+            if there is None else "data of one of these kinds there, or another --data DIR",
     )  # fmt: skip
 
 
@@ -157,23 +159,30 @@ def _json_lines(
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(dict(json.loads(line)))
-        except (TypeError, ValueError) as error:
+            row = json.loads(line)
+        except ValueError as error:
             raise DataError(
                 "a line is no JSON object", where=f"{path}, line {number}", found=error
             ) from error
+        if not isinstance(row, dict):
+            raise DataError(
+                "a line is no JSON object", where=f"{path}, line {number}",
+                expected='{"text": ...}', found=type(row).__name__,
+            )  # fmt: skip
+        found.append(row)
     names = list(found[0]) if found else []
     absent = [c for c in columns.values() if c not in names]
-    uneven = next((i for i, row in enumerate(found) if list(row) != names), None)
+    uneven = next((i for i, row in enumerate(found) if row.keys() != found[0].keys()), None)
     if absent or uneven is not None:
         raise DataError(
             "a column is missing" if absent else "objects differ in their fields",
             where=path if absent else f"{path}, line {(uneven or 0) + 1}",
             expected=", ".join(absent or names), found=", ".join(found[uneven or 0]),
         )  # fmt: skip
-    role = {column: role for role, column in columns.items()}
-    table = {role.get(name, name): [row[name] for row in found] for name in names}
-    return _filled(Rows(table, classes, name=str(path)))
+    # A role's column is the one that was named, also where another has the role for its name.
+    table = {name: name for name in names if name not in columns.values()} | dict(columns)
+    held = {name: [row[column] for row in found] for name, column in table.items()}
+    return _filled(Rows(held, classes, name=str(path)))
 
 
 def _filled(split: Rows) -> Rows:

@@ -99,7 +99,7 @@ class DensePrediction(BatchedTask):
     def encode(
         self, rows: Mapping[str, Sequence[Any]], numbers: Sequence[int], where: str
     ) -> list[Any]:
-        pictures, targets = column(rows, "image", where), column(rows, "target", where)
+        pictures, targets = (column(rows, role, where, numbers) for role in ("image", "target"))
         found = []
         for picture, target, number in zip(pictures, targets, numbers, strict=True):
             seen = picture if self.corruption is None else self.corruption(picture, number)

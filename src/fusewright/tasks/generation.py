@@ -79,7 +79,7 @@ class Generation(BatchedTask):
     def encode(
         self, rows: Mapping[str, Sequence[Any]], numbers: Sequence[int], where: str
     ) -> list[Any]:
-        prompts = filled(self.template, rows, where)
+        prompts = filled(self.template, rows, where, numbers)
         references = self._references(rows, numbers, where)
         found = tokenised(self.tokenizer, prompts, None, self.length, where, numbers)
         wanted = [self._wanted(reference) for reference in references]
@@ -94,10 +94,10 @@ class Generation(BatchedTask):
     def _references(
         self, rows: Mapping[str, Sequence[Any]], numbers: Sequence[int], where: str
     ) -> list[str]:
-        found = column(rows, self.reference, where)
+        found = column(rows, self.reference, where, numbers)
         if self.words is None:
             return [str(reference) for reference in found]
-        labels = as_labels(found, None, where).tolist()
+        labels = as_labels(found, None, where, numbers).tolist()
         for number, label in zip(numbers, labels, strict=True):
             if not 0 <= label < len(self.words):
                 raise DataError("no word for a class", where=f"{where}, row {number}",

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 def backbone(model: nn.Module) -> Any:
     """The part of a model below its own head, else the model itself.
 
-    ``transformers`` names every model that has a head "…For…", and what is below it base_model.
+    ``transformers`` names every model that has a head "…For…" or, older ones, "…LMHeadModel", and
+    what is below it base_model.
     """
-    return getattr(model, "base_model", model) if "For" in type(model).__name__ else model
+    named = type(model).__name__
+    headed = "For" in named or "Head" in named
+    return getattr(model, "base_model", model) if headed else model
 
 
 def image_features(model: nn.Module, pixels: Tensor) -> Tensor:

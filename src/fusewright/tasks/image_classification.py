@@ -59,7 +59,7 @@ class ImageClassification(Classification):
         self, rows: Mapping[str, Sequence[Any]], numbers: Sequence[int], where: str
     ) -> list[Any]:
         labels = self.labels(rows, numbers, where)
-        pictures = column(rows, "image", where)
+        pictures = column(rows, "image", where, numbers)
         if self.corruption is not None:
             pictures = [
                 self.corruption(p, item) for p, item in zip(pictures, numbers, strict=True)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fusewright.tasks.batching import BatchedTask, Prepared, column, where
+from fusewright.tasks.batching import BatchedTask, Prepared, where
 from fusewright.tasks.errors import DataError
 from fusewright.tasks.outcomes import Outcomes
 from fusewright.tasks.prompts import predicted, prompted
 from fusewright.tasks.task import Batch, Split
-from fusewright.tasks.tokens import pad_id, padded
+from fusewright.tasks.tokens import pad_id, padded, texts_in
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,8 +85,8 @@ class LanguageModelling(BatchedTask):
     def _tokens(self, split: Split) -> Iterator[Any]:
         end = getattr(self.tokenizer, "eos_token_id", None)
         for at in range(0, len(split), READ_AT_ONCE):
-            rows = split.rows(range(at, min(at + READ_AT_ONCE, len(split))))
-            texts = list(column(rows, "text", where(split)))
+            numbers = range(at, min(at + READ_AT_ONCE, len(split)))
+            texts = texts_in(split.rows(numbers), "text", where(split), numbers)
             joined = texts if self.documents else ["".join(texts)]
             for ids in self.tokenizer(joined, add_special_tokens=False)["input_ids"]:
                 ended = [*ids, end] if self.documents and end is not None else ids

@@ -120,8 +120,12 @@ class Grouped(DataSplit):
         return self._group[labels]
 
 
-def as_labels(values: Sequence[Any], classes: Sequence[str] | None, where: str) -> Labels:
-    """Labels as class numbers; class names are looked up in ``classes``.
+def as_labels(
+    values: Sequence[Any], classes: Sequence[str] | None, where: str,
+    numbers: Sequence[int] | None = None,
+) -> Labels:  # fmt: skip
+    """Labels as class numbers; class names are looked up in ``classes``. They are of the rows of
+    these ``numbers``, by default the first.
 
     Raises DataError for a label that is neither a whole number nor a known class.
     """
@@ -135,7 +139,8 @@ def as_labels(values: Sequence[Any], classes: Sequence[str] | None, where: str) 
         else:
             expected = f"one of {', '.join(number)}" if number else "a whole number"
             raise DataError(
-                f"row {row} has a label that is no class", where=where, expected=expected,
+                "a label is no class", expected=expected,
+                where=f"{where}, row {row if numbers is None else numbers[row]}",
                 found=repr(value), fix="name the classes in the data source: classes: [...]",
             )  # fmt: skip
     return found

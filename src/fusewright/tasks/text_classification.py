@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from fusewright.tasks.batching import column
 from fusewright.tasks.classification import Classification
 from fusewright.tasks.heads import backbone, linear
 from fusewright.tasks.image_classification import check_head
 from fusewright.tasks.task import Batch
 from fusewright.tasks.text_corruptions import TEXT_CORRUPTIONS, TextCorruption
-from fusewright.tasks.tokens import on_left, pad_id, padded, positions, tokenised
+from fusewright.tasks.tokens import on_left, pad_id, padded, positions, texts_in, tokenised
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,7 +48,8 @@ class TextClassification(Classification):
         labels = self.labels(rows, numbers, where)
         if self.corruption is not None:
             rows = self.corruption.columns(rows, numbers)
-        texts, pairs = column(rows, "text", where), rows.get("text2")
+        texts = texts_in(rows, "text", where, numbers)
+        pairs = texts_in(rows, "text2", where, numbers) if "text2" in rows else None
         found = tokenised(self.tokenizer, texts, pairs, self.length, where, numbers)
         parts = [dict(zip(found, ids, strict=True)) for ids in zip(*found.values(), strict=True)]
         return list(zip(parts, labels, strict=True))

@@ -17,15 +17,34 @@ IGNORED = -100
 """The label of positions that are not scored, as torch and ``transformers`` have it."""
 
 
-def filled(template: str, rows: Mapping[str, Sequence[Any]], place: str) -> list[str]:
+def texts_in(
+    rows: Mapping[str, Sequence[Any]], role: str, place: str, numbers: Sequence[int]
+) -> list[str]:
+    """A column of texts. Raises DataError if there is none, or a row has no text there."""
+    found = list(column(rows, role, place, numbers))
+    for number, text in zip(numbers, found, strict=True):
+        if not isinstance(text, str):
+            raise DataError(f"a {role} is no text", where=f"{place}, row {number}",
+                            expected="a string", found=repr(text))  # fmt: skip
+    return found
+
+
+def filled(
+    template: str, rows: Mapping[str, Sequence[Any]], place: str, numbers: Sequence[int]
+) -> list[str]:
     """The template with each row's columns: "{text}", "{text2}" and others the split has.
 
-    Raises DataError for a column that does not exist.
+    Raises DataError for a column that does not exist, a row that has nothing there, and a template
+    that is none.
     """
     from string import Formatter
 
-    names = [name for _, name, _, _ in Formatter().parse(template) if name]
-    columns = [column(rows, name, place) for name in names]
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(template) if name]
+    except ValueError as error:
+        raise DataError("a template is not understood", where=template, found=error,
+                        expected='such as "{text}", and {{ or }} for a brace') from error
+    columns = [column(rows, name, place, numbers) for name in names]
     if not columns:
         raise DataError("a template names no column", where=template, expected='such as "{text}"')
     return [

@@ -79,7 +79,7 @@ class VerbaliserClassification(Classification):
         labels = self.labels(rows, numbers, where)
         if self.corruption is not None:
             rows = self.corruption.columns(rows, numbers)
-        prompts = filled(self.template, rows, where)
+        prompts = filled(self.template, rows, where, numbers)
         found = tokenised(self.tokenizer, prompts, None, self.length, where, numbers)
         return list(zip(found["input_ids"], labels, strict=True))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -19,6 +20,7 @@ from fusewright.errors import RecipeError
 from fusewright.modules.perturbations import Ball, added, ascend
 from fusewright.modules.tensors import device_of
 from fusewright.modules.told import check_told, tell
+from fusewright.tasks.evaluate import evaluating
 from fusewright.tasks.placement import moved
 
 if TYPE_CHECKING:
@@ -135,13 +137,13 @@ def look(
     if isinstance(model, str | Path):
         model = suite.open(model).to(suite.device)
     module = model
-    module.eval().requires_grad_(False)
     check_told(module, names)
     risks: list[ClassRisk] = []
-    for task, pictures in asked.items():
-        if progress is not None:
-            progress(task)
-        risks += _task_risks(suite, module, task, pictures, balls, steps, limit, part)
+    with evaluating(module), _frozen(module):
+        for task, pictures in asked.items():
+            if progress is not None:
+                progress(task)
+            risks += _task_risks(suite, module, task, pictures, balls, steps, limit, part)
     settings = {
         "data": f"up to {limit} unlabelled {part} pictures of each task, half of them to search",
         "perturbation": "one for all pictures, at most "
@@ -149,6 +151,18 @@ def look(
         "steps": steps,
     }
     return Look(tuple(risks), settings)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Without gradients of its weights; which of them are trained is again as it was afterwards."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _task_risks(

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fusewright.bench.backdoors.poisoning import classes_of, pictures_of
 from fusewright.bench.backdoors.triggers import Trigger
+from fusewright.errors import RecipeError
 from fusewright.modules.tensors import device_of
 from fusewright.modules.told import check_told, tell
+from fusewright.tasks.evaluate import evaluating
 from fusewright.tasks.placement import placed
 
 if TYPE_CHECKING:
@@ -53,13 +55,15 @@ def rates(
     the same trigger towards their class of the same number, ``target``: None for a task that has
     no such class. A model that must be told the task is told.
 
-    Raises RecipeError for a task without pictures, PlanError where the model is told the task and
-    does not know it.
+    Raises RecipeError for a task without pictures and a negative target, PlanError where the model
+    is told the task and does not know it.
     """
     names = list(suite.spec.merged) if tasks is None else list(tasks)
+    if target < 0:
+        raise RecipeError("the target is a class's number", found=target)
     check_told(model, names)
-    model.eval()
-    return {task: _rates(suite, model, task, trigger, target, part, limit) for task in names}
+    with evaluating(model):
+        return {task: _rates(suite, model, task, trigger, target, part, limit) for task in names}
 
 
 @torch.no_grad()  # what a suite opens meanwhile is learned with later

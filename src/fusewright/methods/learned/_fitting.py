@@ -31,6 +31,7 @@ from fusewright.modules.functional import with_weights
 from fusewright.modules.layer import put_in
 from fusewright.modules.parametrised import ParametrisedMerge
 from fusewright.modules.tensors import named_tensors
+from fusewright.tasks.errors import DataError
 from fusewright.tasks.tokens import IGNORED
 
 if TYPE_CHECKING:
@@ -145,7 +146,17 @@ class Fitting:
         return self.loss_on(model, task, self.batch(task, number))
 
     def loss_on(self, model: nn.Module, task: str, batch: Any) -> Tensor:
-        """The objective of one batch."""
+        """The objective of a task's batch. Raises PlanError where no gradient can come back."""
+        found = self._loss_on(model, task, batch)
+        if not found.requires_grad:
+            raise PlanError(
+                "the answers say nothing of how they depend on the weights",
+                where=f"task {task}", expected="logits that gradients flow through",
+                found="logits without", fix="heads without torch.no_grad() and .detach()",
+            )  # fmt: skip
+        return found
+
+    def _loss_on(self, model: nn.Module, task: str, batch: Any) -> Tensor:
         objective = objectives.OBJECTIVES[self.method.objective]
         question = self.questions[task]
         logits = question.logits(model, batch)
@@ -325,13 +336,21 @@ def _check_numbers(questions: Mapping[str, Question], method: Learner) -> None:
 
 
 def _matched(task: str, labels: Tensor, logits: Tensor) -> Tensor:
-    """The labels, if there is one for each answer."""
+    """The labels, if there is one for each answer, of its classes or none."""
     if labels.numel() != logits[..., 0].numel():
         raise PlanError(
             "there is not one label for each answer", where=f"task {task}",
             expected=f"{logits[..., 0].numel()}, for logits {tuple(logits.shape)}",
             found=f"{labels.numel()}, of shape {tuple(labels.shape)}",
             fix="an objective without labels: entropy, self_label, matching",
+        )  # fmt: skip
+    looked, classes = _classes(labels), logits.shape[-1]
+    wrong = looked[(looked < 0) | (looked >= classes) | (looked != looked.long())]
+    if len(wrong):
+        raise DataError(
+            "a label is no class of the answers", where=f"task {task}", found=wrong[0].item(),
+            expected=f"whole numbers from 0 to {classes - 1}, or {IGNORED} for none",
+            fix="the head of this task and the numbers of its classes",
         )  # fmt: skip
     return labels
 

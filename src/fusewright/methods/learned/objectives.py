@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import log
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -48,7 +49,7 @@ def diverse_entropy(logits: Tensor) -> Tensor:
     those unequally, so -log C is no aim here: it asks for a wide vocabulary, and :func:`soft_label`
     for the expert's.
     """
-    logs = _wide(logits).flatten(0, -2).log_softmax(dim=-1)
+    logs = _possible(logits).flatten(0, -2).log_softmax(dim=-1)
     mean = logs.logsumexp(dim=0) - log(len(logs))
     return entropies(logs).mean() - entropies(mean)
 
@@ -72,19 +73,27 @@ def soft_label(logits: Tensor, expert: Tensor) -> Tensor:
     For answers of which the expert is not sure itself, such as next tokens: :func:`self_label`
     would ask for certainty.
     """
-    said = _wide(logits).flatten(0, -2)
+    said = _possible(logits).flatten(0, -2)
     return F.cross_entropy(said, expert.to(said).flatten(0, -2).softmax(dim=-1))
 
 
 def matching(answers: Tensor, expert: Tensor) -> Tensor:
     """The mean squared difference of logits, or of features where no head is given."""
-    found = _wide(answers)
-    return F.mse_loss(found, expert.to(found))
+    found = _possible(answers)
+    return F.mse_loss(found, _possible(expert.to(found)))
 
 
 def _wide(answers: Tensor) -> Tensor:
     """In float32 at least."""
     return answers if answers.element_size() == 8 else answers.float()
+
+
+def _possible(answers: Tensor) -> Tensor:
+    """The same, -inf of a class that is ruled out as the least number there is: what is learned of
+    it is then 0, where arithmetic with infinity would make it no number."""
+    found = _wide(answers)
+    least = found.detach().amin() if found.numel() else found.new_zeros(())
+    return found.clamp_min(torch.finfo(found.dtype).min) if least == -torch.inf else found
 
 
 @dataclass(frozen=True)
