@@ -91,7 +91,7 @@ class Suite:
         return self.pool / f"seed-{self.seed}"
 
     def at(self, seed: int, variant: str | None = None) -> Suite:
-        """The same suite, of another training of the pool; prepared inputs are shared."""
+        """The same suite, of another training of the pool; :meth:`ready` inputs are shared."""
         other = Suite(
             self.name, self.spec, self.pool, self.data, seed, variant, self.device, self.called
         )
@@ -215,9 +215,10 @@ class Suite:
         self, task: str, part: str = "test", limit: int | None = None, condition: str = CLEAN
     ) -> Split:
         """A split whose rows are decoded, resized or tokenised already, as long as they fit in
-        memory; seeds of the pool share them."""
+        memory; seeds of the pool share them, variants where their base is the same."""
         asked, split = self.asked(task, condition), self.split(task, part)
-        return self._inputs.of((task, part, limit, condition), asked, split, limit)
+        return self._inputs.of((self.models["base"], task, part, limit, condition), asked, split,
+                               limit)  # fmt: skip
 
     def unlabelled(
         self, size: int = 32, *, part: str = "validation", seed: int = 0, limit: int | None = None

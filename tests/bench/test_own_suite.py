@@ -1,0 +1,108 @@
+"""A suite of one's own: texts as JSON lines, and a variant of another base."""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+import fusewright as fw
+from fusewright.bench.results import CLEAN
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("pyarrow")
+
+TASKS = ("one", "two")
+WORDS = [f"w{number}" for number in range(20)]
+
+
+def write_model(at, words, seed, start=None):
+    """A BERT, a step away from where it starts; the numbers of its words are its own."""
+    config = transformers.BertConfig(
+        vocab_size=24, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=16,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = transformers.BertModel(config, add_pooling_layer=False)
+    if start is not None:
+        steps = [0.05 * torch.randn(p.shape) for p in model.parameters()]
+        model.load_state_dict(start)
+        with torch.no_grad():
+            for parameter, step in zip(model.parameters(), steps, strict=True):
+                parameter += step
+    model.save_pretrained(at)
+    numbers = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *words))}
+    split = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="[UNK]"))
+    split.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=split, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(at)
+    return model.state_dict()
+
+
+def models(folder, tag, words):
+    base = write_model(folder / f"base-{tag}", words, 0)
+    for number, task in enumerate(TASKS, 1):
+        write_model(folder / f"{task}-{tag}", words, number, base)
+    save_file({task: torch.randn(2, 8) for task in TASKS}, folder / f"heads-{tag}.safetensors")
+    return {"base": str(folder / f"base-{tag}"), "heads": str(folder / f"heads-{tag}.safetensors"),
+            "experts": {task: str(folder / f"{task}-{tag}") for task in TASKS}}  # fmt: skip
+
+
+def write_rows(path, labels):
+    draw = random.Random(path.parent.name)
+    lines = [json.dumps({"text": " ".join(draw.choices(WORDS, k=5)), "label": label})
+             for label in labels]  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """The suite, opened anew at every call."""
+    for task in TASKS:
+        write_rows(tmp_path / "data" / task / "rows.jsonl", [0, 1] * 10)
+    other = models(tmp_path, "b", WORDS[::-1]) | {"axes": {"words": "others"}}
+    fields = models(tmp_path, "a", WORDS) | {
+        "suite": 1, "title": "Texts of one's own", "variants": {"other": other},
+        "opens": {"model": "BertModel", "arguments": {"add_pooling_layer": False}},
+        "tasks": {
+            name: {"kind": "text-classification", "data": name, "classes": ["no", "yes"],
+                   "splits": {"validation": "rows[:8]", "test": "rows[8:]"}}
+            for name in TASKS
+        },
+    }  # fmt: skip
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(fields), "utf-8")
+    return partial(fw.suite, tmp_path / "own.yaml", data=tmp_path / "data")
+
+
+def sweep(suite, **options):
+    return fw.bench(suite, ["average"], joint="none", progress=False, **options)
+
+
+def losses(results, row, **axes):
+    (cell,) = (c for c in results.of(row) if c.axes == axes)
+    return np.stack([cell.outcomes[task][CLEAN].columns["loss"] for task in TASKS])
+
+
+def test_other_rows_in_json_lines_are_other_cells(opened, tmp_path):
+    before = sweep(opened(), out=tmp_path / "out")
+    write_rows(tmp_path / "data" / "one" / "rows.jsonl", [1, 0] * 10)
+    after = sweep(opened(), out=tmp_path / "out")
+    assert not np.array_equal(losses(after, "base"), losses(before, "base"))
+    assert np.array_equal(losses(after, "base"), losses(sweep(opened()), "base"))
+
+
+def test_a_variant_of_another_base_reads_texts_by_its_own_tokenizer(opened):
+    both = sweep(opened(), variants=[None, "other"])
+    alone = sweep(opened(variant="other"))
+    for row in ("base", "expert one", "average"):
+        expected = losses(alone, row, words="others")
+        assert np.array_equal(losses(both, row, words="others"), expected)
