@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from safetensors.torch import save_file
 
 import fusewright as fw
 from fusewright.bench.results import CLEAN
+from fusewright.errors import PlanError
+from fusewright.tasks.text_classification import EncoderClassification
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -84,7 +87,8 @@ def opened(tmp_path):
 
 
 def sweep(suite, **options):
-    return fw.bench(suite, ["average"], joint="none", progress=False, **options)
+    given = {"methods": ["average"], "joint": "none", "progress": False}
+    return fw.bench(suite, **given | options)
 
 
 def losses(results, row, **axes):
@@ -106,3 +110,37 @@ def test_a_variant_of_another_base_reads_texts_by_its_own_tokenizer(opened):
     for row in ("base", "expert one", "average"):
         expected = losses(alone, row, words="others")
         assert np.array_equal(losses(both, row, words="others"), expected)
+
+
+class Picky(fw.Mean):
+    """The mean, at one density only."""
+
+    name: ClassVar[str] = "picky"
+    density: float = 0.5
+
+    def merge(self, vectors, base, at):
+        if self.density != 0.5:
+            raise PlanError("no other density")
+        return super().merge(vectors, base, at)
+
+
+def test_of_a_method_that_fails_when_tuned_the_tuned_row_is_named(opened):
+    results = sweep(opened(), methods=[Picky()], tune=2)
+    assert set(results.facts["failed"]) == {"picky, tuned"} and "picky" in results.rows()
+
+
+def test_bits_of_masks_are_no_parameters(opened):
+    (emr,) = sweep(opened(), methods=["emr"]).of("emr")
+    (base,) = sweep(opened()).of("base")
+    assert emr.costs["extra_parameters"] == emr.costs["stored"] - base.costs["stored"]
+    assert emr.costs["extra_parameters"] == base.costs["stored"] + len(TASKS)  # vector, scales
+
+
+def test_of_a_limited_split_no_more_rows_are_prepared(opened, monkeypatch):
+    asked = []
+    encode = EncoderClassification.encode
+    monkeypatch.setattr(EncoderClassification, "encode", lambda self, rows, numbers, where: (
+        asked.extend(numbers), encode(self, rows, numbers, where))[1])  # fmt: skip
+    batches = list(opened().unlabelled(part="test", limit=4))
+    assert {n for batch in batches for n in batch["items"].tolist()} == {0, 1, 2, 3}
+    assert set(asked) == {0, 1, 2, 3}

@@ -90,6 +90,14 @@ class Suite:
         """The folder of this seed's models."""
         return self.pool / f"seed-{self.seed}"
 
+    def seeds(self, count: int) -> list[int]:
+        """The first so many trainings of the pool. Raises SuiteError if there are other numbers."""
+        known = self.spec.seeds
+        if not 1 <= count <= len(known):
+            raise SuiteError(f"the suite {self.name!r} has other numbers of seeds",
+                             expected=f"1 to {len(known)}", found=count)  # fmt: skip
+        return known[:count]
+
     def at(self, seed: int, variant: str | None = None) -> Suite:
         """The same suite, of another training of the pool; :meth:`ready` inputs are shared."""
         other = Suite(
@@ -247,7 +255,8 @@ class Suite:
         task = self.tasks[name]
 
         def epoch(size: int, seed: int) -> Iterator[Batch]:
-            for batch in task.batches(self.ready(name, part), size, seed=seed, limit=limit):
+            rows = self.ready(name, part, limit)
+            for batch in task.batches(rows, size, seed=seed, limit=limit):
                 if labels:
                     yield {**batch, "labels": task.targets(batch)}
                 else:

@@ -46,7 +46,9 @@ def bench(
         int, typer.Option(min=0, metavar="N", help="Trials on validation rows for each method.")
     ] = 0,
     seeds: Seeds = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each split, at most.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=2, help="Rows of each split, at most (intervals need two).")
+    ] = None,
     variants: Annotated[
         str | None, typer.Option(help="Kinds of models, separated by commas; plain is the suite's.")
     ] = None,

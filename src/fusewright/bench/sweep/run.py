@@ -185,11 +185,7 @@ def _suites(
     first: Suite, seeds: int | Sequence[int] | None, variants: Sequence[str | None] | None
 ) -> list[Suite]:
     """The suite at every seed and variant asked for; prepared inputs are shared."""
-    known = first.spec.seeds
-    if isinstance(seeds, int) and not 1 <= seeds <= len(known):
-        raise SuiteError(f"the suite {first.name!r} has other numbers of seeds",
-                         expected=f"1 to {len(known)}", found=seeds)  # fmt: skip
-    chosen = [first.seed] if seeds is None else known[:seeds] if isinstance(seeds, int) else seeds
+    chosen = first.seeds(seeds) if isinstance(seeds, int) else seeds or [first.seed]
     return [first.at(seed, v) for v in variants or [first.variant] for seed in chosen]
 
 
