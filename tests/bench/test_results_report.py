@@ -290,3 +290,17 @@ def test_what_was_tuned_on_each_pool_is_said_of_each() -> None:
     assert line is not None and line.note == "seed 0: scale = 1; seed 1: scale = 2"
     assert line.method == {"seed 0": {"ties": 1}, "seed 1": {"ties": 2}}
     assert found.sections[0].line("ties").method == "ties"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "log_likelihood"])
+def test_forgetting_is_above_the_base_where_smaller_is_better(metric: str) -> None:
+    unseen = results().unseen
+    cells = [
+        replace(one, outcomes={**one.outcomes, **{task: {"clean": replace(
+            one.outcomes[task]["clean"], metric=metric)} for task in unseen}})
+        for one in results().cells
+    ]  # fmt: skip
+    page = render(summarise(replace(results(), cells=tuple(cells)), resamples=20))
+    log = metric == "log_likelihood"
+    assert f"What lies {'above' if log else 'below'} <b>base</b> forgot" in page
+    assert ("unseen tasks: mean perplexity, smaller is better" in page) == log
