@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import fusewright as fw
 from fusewright.bench.results import CLEAN
+from fusewright.bench.suite_file import SuiteError
 from fusewright.errors import PlanError
 from fusewright.tasks.text_classification import EncoderClassification
 
@@ -144,3 +145,11 @@ def test_of_a_limited_split_no_more_rows_are_prepared(opened, monkeypatch):
     batches = list(opened().unlabelled(part="test", limit=4))
     assert {n for batch in batches for n in batch["items"].tolist()} == {0, 1, 2, 3}
     assert set(asked) == {0, 1, 2, 3}
+
+
+def test_a_split_that_is_missing_is_refused_before_anything_is_measured(opened, tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(path.read_text("utf-8").replace("validation: rows[:8]", "train: rows[:8]"))
+    with pytest.raises(SuiteError, match="'one' has no validation split"):
+        sweep(opened(), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
