@@ -7,7 +7,9 @@ import subprocess
 import sys
 from types import ModuleType
 
-from fusewright.bench.sweep.identity import code_digest
+import pytest
+
+from fusewright.bench.sweep.identity import code_digest, files_digest
 
 CELL = """
 FACTOR = 2
@@ -55,3 +57,15 @@ def test_the_same_code_is_the_same_in_another_process():
                               capture_output=True, check=True).stdout  # fmt: skip
 
     assert said("1") == said("2") != ""
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "spiece.model", "chat_template.jinja"])
+def test_a_tokenizer_is_part_of_a_model(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "README.md").write_text("one")
+    (tmp_path / name).write_text("a b")
+    first = files_digest(tmp_path)
+    (tmp_path / "README.md").write_text("another")
+    assert files_digest(tmp_path) == first
+    (tmp_path / name).write_text("b a c")
+    assert files_digest(tmp_path) != first

@@ -15,7 +15,8 @@ from typing import Any
 import xxhash
 
 _CHUNK = 2**22
-_MODEL_FILES = ("*.safetensors", "*.bin", "*.json")
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.jinja")
+"""Weights, configs, and what tokenizers and chat templates are read from."""
 
 
 def digest(value: Any) -> str:
@@ -25,7 +26,8 @@ def digest(value: Any) -> str:
 
 
 def files_digest(path: Path) -> str:
-    """The bytes of a model (weights and JSON of a folder) or of a file; the name is no part."""
+    """The bytes of a model (what it and its tokenizer are read from) or of a file; the name is no
+    part."""
     files = [path] if path.is_file() else [f for p in _MODEL_FILES for f in path.glob(p)]
     return digest([(f.name if f != path else "", _file_digest(f)) for f in sorted(files)])
 
