@@ -296,3 +296,18 @@ def test_the_command_gives_every_number_as_json(folders: list[str]) -> None:
 def test_the_command_says_where_results_are_missing(folders: list[str], tmp_path: Path) -> None:
     failed = command(folders[0], str(tmp_path / "nothing"))
     assert failed.exit_code == 1 and "holds no results" in failed.stderr
+
+
+def test_rows_of_other_variants_and_subsets_are_told_apart() -> None:
+    from fusewright.cli.compare import _rows
+
+    def measured(rate: float) -> Results:
+        lora = [cell("ties", rate + 0.1, axes={"tuning": "LoRA"})]
+        few = [cell("ties", rate - 0.1, experts=("mnist", "dtd"))]
+        return results({"ties": rate}, seeds=(0,), more=[*lora, *few])
+
+    found = compare(measured(0.7), measured(0.6))
+    assert [(one.pools, dict(one.axes), len(one.tasks)) for one in found] == [
+        (1, {}, 3), (1, {"tuning": "LoRA"}, 3), (1, {}, 2)]  # fmt: skip
+    assert [row[0] for row in _rows(found, 0.95).rows] == [
+        "ties", "ties, tuning LoRA", "ties, merging mnist, dtd"]  # fmt: skip

@@ -279,3 +279,28 @@ def test_axes_hold_their_values_and_have_round_ticks() -> None:
     assert all(0 <= plain(v) <= 100 for v in (61.3, 98.2)) and 3 <= len(plain.ticks()) <= 9
     assert all(0 <= log(v) <= 100 for v in (0.02, 40)) and {0.1, 1.0, 10.0} <= set(log.ticks())
     assert axis([5.0], 10)(5.0) == pytest.approx(5) and Axis(0, 1, 100).ticks()[-1] <= 1
+
+
+def test_what_was_tuned_on_each_pool_is_said_of_each() -> None:
+    cells = [cell("ties, tuned", 0.8, seed, note=f"scale = {scale}", method={"ties": scale})
+             for seed, scale in ((0, 1), (1, 2))]  # fmt: skip
+    rest = {row: rate for row, rate in QUALITY.items() if row != "ties, tuned"}
+    found = summarise(results(rest, seeds=(0, 1), more=cells), resamples=20)
+    line = found.sections[0].line("ties, tuned")
+    assert line is not None and line.note == "seed 0: scale = 1; seed 1: scale = 2"
+    assert line.method == {"seed 0": {"ties": 1}, "seed 1": {"ties": 2}}
+    assert found.sections[0].line("ties").method == "ties"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "log_likelihood"])
+def test_forgetting_is_above_the_base_where_smaller_is_better(metric: str) -> None:
+    unseen = results().unseen
+    cells = [
+        replace(one, outcomes={**one.outcomes, **{task: {"clean": replace(
+            one.outcomes[task]["clean"], metric=metric)} for task in unseen}})
+        for one in results().cells
+    ]  # fmt: skip
+    page = render(summarise(replace(results(), cells=tuple(cells)), resamples=20))
+    log = metric == "log_likelihood"
+    assert f"What lies {'above' if log else 'below'} <b>base</b> forgot" in page
+    assert ("unseen tasks: mean perplexity, smaller is better" in page) == log

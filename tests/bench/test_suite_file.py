@@ -36,6 +36,7 @@ def test_tasks_with_experts_are_merged_and_the_others_unseen(tmp_path):
         ({"suite": 2}, ["newer schema", "pip install --upgrade"]),
         ({"suite": "1"}, ["schema version is not understood", "'1'"]),
         ({"merged": ["digti"]}, ["merged names 'digti'", "no task", "did you mean 'digit'?"]),
+        ({"merged": ["digit", "parity", "digit"]}, ["merged names 'digit' twice"]),
         ({"merged": ["inverted"]}, ["merged names 'inverted'", "no expert"]),
         ({"unseen": ["digit"]}, ["merged or unseen, not both", "digit"]),
         ({"experts": {}}, ["nothing is merged"]),

@@ -47,6 +47,11 @@ def test_what_is_built_is_named(run, tiny):
     assert found.exit_code == 0 and found.stdout.strip().endswith("seed-0")
 
 
+def test_no_fewer_trainings_are_built_than_were_asked_for(run, tiny):
+    found = run("suite", "build", *tiny, "--seeds", 3)
+    assert found.exit_code == 2 and "1 to 2" in found.stderr
+
+
 def test_the_regime_is_printed_and_doubts_are_an_exit_code(run, tiny):
     assert run("suite", "build", *tiny).exit_code == 0
     found = run("suite", "check", *tiny, "--limit", 30, "--json")
@@ -71,6 +76,12 @@ def test_a_method_that_fails_is_told_and_is_an_exit_code(run, tiny, tmp_path):
     assert found.exit_code == 2 and "did you mean 'slerp'?" in found.stderr
 
 
-@pytest.mark.parametrize("option", [("--subsets", "two"), ("--tune", "-1"), ("--limit", "0")])
+def test_a_table_that_is_not_there_is_refused_before_anything_is_measured(run, tiny, tmp_path):
+    found = run("bench", *tiny, "--limit", 5, "--against", "publishd", "-o", tmp_path / "out")
+    assert found.exit_code == 2 and "--against published" in found.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", [("--subsets", "two"), ("--tune", "-1"), ("--limit", "1")])
 def test_numbers_are_checked(run, tiny, tmp_path, option):
     assert run("bench", *tiny, *option, "-o", tmp_path).exit_code == 2

@@ -8,7 +8,7 @@ and only items are resampled. How much pools differ is shown elsewhere, pool by 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -33,7 +33,8 @@ LOG_LIKELIHOOD = "log_likelihood"
 OWN = "own expert"
 POINTS = 100.0
 
-Pool = tuple[int, tuple[tuple[str, str], ...], tuple[str, ...]]
+Axes = tuple[tuple[str, str], ...]
+Pool = tuple[int, Axes, tuple[str, ...]]
 """Seed, axes, and the experts if they are not all."""
 
 
@@ -156,7 +157,8 @@ class Difference:
     log-likelihood's in nats, an error's in its unit.
 
     ``p`` is two-sided and agrees with ``value``'s interval; ``adjusted`` is Holm's over all that
-    were compared with it; ``items`` is McNemar's exact test, task by task and over all of them.
+    were compared with it; ``items`` is McNemar's exact test, task by task and over all of them;
+    ``axes`` are those of its pools, where they were told apart by them.
     """
 
     ours: str
@@ -169,6 +171,7 @@ class Difference:
     all_items: McNemar
     pools: int
     adjusted: float = 1.0
+    axes: Mapping[str, str] = field(default_factory=dict)
 
     def told_apart(self, level: float = 0.95) -> bool:
         """Whether the difference stands after correction."""
@@ -269,7 +272,8 @@ def _item_gains(pairs: Sequence[tuple[Cell, Cell]], task: str) -> Array:
 def compare(
     ours: Results, theirs: Results, *, level: float = 0.95, resamples: int = RESAMPLES
 ) -> list[Difference]:
-    """Every row that both results have, ours minus theirs, Holm-corrected over all of them.
+    """Every row that both results have, ours minus theirs, Holm-corrected over all of them; for
+    each setting of the axes, and each set of merged tasks, a difference of its own.
 
     Scores are normalised by our experts where every pool has them measured; the tasks are those
     that both results merged and measured.
@@ -284,16 +288,17 @@ def compare(
     others = {(c.row, pool(c, theirs)): c for c in theirs.cells}
     found = []
     for row, cells in ours.rows().items():
-        groups: dict[tuple[str, ...], list[tuple[Cell, Cell]]] = {}
+        groups: dict[tuple[tuple[str, ...], Axes], list[tuple[Cell, Cell]]] = {}
         for cell in cells:
             other = others.get((row, pool(cell, ours)))
             if other is not None:
                 both = tuple(task for task in seen(cell, ours) if task in other.outcomes)
-                groups.setdefault(both, []).append((cell, other))
-        for tasks, pairs in groups.items():
+                groups.setdefault((both, pool(cell, ours)[1]), []).append((cell, other))
+        for (tasks, axes), pairs in groups.items():
             if tasks:
                 references = references_of(pairs, tasks, ours, experts)
-                found.append(difference(pairs, tasks, samples, references, level))
+                one = difference(pairs, tasks, samples, references, level)
+                found.append(replace(one, axes=dict(axes)))
     if not found:
         raise FusewrightError("nothing to compare: no row was measured on the same pools in both",
                               expected=", ".join(ours.rows()), found=", ".join(theirs.rows()),

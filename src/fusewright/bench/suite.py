@@ -90,8 +90,16 @@ class Suite:
         """The folder of this seed's models."""
         return self.pool / f"seed-{self.seed}"
 
+    def seeds(self, count: int) -> list[int]:
+        """The first so many trainings of the pool. Raises SuiteError if there are other numbers."""
+        known = self.spec.seeds
+        if not 1 <= count <= len(known):
+            raise SuiteError(f"the suite {self.name!r} has other numbers of seeds",
+                             expected=f"1 to {len(known)}", found=count)  # fmt: skip
+        return known[:count]
+
     def at(self, seed: int, variant: str | None = None) -> Suite:
-        """The same suite, of another training of the pool; prepared inputs are shared."""
+        """The same suite, of another training of the pool; :meth:`ready` inputs are shared."""
         other = Suite(
             self.name, self.spec, self.pool, self.data, seed, variant, self.device, self.called
         )
@@ -215,9 +223,10 @@ class Suite:
         self, task: str, part: str = "test", limit: int | None = None, condition: str = CLEAN
     ) -> Split:
         """A split whose rows are decoded, resized or tokenised already, as long as they fit in
-        memory; seeds of the pool share them."""
+        memory; seeds of the pool share them, variants where their base is the same."""
         asked, split = self.asked(task, condition), self.split(task, part)
-        return self._inputs.of((task, part, limit, condition), asked, split, limit)
+        return self._inputs.of((self.models["base"], task, part, limit, condition), asked, split,
+                               limit)  # fmt: skip
 
     def unlabelled(
         self, size: int = 32, *, part: str = "validation", seed: int = 0, limit: int | None = None
@@ -246,7 +255,8 @@ class Suite:
         task = self.tasks[name]
 
         def epoch(size: int, seed: int) -> Iterator[Batch]:
-            for batch in task.batches(self.ready(name, part), size, seed=seed, limit=limit):
+            rows = self.ready(name, part, limit)
+            for batch in task.batches(rows, size, seed=seed, limit=limit):
                 if labels:
                     yield {**batch, "labels": task.targets(batch)}
                 else:

@@ -46,7 +46,9 @@ def bench(
         int, typer.Option(min=0, metavar="N", help="Trials on validation rows for each method.")
     ] = 0,
     seeds: Seeds = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each split, at most.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=2, help="Rows of each split, at most (intervals need two).")
+    ] = None,
     variants: Annotated[
         str | None, typer.Option(help="Kinds of models, separated by commas; plain is the suite's.")
     ] = None,
@@ -85,10 +87,13 @@ def bench(
     the suite says how its experts were trained, joint training are always there.
     Needs the extra: pip install 'fusewright\\[bench]'.
     """
+    from fusewright.bench.published import published
     from fusewright.bench.report import write_results
     from fusewright.bench.sweep import bench as measure
     from fusewright.methods.written import listed
 
+    if against is not None:
+        published(against, suite)  # a table that is not there is refused before anything is made
     results = measure(
         suite, None if methods is None else listed(methods), out=out, tune=tune, seeds=seeds,
         limit=limit, pool=pool, data=data, subsets=_numbers(subsets), draws=draws, jobs=jobs,

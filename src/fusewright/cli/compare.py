@@ -49,7 +49,8 @@ def compare(
     if json:
         print_json({"level": level, "rows": [_json(one, level) for one in found]})
     else:
-        print_tables([_rows(found, level), *(map(_tasks, found) if tasks else [])])
+        each = [_tasks(one, _name(one, found)) for one in found] if tasks else []
+        print_tables([_rows(found, level), *each])
 
 
 def _json(one: Difference, level: float) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def _rows(found: list[Difference], level: float) -> Table:
     columns = ("row", "in", "difference", f"{100 * level:g} %", "p, Holm", "better", "worse",
                "McNemar p", "pools", "")  # fmt: skip
     rows = tuple(
-        (one.ours, one.measure, *_interval(one.value), round(one.adjusted, 4),
+        (_name(one, found), one.measure, *_interval(one.value), round(one.adjusted, 4),
          one.all_items.ours, one.all_items.theirs, round(one.all_items.p, 4), one.pools,
          "differs" if one.told_apart(level) else "not told apart")
         for one in found
@@ -72,13 +73,22 @@ def _rows(found: list[Difference], level: float) -> Table:
     return Table("Second minus first (points; log-likelihood in nats)", columns, rows)
 
 
-def _tasks(one: Difference) -> Table:
+def _name(one: Difference, found: list[Difference]) -> str:
+    """The row; of which models, where there are several variants; of which tasks, if not of all
+    that it was measured on elsewhere."""
+    several = any(other.axes != one.axes for other in found)
+    axes = [f", {name} {value}" for name, value in one.axes.items()] if several else []
+    part = any(other.ours == one.ours and len(other.tasks) > len(one.tasks) for other in found)
+    return "".join([one.ours, *axes]) + (f", merging {', '.join(one.tasks)}" if part else "")
+
+
+def _tasks(one: Difference, name: str) -> Table:
     from fusewright.engine.tables import Table
 
     rows = tuple((task, *_interval(value), one.items[task].ours, one.items[task].theirs,
                   round(one.items[task].p, 4)) for task, value in one.tasks.items())  # fmt: skip
     columns = ("task", "difference", "interval", "better", "worse", "McNemar p")
-    return Table(f"{one.ours}, task by task", columns, rows)
+    return Table(f"{name}, task by task", columns, rows)
 
 
 def _interval(one: Any) -> tuple[str, str]:

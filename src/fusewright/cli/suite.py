@@ -189,7 +189,7 @@ def build(
 
     first = suite(name, pool=pool, data=data, variant=variant, device=device)
     built = []
-    for seed in first.spec.seeds[:seeds]:
+    for seed in first.seeds(seeds):
         one = first.at(seed, variant)
         one.build(progress=not json)
         one.check()

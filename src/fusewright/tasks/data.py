@@ -104,6 +104,11 @@ def _from_environment() -> Path | None:
 SUFFIXES = (".parquet", ".jsonl", ".txt")
 
 
+def row_files(folder: Path) -> list[Path]:
+    """Every file of a data set's folder that rows can come from; none if it is not there."""
+    return sorted(file for suffix in SUFFIXES for file in folder.glob(f"*{suffix}"))
+
+
 def _local(source: DataSource, name: str, root: Path | None) -> Path | None:
     if root is None:
         return None

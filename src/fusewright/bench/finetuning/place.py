@@ -40,7 +40,7 @@ def _data(suite: Suite, task: str) -> dict[str, Any]:
     """Where the rows come from, and the bytes of local files."""
     from fusewright.bench.corpora import files_of, is_corpus
     from fusewright.bench.sweep.identity import digest, files_digest
-    from fusewright.tasks.data import SUFFIXES
+    from fusewright.tasks.data import row_files
 
     spec = suite.spec.tasks[task]
     where = {"folder": spec.data, "hub": spec.hub, "revision": spec.revision,
@@ -50,8 +50,7 @@ def _data(suite: Suite, task: str) -> dict[str, Any]:
     folder = suite.data / spec.data if suite.data and spec.data else None
     if folder is None or not folder.is_dir():
         return where
-    files = sorted(file for suffix in SUFFIXES for file in folder.glob(f"*{suffix}"))
-    return {**where, "digest": digest([files_digest(f) for f in files])}
+    return {**where, "digest": digest([files_digest(f) for f in row_files(folder)])}
 
 
 def _head(suite: Suite, task: str) -> str | None:

@@ -25,7 +25,7 @@ from fusewright.bench.report.summary import Line, Section, Summary
 from fusewright.bench.results import REQUIREMENTS, UNRANKED
 from fusewright.bench.statistics import Interval
 from fusewright.extras import needs
-from fusewright.tasks.units import PERCENT, unit_of
+from fusewright.tasks.units import PERCENT, Unit, unit_of
 
 _TEMPLATE = Path(__file__).with_name("results.html.j2")
 _MARK = 150.0  # pixels of an interval in a table's cell
@@ -118,6 +118,11 @@ class Shown:
         return [t for t in self.summary.results.unseen if t in self.summary.metrics]
 
     @property
+    def unseen_unit(self) -> Unit:
+        """What scores of unseen tasks are shown in, where they have a mean."""
+        return unit_of(self.summary.metrics[self.unseen[0]])
+
+    @property
     def streamed(self) -> bool:
         return any(line.stream for line in self.section.lines)
 
@@ -171,7 +176,9 @@ def _generalisation(shown: Shown) -> str:
     ]  # fmt: skip
     if len(points) < 2:
         return ""
-    return scatter(points, f"merged tasks: {_label(shown)}", "unseen tasks: mean score")
+    unit = shown.unseen_unit
+    score = "mean score" if unit.bounded else f"mean {unit.name}, smaller is better"
+    return scatter(points, f"merged tasks: {_label(shown)}", f"unseen tasks: {score}")
 
 
 def _label(shown: Shown) -> str:

@@ -206,10 +206,22 @@ def _line(tools: _Tools, cells: Sequence[Cell]) -> Line:
         worst=_worst(tools, cells, merged, known), unseen=_mean(tools, cells, unseen),
         corruptions=_corruptions(tools, cells, merged), calibration=_calibration(cells, merged),
         pools=tuple(_pool_value(tools, cell, merged) for cell in cells),
-        costs=_costs(cells), method=first.method, note=first.note,
+        costs=_costs(cells), method=_common([cell.method for cell in cells], cells),
+        note=_note(cells),
         bounded=(unit := _unit(first, merged)) is None or unit.bounded, rates=rates(cells, tasks),
         **_stream(tools, cells, merged),
     )  # fmt: skip
+
+
+def _common(said: Sequence[Any], cells: Sequence[Cell]) -> Any:
+    """What all cells say; by seed, if they do not say the same (what was tuned on each)."""
+    alike = all(one == said[0] for one in said)
+    return said[0] if alike else {f"seed {c.seed}": one for c, one in zip(cells, said, strict=True)}
+
+
+def _note(cells: Sequence[Cell]) -> str:
+    found = _common([cell.note for cell in cells], cells)
+    return found if isinstance(found, str) else "; ".join(f"{k}: {v}" for k, v in found.items())
 
 
 def _stream(tools: _Tools, cells: Sequence[Cell], merged: Sequence[str]) -> dict[str, Any]:

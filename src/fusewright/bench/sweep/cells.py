@@ -21,6 +21,7 @@ from fusewright.bench.sweep.space import space
 from fusewright.methods.contract import Program, Routed
 from fusewright.methods.outputs import ENSEMBLES
 from fusewright.methods.pipeline import Pipeline
+from fusewright.tasks.data import row_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -233,6 +234,6 @@ def _digests(suite: Suite) -> dict[str, str]:
     tasks = suite.spec.tasks.values()
     texts = [files_of(t, suite.data, list(t.splits)) for t in tasks if is_corpus(t)]
     folders = [suite.data / t.data for t in tasks if suite.data and t.data and not is_corpus(t)]
-    files = sorted(f for folder in folders if folder.is_dir() for f in folder.glob("*.parquet"))
+    files = sorted(file for folder in folders for file in row_files(folder))
     found["data"] = digest([*(files_digest(path) for path in files), *texts, *digests(suite)])
     return found

@@ -62,7 +62,9 @@ class _Hands:
         except FusewrightError as error:
             if group[0].how not in MADE:  # a reference: nothing can be compared
                 raise
-            return {group[0].row: str(error)}
+            # Jobs are made in order: the first that is not there is the one that failed.
+            failed = next(job for job in group if not self._store.is_finished(job.key))
+            return {failed.row: str(error)}
         return {}
 
 

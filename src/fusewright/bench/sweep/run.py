@@ -24,6 +24,7 @@ from fusewright.bench.results import CLEAN, Results
 from fusewright.bench.suite import Suite
 from fusewright.bench.suite import suite as open_suite
 from fusewright.bench.suite_file import SuiteError
+from fusewright.bench.suite_tasks import DIGITS
 from fusewright.bench.sweep.cells import TEST_INPUTS, Asked, Group, adapts, groups
 from fusewright.bench.sweep.ensembles import without_logits
 from fusewright.bench.sweep.execute import execute
@@ -175,6 +176,10 @@ def _check(asked: Asked, suite: Suite) -> None:
         raise SuiteError("a stream is of two rows of each task or more, for its interval",
                          expected="mixed_stream >= 2, or 0 for none", found=asked.stream,
                          fix="--mixed-stream 250")  # fmt: skip
+    for name, task in suite.spec.tasks.items():
+        if task.kind != DIGITS:  # which have all
+            parts = ("validation", "test") if name in suite.spec.merged else ("test",)
+            _ = [task.rows(name, part) for part in parts]
     odd = [size for size in asked.subsets if not 2 <= size < count]
     if odd:
         raise SuiteError("a subset has at least two experts, and fewer than all",
@@ -185,11 +190,7 @@ def _suites(
     first: Suite, seeds: int | Sequence[int] | None, variants: Sequence[str | None] | None
 ) -> list[Suite]:
     """The suite at every seed and variant asked for; prepared inputs are shared."""
-    known = first.spec.seeds
-    if isinstance(seeds, int) and not 1 <= seeds <= len(known):
-        raise SuiteError(f"the suite {first.name!r} has other numbers of seeds",
-                         expected=f"1 to {len(known)}", found=seeds)  # fmt: skip
-    chosen = [first.seed] if seeds is None else known[:seeds] if isinstance(seeds, int) else seeds
+    chosen = first.seeds(seeds) if isinstance(seeds, int) else seeds or [first.seed]
     return [first.at(seed, v) for v in variants or [first.variant] for seed in chosen]
 
 

@@ -11,10 +11,21 @@ from fusewright.tasks.units import Unit, unit_of
 
 
 def tables(results: Results) -> list[Table]:
-    """One table for each class of requirements, rows from the best mean to the worst; in the order
-    of the run, without means, where the merged tasks are measured in different units."""
-    found = []
+    """One table for each class of requirements (and, of several variants, each setting of their
+    axes), rows from the best mean to the worst; in the order of the run, without means, where the
+    merged tasks are measured in different units."""
     whole = [c for c in results.cells if set(c.experts) == set(results.merged)]
+    settings: dict[str, list[Cell]] = {}
+    for cell in whole:
+        said = ", ".join(f"{name} {value}" for name, value in sorted(cell.axes.items()))
+        settings.setdefault(said, []).append(cell)
+    several = len(settings) > 1
+    return [table for said, cells in settings.items()
+            for table in _classes(results, cells, f"{said or 'plain'}: " if several else "")]
+
+
+def _classes(results: Results, whole: Sequence[Cell], of: str) -> list[Table]:
+    found = []
     for requirement, title in REQUIREMENTS.items():
         by_row: dict[str, list[Cell]] = {}
         for cell in whole:
@@ -25,18 +36,25 @@ def tables(results: Results) -> list[Table]:
         if requirement != "reference" and unit is not None:
             rows.sort(key=lambda row: float(str(row[1])), reverse=unit.bounded)
         columns = ("", "mean", *results.tasks, "note")
-        found.append(Table(title, columns, tuple(rows)))
+        found.append(Table(of + title, columns, tuple(rows)))
     return found
 
 
 def _row(results: Results, row: str, cells: Sequence[Cell]) -> tuple[object, ...]:
-    shown = {task: _mean(cells, task) for task in results.tasks}
-    merged = [value for task in results.merged if (value := shown[task]) is not None]
+    scores = {task: _mean(cells, task) for task in results.tasks}
+    merged = [score for task in results.merged if (score := scores[task]) is not None]
     notes = {cell.note for cell in cells if cell.note}
     note = notes.pop() if len(notes) == 1 else ""
-    values = (None if v is None else round(v, 1) for v in shown.values())
-    mean = None if _unit(results, cells) is None else round(fmean(merged), 1)
+    values = (None if score is None else _shown(cells, task, score)
+              for task, score in scores.items())  # fmt: skip
+    unit = _unit(results, cells)
+    mean = None if unit is None else round(unit.shown(fmean(merged)), 1)
     return (row, mean, *values, note)
+
+
+def _shown(cells: Sequence[Cell], task: str, score: float) -> float:
+    metric = next(c.outcomes[task][CLEAN].metric for c in cells if task in c.outcomes)
+    return round(unit_of(metric).shown(score), 1)
 
 
 def _unit(results: Results, cells: Sequence[Cell]) -> Unit | None:
@@ -47,5 +65,6 @@ def _unit(results: Results, cells: Sequence[Cell]) -> Unit | None:
 
 
 def _mean(cells: Sequence[Cell], task: str) -> float | None:
-    found = [c.outcomes[task][CLEAN].shown for c in cells if task in c.outcomes]
+    """Of scores, as in the report: what is shown of their mean is no mean of what is shown."""
+    found = [c.outcomes[task][CLEAN].value for c in cells if task in c.outcomes]
     return fmean(found) if found else None

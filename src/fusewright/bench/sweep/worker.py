@@ -249,20 +249,15 @@ class Worker:
     def _merge_cell(self, job: Job, method: Method, made: Made, note: str = "") -> Cell:
         module = self._module(made)
         found = self._evaluated(module, job)
-        merged = sum(t.numel() for t in made.state.values())
         sizes = self._sizes | {"bytes": sum(t.nbytes for t in made.state.values())}
-        costs = PLAIN | sizes | made.costs | {"extra_parameters": merged - self._stored}
+        costs = PLAIN | sizes | made.costs
+        costs["extra_parameters"] = costs["stored"] - self._sizes["stored"]
         if made.routed is not None and not method.card.task_id:  # told, it is as the base is
             base = self._open(self.suite.base)
             costs["slowdown"] = of_model(self._questions(job), base, module)
         caveats = (self.suite.asked(task).caveat(module) for task in found)
         said = dict.fromkeys(filter(None, (note, *caveats)))
         return self._as_cell(job, found, costs, method.spec(), "; ".join(said))
-
-    @cached_property
-    def _stored(self) -> int:
-        """Numbers in the base's checkpoint."""
-        return sum(info.numel for info in self._headers)
 
     @cached_property
     def _sizes(self) -> dict[str, float]:
@@ -274,7 +269,7 @@ class Worker:
     def _several(self, models: int) -> dict[str, float]:
         """Of so many models that are kept apart, all of them asked."""
         return {
-            "extra_parameters": (models - 1) * self._stored,
+            "extra_parameters": (models - 1) * self._sizes["stored"],
             **{name: models * size for name, size in self._sizes.items()},
         }
 
