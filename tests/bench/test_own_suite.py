@@ -153,3 +153,9 @@ def test_a_split_that_is_missing_is_refused_before_anything_is_measured(opened, 
     with pytest.raises(SuiteError, match="'one' has no validation split"):
         sweep(opened(), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_variant_that_says_nothing_of_itself_is_not_mixed_with_the_others(opened, tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(path.read_text("utf-8").replace("axes:\n      words: others", "axes: {}"))
+    assert opened().axes == {} and opened(variant="other").axes == {"variant": "other"}

@@ -131,8 +131,11 @@ class Suite:
 
     @property
     def axes(self) -> dict[str, str]:
-        """What cells say of these models: {"size": "small", "tuning": "LoRA"}."""
-        own = self.spec.variants[self.variant].axes if self.variant is not None else {}
+        """What cells say of these models: {"size": "small", "tuning": "LoRA"}; a variant that says
+        nothing of itself is told apart by its name."""
+        if self.variant is None:
+            return dict(self.spec.axes)
+        own = self.spec.variants[self.variant].axes or {"variant": self.variant}
         return {**self.spec.axes, **own}
 
     @cached_property

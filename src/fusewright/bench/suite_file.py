@@ -107,7 +107,9 @@ class Variant(_Part):
     base: str | None = None
     experts: dict[str, str] | None = None
     heads: str | None = None
-    axes: dict[str, str] = Field({}, description='how results call it: {tuning: "LoRA"}')
+    axes: dict[str, str] = Field(
+        {}, description='how results call it, {tuning: "LoRA"}; by its name, if nothing is said'
+    )
 
 
 class SuiteSpec(_Part):
