@@ -63,8 +63,8 @@ def test_each_sample_is_routed_by_its_own_tokens_without_padding() -> None:
     model(IDS[1:])
     torch.testing.assert_close(mixture.weights, both[1:])
     assert not torch.allclose(both[0], both[1])
-    model(IDS, attention_mask=MASK[:, None, None])  # of four axes: no padding is told
-    torch.testing.assert_close(mixture.weights[1], both[1])
+    model(IDS, attention_mask=MASK[:, None, None])  # of four axes: of pairs
+    torch.testing.assert_close(mixture.weights, both)
 
 
 def test_a_part_is_routed_once_a_call() -> None:
@@ -124,6 +124,22 @@ def test_other_inputs_are_refused(inputs: torch.Tensor) -> None:
         mixture.route(nn.Identity(), (inputs,), {})
     mixture.route(nn.Identity(), (torch.ones(2, dtype=torch.long), torch.zeros(2, WIDTH)), {})
     assert mixture.weights.shape == (2, EXPERTS)
+
+
+def test_a_mask_of_pairs_says_which_tokens_are_padding() -> None:
+    model, mixture = built()
+    model(IDS, attention_mask=MASK)
+    known, real = mixture.weights, MASK.bool()
+    pairs = (real[:, None] & real[:, :, None]).tril()[:, None]
+    free = torch.nn.functional.pad(pairs, (0, 3))  # a static cache's, with places for more
+    added = torch.zeros(free.shape).masked_fill(~free, torch.finfo(torch.float32).min)
+    for mask in (free, added, {"full": None, "sliding": free}, real[:, None, None]):
+        model(IDS, attention_mask=mask)
+        torch.testing.assert_close(mixture.weights, known)
+    model(IDS, attention_mask=torch.ones(1, 1, *IDS.shape[1:] * 2).tril() > 0)  # for all samples
+    whole = mixture.weights
+    model(IDS)
+    torch.testing.assert_close(mixture.weights, whole)
 
 
 def test_masks_of_other_tokens_and_inputs_of_other_samples_are_refused() -> None:

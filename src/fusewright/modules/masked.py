@@ -41,6 +41,7 @@ class TaskMasks(Layer):
         super().__init__()
         self.tasks, self.names, self.statistics = tuple(tasks), tuple(names), tuple(statistics)
         self.task: str | None = None
+        self._told: str | None = None
         for name in ("vector", "masks", "scales", "kept"):
             self.register_buffer(name, tensors[name])
         self._of: list[nn.Module] = []  # in a list: a model is no child of its child
@@ -74,10 +75,11 @@ class TaskMasks(Layer):
         for name, values in self._base.tensors.items():
             own[name].data.copy_(values)
         self._base.tensors.clear()
+        self._told, self.task = self.task, None  # who loads what does not fit has to tell it again
 
     def _after_loading(self, model: nn.Module, keys: Any) -> None:
-        if self.task is not None:
-            self.set_task(self.task)
+        if self._told is not None:
+            self.set_task(self._told)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """θ_0 goes where the model goes, and becomes what it becomes."""

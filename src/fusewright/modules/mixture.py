@@ -8,7 +8,6 @@ from contextlib import suppress
 from itertools import count
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from torch import Tensor, nn
 
 from fusewright.errors import PlanError
@@ -46,9 +45,9 @@ class Text:
         """Before the model's forward."""
         given = _given(module, args, kwargs)
         cache = given.get("past_key_values")
-        self.mask = _counting(given.get("attention_mask"))
         self.continues = cache is not None and int(cache.get_seq_length()) > 0
         self.samples, self.tokens = _size(given)
+        self.mask = _counting(given.get("attention_mask"), self.samples)
         self.running = True
         if self.continues:
             self.known = getattr(cache, _PROMPT, self.prompt) == self.prompt
@@ -80,19 +79,21 @@ def _given(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     return given | given.pop("kwargs", {})
 
 
-def _counting(mask: Any) -> Tensor | None:
+def _counting(mask: Any, samples: int | None) -> Tensor | None:
     """Which tokens are no padding, (samples, tokens), of an attention mask; None where it does not
     say. Generation with a static cache makes one of pairs beforehand, (samples, 1, queries, keys),
     added (0 where a query sees a key) or boolean, for each kind of attention: padding does not even
-    see itself."""
+    see itself. Samples and queries may be one for all."""
     if isinstance(mask, Mapping):
         mask = next((of for of in mask.values() if isinstance(of, Tensor)), None)
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
     if mask.dim() == 2:
         return mask
-    itself = mask[:, 0].diagonal(dim1=1, dim2=2)
-    return itself if itself.dtype == torch.bool else itself == 0
+    pairs = mask[:, 0]
+    itself = pairs[:, 0] if pairs.shape[1] == 1 else pairs.diagonal(dim1=1, dim2=2)
+    itself = itself.expand(samples or 1, -1) if len(itself) == 1 else itself
+    return itself == 0 if itself.is_floating_point() else itself != 0
 
 
 def _size(given: Mapping[str, Any]) -> tuple[int, int] | tuple[None, None]:

@@ -49,8 +49,8 @@ class Twin(Routed):
     Merging*, arXiv 2406.15479).
 
     θ* = θ_0 + γ Σ_t τ_t; v_t = SVD_r(θ_t - θ*), r = ⌊(1 - mask_rate) min(m, n)⌋ of an m x n matrix,
-    one at least; θ(x) = θ* + Σ_t softmax(R(e(x)))_t v_t. e(x) is what the shared model sees: of text
-    the mean of the last hidden state without padding, of images the pooled output; R is a
+    one at least; θ(x) = θ* + Σ_t softmax(R(e(x)))_t v_t. e(x) is what the shared model sees: of
+    text the mean of the last hidden state without padding, of images the pooled output; R is a
     :class:`~fusewright.modules.features.FeatureRouter`, trained by cross-entropy to name the task
     that an input is of. That is all it is told: no labels.
 
