@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 import fusewright as fw
 from fusewright.bench.digits import evaluate, model, tasks
 from fusewright.bench.suite_file import SuiteError
+from fusewright.tasks import DataError
+from fusewright.tasks.adaptation import adaptation
 from tiny_suite import TASKS, built, write_suite
 
 pytest.importorskip("sklearn")
@@ -52,6 +54,13 @@ def test_unlabelled_batches_have_no_labels_and_come_from_every_merged_task(suite
     assert {batch["task"] for batch in batches} == {"digit", "parity"}
     seen = sorted(n for b in batches if b["task"] == "digit" for n in b["items"].tolist())
     assert seen == list(range(200))
+
+
+def test_the_suites_own_heads_beside_its_data_say_nothing_new(suite):
+    data = suite.unlabelled()
+    assert adaptation(data, suite.heads) is data
+    with pytest.raises(DataError, match="bring their own heads"):
+        adaptation(data, {**suite.heads, "digit": torch.zeros(10, 16)})
 
 
 def test_a_missing_model_says_how_to_build_it(tmp_path):

@@ -239,7 +239,7 @@ class Suite:
         from fusewright.tasks.adaptation import Adaptation
 
         asked = {name: self._question(name, part, limit) for name in self.spec.merged}
-        return Adaptation(asked, self._opened, size, seed, self.spec.opens.arguments)
+        return Adaptation(asked, self._opened, size, seed, self.spec.opens.arguments, self.heads)
 
     def labelled(
         self, size: int = 32, *, part: str = "train", seed: int = 0, limit: int | None = None
@@ -248,7 +248,7 @@ class Suite:
         from fusewright.tasks.adaptation import Adaptation
 
         asked = {name: self._question(name, part, limit, labels=True) for name in self.spec.merged}
-        return Adaptation(asked, self._opened, size, seed, self.spec.opens.arguments)
+        return Adaptation(asked, self._opened, size, seed, self.spec.opens.arguments, self.heads)
 
     def _question(
         self, name: str, part: str, limit: int | None, labels: bool = False

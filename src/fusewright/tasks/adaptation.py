@@ -93,7 +93,8 @@ class Adaptation:
     tasks in turn, "task" saying whose.
 
     ``open`` makes the module that is asked, with {its tensor: the checkpoint's} where names
-    differ, with these ``arguments``; without it the base's own config does.
+    differ, with these ``arguments``; without it the base's own config does. ``heads`` are those
+    that the questions are answered through.
     """
 
     questions: Mapping[str, Question]
@@ -101,6 +102,7 @@ class Adaptation:
     size: int = 32
     seed: int = 0
     arguments: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    heads: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __iter__(self) -> Iterator[Batch]:
         streams = {name: iter(q.epoch(self.size, self.seed)) for name, q in self.questions.items()}
@@ -129,13 +131,14 @@ def adaptation(
     ``pictures``: where batches hold pictures, for methods that change them.
 
     Raises DataError for heads of tasks without data, and of some tasks only: features would be
-    taken for logits; for a head that is none of these, or beside data that bring their own; and for
-    data that are no mapping, or batches that are an iterator or no batches.
+    taken for logits; for a head that is none of these, or another than a suite's data bring; and
+    for data that are no mapping, or batches that are an iterator or no batches.
     """
     if isinstance(data, Adaptation):
-        if heads:
+        others = [name for name, head in (heads or {}).items() if head is not data.heads.get(name)]
+        if others:
             raise DataError("the data bring their own heads, and others are given",
-                            expected="no heads beside a suite's data", found=", ".join(heads),
+                            expected="the suite's own heads, or none", found=", ".join(others),
                             fix="leave heads out, or give batches of your own")  # fmt: skip
         return data
     for what, given in (("data", data), ("heads", heads)):
