@@ -241,7 +241,8 @@ def _alone(module: nn.Module, args: Any, kwargs: Any) -> Any:
     given = dict(signature.bind_partial(*args, **kwargs).arguments)
     given |= given.pop("kwargs", {})
     given |= {"past_key_values": None, "use_cache": False}
-    given["attention_mask"] = _square(given.get("attention_mask"))
+    if "attention_mask" in given:
+        given["attention_mask"] = _square(given["attention_mask"])
     return module.forward(**given)
 
 
