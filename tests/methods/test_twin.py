@@ -209,6 +209,28 @@ def test_what_is_linear_a_table_or_affine() -> None:
     assert small.rank == 1  # a tenth of 16
 
 
+def test_a_scaled_table_is_mixed_as_the_head_that_is_tied_to_it(tmp_path) -> None:
+    """Gemma's: what is unloaded for an input answers it as the routed model does."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma2Config(
+        vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = transformers.Gemma2ForCausalLM(config).eval()
+    experts = {name: expert_of(base, seed) for seed, name in enumerate("ab", 1)}
+    texts = {n: [{"input_ids": torch.randint(1, 48, (4, 9))} for _ in range(2)] for n in experts}
+    made = fw.merge(fw.Twin(epochs=1), base=base, experts=experts, data=texts)
+    one = {"input_ids": texts["a"][0]["input_ids"][:1]}
+    routed = made.module()
+    assert isinstance(routed.get_submodule("model.embed_tokens"), MixedTable)
+    with torch.no_grad():
+        expected = routed(**one).logits
+        made.save(tmp_path / "out")
+        assert torch.equal(fw.load(tmp_path / "out")(**one).logits, expected)
+        torch.testing.assert_close(made.unload(one).module()(**one).logits, expected)
+
+
 def test_the_same_seed_learns_the_same_and_the_callers_draws_are_left_alone() -> None:
     torch.manual_seed(5)
     one = built(vit).state_dict()

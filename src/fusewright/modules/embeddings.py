@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fusewright.layout.config import is_encoder_decoder
 
@@ -33,6 +34,28 @@ def embedding_size(embeddings: nn.Embedding) -> float:
     places = torch.linspace(0, count - 1, min(count, _ROWS), device=embeddings.weight.device)
     found: Tensor = embeddings(places.long())
     return float(found.double().square().mean().sqrt())
+
+
+@torch.no_grad()
+def table_scale(table: nn.Embedding) -> float | None:
+    """s of a table that answers s E[i] (Gemma's and BART's have one of their own, PyTorch's 1);
+    None of one that answers anything else."""
+    if type(table) is nn.Embedding:
+        return 1.0
+    asked = torch.tensor([5, 2, 7, 0, 3, 6, 1, 4], device=table.weight.device)
+    count = max(len(asked), (table.padding_idx or 0) + 1)
+    rows = torch.arange(1.0, count * table.embedding_dim + 1).cos().view(count, -1)
+    rows = rows.to(table.weight)
+    try:
+        once, twice = (functional_call(table, {"weight": w}, (asked,)) for w in (rows, 2 * rows))
+    except (LookupError, RuntimeError, TypeError, ValueError):  # it is asked otherwise
+        return None
+    found, own = once.double(), rows[asked].double()
+    if found.shape != own.shape:
+        return None
+    scale = float((found * own).sum() / own.square().sum())
+    alike = torch.allclose(found, scale * own, rtol=1e-2, atol=0)  # within bfloat16's rounding
+    return scale if alike and torch.allclose(twice.double(), 2 * found, rtol=1e-2) else None
 
 
 @contextmanager

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 class MixedTable(Mixed):
-    """y_i = E_0[i] + Σ_t w_t U_t[i] D_t for the rows i that are looked up in an ``nn.Embedding``.
+    """y_i = s (E_0[i] + Σ_t w_t U_t[i] D_t) for the rows i that are looked up in a table that
+    answers s E[i]: ``nn.Embedding`` (s = 1), or one that scales
+    (:func:`~fusewright.modules.embeddings.table_scale`).
 
     ``stack`` holds U (experts, rows, rank) and D (experts, rank, width). Indices are (samples, …),
     or (1, …) or (…,) of one axis for all.
@@ -28,9 +30,11 @@ class MixedTable(Mixed):
     kind: ClassVar[str] = "table"
     mixture: SharedMixture
 
-    def __init__(self, base: nn.Module, stack: FactorStack, mixture: SharedMixture) -> None:
+    def __init__(
+        self, base: nn.Module, stack: FactorStack, mixture: SharedMixture, scale: float = 1.0
+    ) -> None:
         super().__init__(base, mixture)
-        self.stack = stack
+        self.stack, self.scale = stack, scale
 
     def forward(self, indices: Tensor) -> Tensor:
         indices = indices[None] if indices.dim() == 1 else indices
@@ -38,7 +42,7 @@ class MixedTable(Mixed):
         if weights is None:
             return found
         for expert, (up, down) in enumerate(zip(self.stack.up, self.stack.down, strict=True)):
-            shares = _beside(weights[:, expert], found)
+            shares = _beside(self.scale * weights[:, expert], found)
             found = found + shares * (up[indices] @ down).to(found)
         return found
 
@@ -48,13 +52,13 @@ class MixedTable(Mixed):
         return {"weight": total.to(base.dtype)}
 
     def described(self) -> dict[str, Any]:
-        return {"stack": self.stack.described()}
+        return {"stack": self.stack.described(), "scale": self.scale}
 
     @classmethod
     def restored(cls, saved: Saved) -> Self:
         stack = restored(saved.said["stack"], saved.inside("stack"))
         assert isinstance(stack, FactorStack)
-        return cls(saved.base, stack, saved.mixtures[0])
+        return cls(saved.base, stack, saved.mixtures[0], float(saved.said.get("scale", 1.0)))
 
 
 class MixedAffine(Mixed):

@@ -32,6 +32,7 @@ from fusewright.methods.routed._named import Named, check_finite
 from fusewright.methods.routed._shares import Shares, shares_of, told
 from fusewright.modules.architecture import Architecture, describe_module
 from fusewright.modules.deltas import Delta, Dense, Factors, Sparse, leading
+from fusewright.modules.embeddings import table_scale
 from fusewright.modules.features import FeatureRouter, FeatureRouting, SharedMixture
 from fusewright.modules.layer import Layer, put_in
 from fusewright.modules.linears import LinearMap
@@ -58,8 +59,8 @@ class Twin(Routed):
     its two factors. Biases, norms, convolutions and what is added before the first block are v_t
     as they are; tables of embeddings are matrices, q, k, v of ``nn.MultiheadAttention`` one each (a
     Linear or Conv1D that packs them, as GPT-2's, is one). What is left (bare tensors and tables
-    inside blocks, tables of classes of their own) is θ* alone, and named in the report; running
-    statistics are the experts' mean.
+    inside blocks, tables that do more than scale their rows) is θ* alone, and named in the report;
+    running statistics are the experts' mean.
 
     ``inputs``: most inputs of a task that are looked at, 5500; a tenth of them chooses the epoch.
     ``epochs``: 50; 0 keeps w at 1/T, which needs no data and can be unloaded into a plain model.
@@ -298,12 +299,13 @@ class _Layers:
         if any(path.startswith(f"{made}.") for made in self.made):
             return
         part = self._model.get_submodule(path)
-        if type(part) is nn.Embedding and outside:
-            self._table(path, part)
+        scale = table_scale(part) if outside and isinstance(part, nn.Embedding) else None
+        if scale is not None:
+            self._table(path, part, scale)
         elif self._is_affine(name, part):
             self._affine(path)
 
-    def _table(self, path: str, part: nn.Module) -> None:
+    def _table(self, path: str, part: nn.Module, scale: float) -> None:
         name = self._users.stored(f"{path}.weight")
         assert name is not None
         if (stack := self._stacks.get(name)) is None:
@@ -312,7 +314,7 @@ class _Layers:
             dtype = self._vectors.base[name].dtype
             stack = self._stacks[name] = FactorStack(up.to(dtype), down.to(dtype))
         assert isinstance(stack, FactorStack)
-        self._put(path, MixedTable(part, stack, self._mixture), [f"{path}.weight"])
+        self._put(path, MixedTable(part, stack, self._mixture, scale), [f"{path}.weight"])
 
     def _is_affine(self, name: str, part: nn.Module) -> bool:
         leaf = not any(True for _ in part.children())
