@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -330,6 +331,16 @@ def test_seeds_and_subsets_are_cells_of_their_own(tmp_path):
 def test_numbers_that_make_no_sense_are_refused(suite, tmp_path, options, part):
     with pytest.raises(SuiteError, match=part):
         sweep(suite, tmp_path, **options)
+
+
+def test_a_method_of_a_notebook_is_refused_where_other_processes_would_import_it(
+    suite, tmp_path, monkeypatch
+):
+    typed = type("Typed", (fw.TaskArithmetic,), {"__module__": "__main__", "name": "typed"})
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+    with pytest.raises(FusewrightError, match=r"notebook[\s\S]*Typed[\s\S]*jobs=1"):
+        bench(suite, [typed()], out=tmp_path, joint="none", jobs=2, progress=False)
+    assert not list((tmp_path / "cells").glob("*.json"))
 
 
 def test_processes_give_the_same_and_a_killed_one_loses_nothing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,7 +32,8 @@ def execute(
 ) -> Failed:  # fmt: skip
     """Make the cells of all groups; what a method refuses is told, and the others go on.
 
-    Raises FusewrightError if a worker process dies: its finished cells are kept.
+    Raises FusewrightError if a worker process dies: its finished cells are kept; and before it
+    begins, for a method that other processes cannot import.
     """
     if jobs <= 1 or len(work) <= 1:
         hands = _Hands(store, suites, asked, None)
@@ -96,10 +98,27 @@ def _make(group: Group) -> Failed:
     return _hands.make(group)
 
 
+def _check_importable(work: Sequence[Group]) -> None:
+    """Workers import the methods' modules, and there is none of what was typed into a notebook."""
+    if os.path.isfile(getattr(sys.modules["__main__"], "__file__", "")):
+        return
+    methods = [job.what for group in work for job in group]
+    stages = [stage for method in methods for stage in getattr(method, "chain", (method,))]
+    typed = {type(stage).__name__ for stage in stages if type(stage).__module__ == "__main__"}
+    if typed:
+        raise FusewrightError(
+            "a method that was defined in a notebook is not known to other processes",
+            where=", ".join(sorted(typed)), expected="a method that can be imported",
+            found="the module __main__, which has no file",
+            fix="jobs=1, or define the method in a file and import it",
+        )  # fmt: skip
+
+
 def _in_processes(
     store: Store, suites: Sequence[Suite], work: Sequence[Group], asked: Asked, jobs: int,
     step: Callable[[str], None],
 ) -> Failed:  # fmt: skip
+    _check_importable(work)
     failed: Failed = {}
     threads = max((os.cpu_count() or 1) // jobs, 1)
     given = store, list(suites), asked, threads
