@@ -307,14 +307,12 @@ def _check_names(spec: SuiteSpec, path: Path) -> None:
                 raise SuiteError(f"{key} names {name!r}, which is no {what} of the suite",
                                  where=path, expected=", ".join(known) or "none",
                                  fix=f"did you mean {close!r}?" if close else None)  # fmt: skip
-    lists: dict[str, list[Any]] = {
-        key: getattr(spec, key) for key in ("merged", "unseen", "seeds")
-    }
-    for key, found in lists.items():
-        for one in found:
-            if found.count(one) > 1:  # it would count twice in means
-                raise SuiteError(f"{key} names {one!r} twice", where=path,
-                                 fix="leave one of them out")  # fmt: skip
+    for key in ("merged", "unseen", "seeds"):
+        listed: list[Any] = getattr(spec, key)
+        twice = next((one for one in listed if listed.count(one) > 1), None)
+        if twice is not None:  # it would count twice in means
+            raise SuiteError(f"{key} names {twice!r} twice", where=path,
+                             fix="leave one of them out")  # fmt: skip
     said = [k for k in ("heads", "zero_shot", "own_heads") if getattr(spec, k) is not None]
     if len(said) > 1:
         raise SuiteError("heads come from one place", where=path, found=", ".join(said))

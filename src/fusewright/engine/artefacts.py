@@ -31,19 +31,17 @@ def add_artefacts(
     """Copy the reference's small files and write a model card; returns notes on what was not."""
     root = inputs.reference.root
     notes: list[str] = []
+    small: dict[str, Path | bytes] = {}
     if root is not None:
-        for name in COPIED:
-            path = root / name
-            if path.is_file():
-                mended = name == "config.json"
-                staging.add_file(
-                    name, _config(path.read_bytes(), plan, inputs.untied, notes) if mended else path
-                )
-        notes += _code(staging, root, plan.options.copy_code)
-    for name, content in getattr(inputs.reference, "files", {}).items():
+        small |= {name: root / name for name in COPIED if (root / name).is_file()}
+    small |= getattr(inputs.reference, "files", {})
+    for name, content in small.items():
         if name == "config.json":
-            content = _config(content, plan, inputs.untied, notes)
+            said = content if isinstance(content, bytes) else content.read_bytes()
+            content = _config(said, plan, inputs.untied, notes)
         staging.add_file(name, content)
+    if root is not None:
+        notes += _code(staging, root, plan.options.copy_code)
     staging.add_file("README.md", model_card(plan, inputs, fitted).encode())
     return notes
 

@@ -167,8 +167,10 @@ def run_program(
                         )  # fmt: skip
     progress = progress if processes.first else None
     trials = closing(Trials(recipe, options, data, evaluate, progress, beside))
-    learning = torch.inference_mode(False), torch.enable_grad()  # whatever the caller has set
-    with _shortages_told(method, beside), trials as context, learning[0], learning[1]:
+    with (
+        _shortages_told(method, beside), trials as context,
+        torch.inference_mode(False), torch.enable_grad(),  # whatever the caller has set
+    ):  # fmt: skip
         merged = _run_fit(method, recipe, out, options, progress, context, processes.first)
     processes.wait()
     if out is not None and beside is not None and processes.first:

@@ -137,7 +137,7 @@ def _files(module: Any) -> dict[str, bytes]:
     said = json.loads(module.config.to_json_string())
     said["architectures"] = [type(module).__name__]
     said["torch_dtype" if "torch_dtype" in said else "dtype"] = str(module.dtype).split(".")[-1]
-    found = {"config.json": said}
+    found = {"config.json": json.dumps(said, indent=2) + "\n"}
     if getattr(module, "generation_config", None) is not None and module.can_generate():
-        found["generation_config.json"] = json.loads(module.generation_config.to_json_string())
-    return {name: json.dumps(each, indent=2).encode() + b"\n" for name, each in found.items()}
+        found["generation_config.json"] = module.generation_config.to_json_string()
+    return {name: text.encode() for name, text in found.items()}

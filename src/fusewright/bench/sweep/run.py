@@ -178,8 +178,8 @@ def _check(asked: Asked, suite: Suite) -> None:
                          fix="--mixed-stream 250")  # fmt: skip
     for name, task in suite.spec.tasks.items():
         if task.kind != DIGITS:  # which have all
-            parts = ("validation", "test") if name in suite.spec.merged else ("test",)
-            _ = [task.rows(name, part) for part in parts]
+            for part in ("validation", "test") if name in suite.spec.merged else ("test",):
+                task.rows(name, part)
     odd = [size for size in asked.subsets if not 2 <= size < count]
     if odd:
         raise SuiteError("a subset has at least two experts, and fewer than all",
